@@ -1,0 +1,175 @@
+"""Exits at work: how sure a prediction is, when a token leaves, and the routed forward.
+
+`walk` is the one routed forward. Whatever needs routed runs (`route`, evaluation, mining) reads off it what it
+wants: it yields at every exit, and the head of the exit a token takes is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+from ease.seam import ExitModel, Layout
+
+
+HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
+
+
+def max_probability(logits: Tensor) -> Tensor:
+    """Confidence: the largest softmax probability, logits (..., V) -> (...) in [0, 1]."""
+    return logits.softmax(-1).amax(-1)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which exits tokens may take, and the confidence that each asks for.
+
+    Args:
+        exits: layers, from shallow to deep, all below the last one.
+        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that.
+    """
+
+    exits: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float]) -> Policy:
+        """From the two core options; an exit whose threshold is 0 does not route, so it is no exit."""
+        exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
+        thresholds = (
+            (float(routing_threshold),)
+            if isinstance(routing_threshold, int | float)
+            else tuple(map(float, routing_threshold))
+        )
+        if thresholds == (0.0,):
+            return cls()
+        if len(exits) != len(thresholds):
+            raise EaseError(
+                f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
+                "give one threshold per exit"
+            )
+        for threshold in thresholds:
+            if not 0 <= threshold <= 1:
+                raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
+        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
+            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
+        routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
+        return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing))
+
+    def check(self, num_layers: int) -> None:
+        """Refuses exits that a model of `num_layers` layers does not have below its last."""
+        if self.exits and self.exits[-1] >= num_layers:
+            raise EaseError(
+                f"exit_layer {self.exits[-1]} must lie below the last of the model's {num_layers} layers while "
+                "routing is on: choose a lower exit, a deeper model, or routing_threshold=0.0"
+            )
+
+
+class Stop(NamedTuple):
+    """What happened at one exit of a routed forward. N tokens arrived, in the order of `arrived.nonzero()`."""
+
+    first: int
+    """The first of the layers run since the exit before."""
+    layer: int
+    """The exit: the last layer run so far."""
+    state: Tensor
+    """(B, T, D) with every token's state, those that left earlier included."""
+    arrived: Tensor
+    """(B, T) true for tokens that were on their way."""
+    confidence: Tensor
+    """(N,)."""
+    leaves: Tensor
+    """(N,) true for tokens that leave here; at the last exit, all."""
+    read: Tensor | None
+    """(N, ...) what the caller's `read` made of the logits."""
+
+    @property
+    def left(self) -> Tensor:
+        """(B, T) true for tokens that leave here."""
+        return self.arrived.masked_scatter(self.arrived, self.leaves)
+
+
+def walk(
+    model: ExitModel,
+    ids: Tensor,
+    policy: Policy,
+    *,
+    layout: Layout | None = None,
+    last: int | None = None,
+    read: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Iterator[Stop]:
+    """Runs ids (B, T) through the model, stop by stop, until every token has left or layer `last` is done.
+
+    Args:
+        read: called with the logits (n, V) of some tokens and their places (n,) in `ids.flatten()`; what it
+            returns (n, ...) is joined in `Stop.read`. The logits of all tokens never exist at once.
+    """
+    last = model.num_layers if last is None else last
+    steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
+    arrived = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+    state, first = model.embed(ids), 1
+    for layer, threshold in [*steps, (last, 0.0)]:
+        if not bool(arrived.any()):
+            return
+        state = model.run(state, first, layer, layout=layout, active=arrived)
+        confidences, readings = [], []
+        for places in arrived.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
+            logits = model.logits(state.flatten(0, 1)[places], layer)
+            confidences.append(max_probability(logits))
+            if read is not None:
+                readings.append(read(logits, places))
+        confidence = torch.cat(confidences)
+        leaves = confidence >= threshold
+        stop = Stop(first, layer, state, arrived, confidence, leaves, torch.cat(readings) if readings else None)
+        yield stop
+        arrived, first = arrived & ~stop.left, layer + 1
+
+
+class Routed(NamedTuple):
+    """Logits (B, T, V), exits (B, T; 0 for padding) and confidences (B, T) of a routed forward."""
+
+    logits: Tensor
+    exits: Tensor
+    confidences: Tensor
+
+
+@torch.no_grad()
+def route(
+    model: ExitModel,
+    ids: Tensor,
+    exit_layer: int | Sequence[int] | None = None,
+    routing_threshold: float | Sequence[float] | None = None,
+    attention_mask: Tensor | None = None,
+) -> Routed:
+    """The routed forward: each token leaves at the first exit that is sure of it, and costs nothing after.
+
+    Args:
+        model: any model that keeps the seam. Run it in eval mode.
+        ids: (B, T) integers.
+        exit_layer, routing_threshold: the policy; the model's own by default.
+        attention_mask: (B, T), true (or 1) for real tokens, false for padding on either side.
+
+    Raises:
+        EaseError: for a policy that the model cannot follow, or ids outside the vocabulary.
+    """
+    policy = Policy.of(
+        model.exit_layer if exit_layer is None else exit_layer,
+        model.routing_threshold if routing_threshold is None else routing_threshold,
+    )
+    policy.check(model.num_layers)
+    layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
+    head = model.output_head.weight
+    logits = head.new_zeros(*ids.shape, head.shape[0])
+    exits = torch.zeros_like(ids)
+    confidences = head.new_zeros(ids.shape)
+    for stop in walk(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
+        assert stop.read is not None
+        left = stop.left
+        logits[left], confidences[left] = stop.read[stop.leaves], stop.confidence[stop.leaves]
+        exits[left] = stop.layer
+    return Routed(logits, exits, confidences)

@@ -1,0 +1,44 @@
+"""The one analytic count of what a configuration costs, in floating-point operations.
+
+A product of (m, k) with (k, n) counts 2 m k n. Counted are the projections, attention over the pairs that a
+causal mask really lets through, the feed-forward and every head evaluation; norms, rotary turns and softmax are
+not, as is usual (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Learning a layer costs three times its
+forward (Kaplan et al.): one product each for the gradients of input and weight.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ease.models import ModelConfig
+from ease.seam import Layout
+
+
+def real_pairs(active: Tensor, layout: Layout | None = None) -> int:
+    """Query-key pairs that the active tokens (B, T) look at, each at itself and what stands before it."""
+    if layout is None:
+        return int((active * active.new_ones(active.shape[1]).cumsum(0)).sum())
+    return int((layout.positions + 1)[active & layout.real].sum())
+
+
+def layer_flops(config: ModelConfig, tokens: int, asking: int, pairs: int) -> int:
+    """One layer's forward: `tokens` give keys and values, `asking` of them ask, over `pairs` pairs."""
+    D, Q, KV = config.dim, config.num_heads * config.head_size, config.kv_heads * config.head_size
+    return 2 * (tokens * 2 * D * KV + asking * (2 * D * Q + 3 * D * config.ffn_size) + 2 * pairs * Q)
+
+
+def run_flops(config: ModelConfig, layers: int, active: Tensor, layout: Layout | None = None) -> int:
+    """The forward of `layers` layers over a batch whose active tokens are given (B, T)."""
+    return layers * layer_flops(config, active.numel(), int(active.sum()), real_pairs(active, layout))
+
+
+def head_flops(config: ModelConfig, tokens: int) -> int:
+    """One head evaluated for `tokens` tokens."""
+    return 2 * tokens * config.dim * config.vocab_size
+
+
+def full_depth_flops(config: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of a plain pass over sequences of `seq_len` tokens: every layer and one head."""
+    pairs = seq_len * (seq_len + 1) // 2
+    layers = config.num_layers * layer_flops(config, seq_len, seq_len, pairs)
+    return (layers + head_flops(config, seq_len)) / seq_len

@@ -1,0 +1,216 @@
+"""Hard tokens, one by one: how sure a shallow model is of each, where the line is drawn, and who is below it.
+
+Everything here is per token. A sequence of hard and easy tokens has no confidence of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+from ease.exits import HEAD_CHUNK, Policy, Stop, max_probability, walk
+from ease.flops import head_flops, run_flops
+from ease.losses import IGNORE
+from ease.seam import ExitModel
+from ease.trainer import Batch, Batches, re_iterable
+
+EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
+BINS = 2**20
+
+
+@torch.no_grad()
+def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None = None) -> Tensor:
+    """Confidence (B, T) of the predictions that `exit` (the last by default) makes from states (B, T, D)."""
+    exit = model.num_layers if exit is None else exit
+    chunks = hidden_state.flatten(0, -2).split(HEAD_CHUNK)
+    return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])
+
+
+class Quantile:
+    """A quantile of values in [0, 1] that arrive in parts, in bounded memory.
+
+    Exact, with linear interpolation as in `torch.quantile`, up to `exact` values; beyond that from counts in
+    `BINS` equal bins, and then off by at most one bin (1e-6).
+    """
+
+    def __init__(self, exact: int = EXACT_QUANTILE) -> None:
+        self.exact, self.count = exact, 0
+        self.parts: list[Tensor] = []
+        self.bins: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        self.parts.append(values.detach().flatten().float().cpu())
+        self.count += values.numel()
+        if self.count > self.exact:
+            added = torch.histc(torch.cat(self.parts).double(), BINS, 0.0, 1.0).long()
+            self.bins = added if self.bins is None else self.bins + added
+            self.parts = []
+
+    def __call__(self, share: float) -> float:
+        if not self.count:
+            raise EaseError("there is no token to take a quantile of: give at least one scored token")
+        if self.bins is None:
+            return float(torch.quantile(torch.cat(self.parts).double(), share))
+        rank = torch.tensor(share * (self.count - 1) + 1)
+        return (int(torch.searchsorted(self.bins.cumsum(0), rank.ceil().long())) + 0.5) / BINS
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuses a share of hard tokens that is none."""
+    if not 0 < ratio <= 1:
+        raise EaseError(f"the share of hard tokens must lie in (0, 1], got {ratio}")
+
+
+def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Tensor, Tensor, Stop]]:
+    """x, y and the full-depth stop at `exit` for every batch."""
+    model.eval()
+    for x, y, *_ in re_iterable(batches):
+        x, y = x.to(device), y.to(device)
+        (stop,) = walk(model, x, Policy(), last=exit)
+        yield x, y, stop
+
+
+@torch.no_grad()
+def compute_confidence_threshold(
+    model: ExitModel,
+    batches: Batches,
+    target_ratio: float,
+    device: torch.device | str = "cpu",
+    exit: int | None = None,
+) -> float:
+    """The confidence below which a share `target_ratio` of all scored tokens lies.
+
+    Args:
+        batches: re-iterable of (x, y); a target of -100 is not counted.
+        exit: the exit asked (the last by default).
+    """
+    check_ratio(target_ratio)
+    quantile = Quantile()
+    for _, y, stop in _states(model, batches, device, exit):
+        quantile.add(stop.confidence[(y != IGNORE).flatten()])
+    return quantile(target_ratio)
+
+
+class HardExamples(TypedDict):
+    """The N hard tokens, flattened."""
+
+    inputs: Tensor
+    """(N,) token ids."""
+    hidden_states: Tensor
+    """(N, D) their states at the exit."""
+    targets: Tensor
+    """(N,) the tokens to predict."""
+    confidences: Tensor
+    """(N,)."""
+
+
+@torch.no_grad()
+def collect_hard_examples(
+    model: ExitModel,
+    batches: Batches,
+    threshold: float,
+    device: torch.device | str = "cpu",
+    exit: int | None = None,
+) -> HardExamples:
+    """All scored tokens whose confidence at the exit is below the threshold; raises `EaseError` if there are none."""
+    parts: list[tuple[Tensor, ...]] = []
+    for x, y, stop in _states(model, batches, device, exit):
+        confidence = stop.confidence.view(y.shape)
+        hard = (confidence < threshold) & (y != IGNORE)
+        parts.append((x[hard], stop.state[hard], y[hard], confidence[hard]))
+    inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not len(inputs):
+        raise EaseError(no_hard_token(threshold))
+    return HardExamples(inputs=inputs, hidden_states=states, targets=targets, confidences=confidences)
+
+
+def no_hard_token(threshold: float) -> str:
+    return f"no token is less confident than the threshold {threshold:.4g}: raise the share of hard tokens"
+
+
+class MinedBatches:
+    """Batches in which only hard tokens are active, with the frozen trunk's state where memory allows.
+
+    Built from one pass over `batches`, routed by `policy`, which names every exit so far but the one mined: the
+    last of the model as it stands. Hard are, of the tokens that still run there, the least confident, as many as
+    make up a share `ratio` of all tokens; `threshold` is then the confidence below which they lie.
+
+    Args:
+        ratio: in (0, 1], of all scored training tokens; 1 takes every token and there is no threshold.
+        budget: bytes of trunk states to keep; batches beyond that run the trunk again whenever they come up.
+        seed: of the order, which is drawn anew for every iteration.
+    """
+
+    def __init__(
+        self,
+        model: ExitModel,
+        batches: Batches,
+        policy: Policy,
+        ratio: float,
+        *,
+        budget: float = 2e9,
+        seed: int = 0,
+    ) -> None:
+        check_ratio(ratio)
+        self.model, self.policy, self.layer = model, policy, model.num_layers
+        self.generator = torch.Generator().manual_seed(seed)
+        self.flops, kept, total = 0.0, 0, 0
+        device = next(model.parameters()).device
+        quantile = Quantile()
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
+        model.eval()
+        for item in re_iterable(batches):
+            batch = Batch(*item)
+            x, y = batch.x.to(device), batch.y.to(device)
+            stop, flops = self._mine(x)
+            self.flops += flops
+            confidence = torch.ones(x.shape, device=device)
+            confidence[stop.arrived] = stop.confidence.float()
+            scored = y != IGNORE
+            total += int(scored.sum())
+            quantile.add(confidence[stop.arrived & scored])
+            size = stop.state.numel() * stop.state.element_size()
+            state = stop.state if kept + size <= budget else None
+            kept += size if state is not None else 0
+            found.append((x, y, stop.arrived, confidence, state))
+        # The share is of all tokens, the quantile over those still running.
+        share = min(1.0, ratio * total / max(1, quantile.count))
+        self.threshold = quantile(share)
+        if share == 1.0:
+            self.batches = [Batch(x, y, arrived, state) for x, y, arrived, _, state in found]
+        else:
+            self.batches = [
+                Batch(x, y, arrived & (confidence < self.threshold), state)
+                for x, y, arrived, confidence, state in found
+            ]
+        self.hard = sum(int((b.active & (b.y != IGNORE)).sum()) for b in self.batches if b.active is not None)
+        self.total = total
+        if not self.hard:
+            raise EaseError(no_hard_token(self.threshold))
+
+    @torch.no_grad()
+    def _mine(self, x: Tensor) -> tuple[Stop, float]:
+        """The stop at the mined exit and the FLOPs to get there; tokens that left before are not in `arrived`."""
+        flops, config = 0.0, self.model.config
+        for stop in walk(self.model, x, self.policy, last=self.layer):
+            flops += run_flops(config, stop.layer - stop.first + 1, stop.arrived)
+            flops += head_flops(config, stop.confidence.shape[0])
+        if stop.layer < self.layer:  # every token of the batch left earlier
+            nobody = torch.zeros_like(stop.arrived)
+            stop = stop._replace(layer=self.layer, arrived=nobody, confidence=stop.confidence[:0])
+        return stop, flops
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
+            batch = self.batches[i]
+            if batch.state is None:
+                stop, flops = self._mine(batch.x)
+                batch = batch._replace(state=stop.state, flops=flops)
+            yield batch

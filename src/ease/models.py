@@ -1,0 +1,223 @@
+"""The decoder whose every layer can be an exit, under two faces, and how it grows.
+
+- A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. A Llama
+  checkpoint maps onto the parameters one to one (`embedding` is `embed_tokens`, `layers.N.attention` is
+  `layers.N.self_attn`, the last of `exit_norms` is `norm`, `output_head` is `lm_head`).
+- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`.
+- Nothing outside this file and `modules/` reaches into a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ease.errors import EaseError
+from ease.exits import Policy
+from ease.modules import Plan, TransformerBlock
+from ease.seam import ExitModel, Layout
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. What is left None follows from the rest."""
+
+    vocab_size: int
+    """Tokens that the embedding and the head know."""
+    dim: int = 64
+    """Width D of the state."""
+    num_layers: int = 3
+    """Layers, numbered from 1."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, a divisor of num_heads (as many by default)."""
+    head_dim: int | None = None
+    """Width of a head (dim / num_heads by default)."""
+    hidden_dim: int | None = None
+    """Gated units of the feed-forward (8/3 of dim by default, rounded up to a multiple of 8)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles."""
+    norm_eps: float = 1e-5
+    """Added under the root of every RMSNorm."""
+    dropout: float = 0.0
+    """Share of a branch's outputs zeroed in training."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output head."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
+        if self.head_size % 2:
+            raise EaseError(
+                f"the width of a head must be even for rotary positions, got {self.head_size}: change dim or num_heads"
+            )
+        if self.num_heads % self.kv_heads:
+            raise EaseError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.num_heads})")
+        if not 0 <= self.dropout < 1:
+            raise EaseError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.hidden_dim or 8 * math.ceil(self.dim / 3)
+
+
+class StandardTransformer(ExitModel):
+    """A decoder that runs at full depth.
+
+    Every layer has an exit norm all the same, so weights move freely between the two faces.
+    Keyword arguments are those of `ModelConfig`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 64,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = ModelConfig(
+            vocab_size,
+            dim,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            hidden_dim,
+            rope_theta,
+            norm_eps,
+            dropout,
+            tie_embeddings,
+        )
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
+        self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, norm_eps) for _ in range(num_layers))
+        self.output_head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.output_head.weight = self.embedding.weight
+        nn.init.normal_(self.output_head.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    @property
+    def num_layers(self) -> int:  # type: ignore[override]
+        return len(self.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        self.check_ids(ids, self.config.vocab_size)
+        return F.dropout(self.embedding(ids), self.config.dropout, self.embedding.training)
+
+    def run(
+        self,
+        state: Tensor,
+        first: int,
+        last: int,
+        *,
+        layout: Layout | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        if not 1 <= first <= last <= self.num_layers:
+            raise EaseError(f"layers {first}..{last} asked of a model with layers 1..{self.num_layers}")
+        plan = Plan.make(state, self.config.head_size, self.config.rope_theta, layout, active)
+        for layer in self.layers[first - 1 : last]:
+            state = layer(state, plan)
+        return state
+
+    def exit_norm(self, state: Tensor, exit: int) -> Tensor:
+        if not 1 <= exit <= self.num_layers:
+            raise EaseError(f"exit {exit} asked of a model with exits 1..{self.num_layers}")
+        normed: Tensor = self.exit_norms[exit - 1](state)
+        return normed
+
+    def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
+        """Grows to `num_layers` layers in place and returns the model; no existing exit changes by a bit.
+
+        Args:
+            init: "identity": new layers hand their input through and the new last exit starts equal to the old
+                one. "copy": new layers start as copies of the trained ones at the top (progressive stacking,
+                Gong et al. 2019).
+        """
+        old = self.num_layers
+        if num_layers <= old:
+            raise EaseError(f"the model has {old} layers already: grow to more than that, got {num_layers}")
+        weight = self.embedding.weight
+        for k in range(old, num_layers):
+            if init == "copy":
+                layer = copy.deepcopy(self.layers[max(0, 2 * old - num_layers) + (k - old) % old])
+            elif init == "identity":
+                layer = self._new_layer()
+                layer.make_identity()
+            else:
+                raise EaseError(f'init must be "identity" or "copy", got {init!r}')
+            self.layers.append(layer.to(weight).requires_grad_())
+            self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
+        self.config = replace(self.config, num_layers=num_layers)
+        return self
+
+    def freeze_below(self, first: int, *, head: bool = True) -> None:
+        self.requires_grad_(True)
+        if first > 1:
+            for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
+                module.requires_grad_(False)
+            # After the embedding: tied, the two are one tensor, and a head that learns takes it along.
+            self.output_head.requires_grad_(not head)
+
+    def _new_layer(self) -> TransformerBlock:
+        c = self.config
+        layer = TransformerBlock(c.dim, c.num_heads, c.kv_heads, c.head_size, c.ffn_size, c.norm_eps, c.dropout)
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        # Each branch adds to the residual stream; scaled so that the sum does not grow with depth (GPT-2).
+        for end in (layer.attention.o_proj, layer.ffn.down_proj):
+            nn.init.normal_(end.weight, std=(2 * c.num_layers * end.in_features) ** -0.5)
+        return layer
+
+
+class DeepSupervisionTransformer(StandardTransformer):
+    """The same weights with a policy of their own: tokens may leave at `exit_layer`.
+
+    Args:
+        exit_layer: the exit, or a sequence of exits from shallow to deep.
+        routing_threshold: confidence in [0, 1] at which a token leaves; a sequence as long as `exit_layer`
+            for several exits. 0.0 means no routing, and `exit_layer` is then ignored.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 64,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        exit_layer: int | Sequence[int] = 1,
+        routing_threshold: float | Sequence[float] = 0.0,
+        **options: object,
+    ) -> None:
+        super().__init__(vocab_size, dim, num_layers, num_heads, **options)  # type: ignore[arg-type]
+        Policy.of(exit_layer, routing_threshold).check(num_layers)
+        self.exit_layer, self.routing_threshold = exit_layer, routing_threshold

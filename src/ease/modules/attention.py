@@ -1,0 +1,128 @@
+"""Causal grouped-query attention with rotary positions, in which only active tokens ask.
+
+- What a run's layers share (rotary factors, who sees whom, which tokens ask) is worked out once, in a `Plan`.
+- Every token gives keys and values; queries, mixing and the output projection are done for asking tokens only.
+- Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split convention of Llama checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ease.seam import Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all layers of one `run` share.
+
+    With `rows` None every token asks and `gather`, `pad`, `unpad` and `scatter` hand their argument through.
+    Otherwise token i of the N asking ones stands at (rows[i], cols[i]) of the batch and in place slots[i] of
+    its row's `width` queries: attention wants a rectangle, everything else works on the N tokens alone.
+    """
+
+    rope: tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, T, head_dim), for keys
+    query_rope: tuple[Tensor, Tensor]  # the same for queries, (B or 1, 1, width, head_dim)
+    mask: Tensor | None  # (B or 1, 1, width, T), true where a query may look; None: plain causal
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    slots: Tensor | None = None
+    width: int = 0
+
+    @classmethod
+    def make(
+        cls, state: Tensor, head_dim: int, theta: float, layout: Layout | None, active: Tensor | None
+    ) -> Plan:
+        B, T, _ = state.shape
+        if layout is not None and not bool(layout.real.all()):
+            active = layout.real if active is None else active & layout.real
+        if active is not None and bool(active.all()):
+            active = None
+        default = torch.arange(T, device=state.device)[None]
+        rope = rotary(default if layout is None else layout.positions, head_dim, theta, state.dtype)
+        if active is None:
+            mask = None
+            if layout is not None:
+                rows = torch.arange(B, device=state.device).repeat_interleave(T)
+                mask = layout.visible(rows, default.expand(B, T).reshape(-1)).view(B, 1, T, T)
+            return cls(rope, rope, mask)
+
+        rows, cols = active.nonzero(as_tuple=True)
+        slots = active.long().cumsum(1)[rows, cols] - 1
+        width = int(active.sum(1).max()) if rows.numel() else 0
+        visible = default <= cols[:, None] if layout is None else layout.visible(rows, cols)
+        # Places that no token takes look everywhere: their result is never read, and a softmax over nothing is NaN.
+        mask = torch.ones(B, 1, width, T, dtype=torch.bool, device=state.device)
+        mask[rows, 0, slots] = visible
+        plan = cls(rope, rope, mask, rows, cols, slots, width)
+        query_rope = (plan.pad(t[:, 0].expand(B, T, head_dim)[rows, cols])[:, None] for t in rope)
+        return cls(rope, (next(query_rope), next(query_rope)), mask, rows, cols, slots, width)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (N, D), the tokens that ask."""
+        return x if self.rows is None else x[self.rows, self.cols]
+
+    def scatter(self, x: Tensor, asking: Tensor) -> Tensor:
+        """x (B, T, D) with the tokens that ask replaced by asking (N, D)."""
+        if self.rows is None or self.cols is None:
+            return asking
+        return x.index_put((self.rows, self.cols), asking)
+
+    def pad(self, asking: Tensor) -> Tensor:
+        """(N, D) -> (B, width, D)."""
+        if self.rows is None or self.slots is None:
+            return asking
+        B = self.rope[0].shape[0] if self.mask is None else self.mask.shape[0]
+        return asking.new_zeros(B, self.width, asking.shape[-1]).index_put((self.rows, self.slots), asking)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, width, D) -> (N, D)."""
+        return padded if self.rows is None else padded[self.rows, self.slots]
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos and sin (B, 1, T, head_dim)."""
+    # Angles need at least float32: bfloat16 cannot tell position 257 from 256.
+    precise = torch.promote_types(dtype, torch.float32)
+    steps = torch.arange(0, head_dim, 2, device=positions.device).to(precise)
+    angles = positions[:, None, :, None].to(precise) * theta ** (-steps / head_dim)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, T, head_dim) turned by its position."""
+    cos, sin = rope
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """h (B, T, dim) -> (B, T, dim), or (N, dim) for the N asking tokens of the plan."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.grouped = num_kv_heads != num_heads
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, h: Tensor, plan: Plan) -> Tensor:
+        q = rotate(self.heads(plan.pad(self.q_proj(plan.gather(h)))), plan.query_rope)
+        k = rotate(self.heads(self.k_proj(h)), plan.rope)
+        v = self.heads(self.v_proj(h))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=plan.mask, is_causal=plan.mask is None, enable_gqa=self.grouped
+        )
+        out: Tensor = self.o_proj(plan.unpad(mixed.transpose(1, 2).flatten(2)))
+        return out

@@ -1,0 +1,41 @@
+"""One layer: pre-norm attention and feed-forward, each on its own residual branch."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ease.modules.attention import Attention, Plan
+from ease.modules.ffn import FFN
+
+
+class TransformerBlock(nn.Module):
+    """x (B, T, dim) -> (B, T, dim); tokens that do not ask in the plan keep their state bit for bit."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_dim: int,
+        norm_eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, norm_eps)
+        self.attention = Attention(dim, num_heads, num_kv_heads, head_dim)
+        self.ffn_norm = nn.RMSNorm(dim, norm_eps)
+        self.ffn = FFN(dim, hidden_dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        # The plain function and not a Dropout module: a frozen layer is told apart by its parameters,
+        # which a Dropout module does not have.
+        a = plan.gather(x)
+        a = a + F.dropout(self.attention(self.attention_norm(x), plan), self.dropout, self.training)
+        a = a + F.dropout(self.ffn(self.ffn_norm(a)), self.dropout, self.training)
+        return plan.scatter(x, a)
+
+    def make_identity(self) -> None:
+        """Both branches give zero, so the layer hands its input through until it has learned."""
+        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.ffn.down_proj.weight)

@@ -1,0 +1,138 @@
+"""N-stage training: bricks one upon the other, each trained on the tokens that the ones below are unsure of.
+
+Phase 1 trains the first brick on all tokens. Every later phase mines its hard tokens among those that the phase
+before left active, grows the model, freezes what is there (embedding, lower layers, their exits, the shared head)
+and trains the new layers on the hard tokens alone, each in its full sequence. At inference there are N exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ease.errors import EaseError
+from ease.exits import Policy
+from ease.mining import MinedBatches, check_ratio
+from ease.models import StandardTransformer
+from ease.seam import ExitModel
+from ease.trainer import Data, Phase, TrainingConfig
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of N-stage training."""
+
+    layers: int
+    """Depth of the model in this phase."""
+    ratio: float = 1.0
+    """Hard tokens as a share of all training tokens; the first phase takes all (1.0)."""
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    patience: int | None = 3
+    """Epochs without a better validation loss before the phase ends; None: never for that reason."""
+    max_epochs: int = 100
+    """At most that many epochs."""
+    max_flops: float | None = None
+    """At most that many training FLOPs, validation and mining included."""
+    weight_decay: float = 0.1
+    """Of AdamW, on matrices only."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate, over the phase's budget."""
+    warmup: float = 0.0
+    """Share of the phase in which the learning rate rises."""
+    supervise: Literal["last", "every"] = "last"
+    """The loss at the last layer of the phase's brick, or at every layer of it (staged deep supervision)."""
+    grow_init: Literal["identity", "copy"] = "identity"
+    """How new layers start."""
+
+
+@dataclass(frozen=True)
+class StagedConfig:
+    """Two or more phases of growing depth."""
+
+    phases: tuple[PhaseConfig, ...] = (
+        PhaseConfig(2),
+        PhaseConfig(4, ratio=0.5, lr=3e-4),
+        PhaseConfig(6, ratio=0.2, lr=3e-4),
+    )
+    """From shallow to deep."""
+    trunk_budget: float = 2e9
+    """Bytes of the frozen trunk's states to keep in memory; what does not fit is computed again."""
+    seed: int = 0
+    """Of the order of mined batches."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise EaseError("N-stage training needs at least one phase")
+        for number, (below, phase) in enumerate(zip(self.phases, self.phases[1:], strict=False), 1):
+            if phase.layers <= below.layers:
+                raise EaseError(
+                    f"phase {number + 1} must be deeper than phase {number}: got {phase.layers} layers after {below.layers}"
+                )
+        for phase in self.phases:
+            check_ratio(phase.ratio)
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the model when training starts."""
+        return self.phases[0].layers
+
+
+@dataclass
+class Staged:
+    """The strategy. Its state is the exits and thresholds found so far."""
+
+    config: StagedConfig
+    done: int = 0
+    exits: list[int] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
+    mined: list[dict[str, Any]] = field(default_factory=list)
+
+    def policy(self) -> Policy:
+        return Policy.of(self.exits, self.thresholds)
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        assert isinstance(model, StandardTransformer)
+        if self.done == len(self.config.phases):
+            return None
+        plan, first, batches, spent = self.config.phases[self.done], 1, data.train, {}
+        if self.done:
+            first = model.num_layers + 1
+            mined = MinedBatches(
+                model,
+                data.train,
+                self.policy(),
+                plan.ratio,
+                budget=self.config.trunk_budget,
+                seed=self.config.seed,
+            )
+            self.exits.append(model.num_layers)
+            self.thresholds.append(mined.threshold)
+            self.mined.append({"threshold": mined.threshold, "count": mined.hard, "of": mined.total})
+            model.grow(plan.layers, plan.grow_init)
+            batches, spent = mined, {"mining": mined.flops}
+        elif model.num_layers != plan.layers:
+            raise EaseError(f"phase 1 trains {plan.layers} layers but the model has {model.num_layers}")
+        self.done += 1
+        brick: Sequence[int] = range(first, plan.layers + 1) if plan.supervise == "every" else (plan.layers,)
+        config = TrainingConfig(
+            layer_weights={layer: 1 / len(brick) for layer in brick},
+            exit_layer=tuple(self.exits) or 1,
+            routing_threshold=tuple(self.thresholds) or 0.0,
+        )
+        return Phase(
+            f"phase {self.done}",
+            config,
+            batches,
+            data.val,
+            first=first,
+            lr=plan.lr,
+            weight_decay=plan.weight_decay,
+            schedule=plan.schedule,
+            warmup=plan.warmup,
+            max_epochs=plan.max_epochs,
+            patience=plan.patience,
+            max_flops=plan.max_flops,
+            spent=spent,
+        )

@@ -1,0 +1,482 @@
+"""Training in stages under two core options, `stages` and `routing_threshold`, and the loop that runs a phase.
+
+- A `TrainingConfig` says which exits have a loss, and who leaves where when routing is on.
+- A `Trainer` turns it into a loss, an optimizer, epochs and figures. There is one training loop, `fit`.
+- A `Phase` is one round of it and a `Strategy` hands out phases. The trainer knows no strategy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+from ease.evaluation import Scores, score
+from ease.exits import Policy
+from ease.flops import head_flops, run_flops
+from ease.losses import IGNORE, exit_loss
+from ease.seam import ExitModel, train_mode
+
+GRAD_CLIP = 1.0  # largest norm of a step's gradient
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A contiguous run of layers, one brick, with a weight on the loss at every layer of it.
+
+    Args:
+        layers: (first, last), counted from 1, both included.
+        loss_weight: weight of the loss at each of these layers; 0 means the exit's head is never computed.
+    """
+
+    layers: tuple[int, int]
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        first, last = self.layers
+        if first < 1:
+            raise EaseError(f"stage layers {tuple(self.layers)}: layers are counted from 1")
+        if first > last:
+            raise EaseError(f"stage layers {tuple(self.layers)} are reversed: write ({last}, {first})")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The two core options, `stages` and `routing_threshold`, and where routing leaves.
+
+    Args:
+        stages: bricks whose loss weights add up, layer by layer.
+        routing_threshold: confidence in [0, 1] at which a token leaves; 0.0 means no routing, and `exit_layer`
+            is then ignored. For N exits, a sequence as long as `exit_layer`.
+        exit_layer: the exit, or a sequence of exits from shallow to deep.
+        layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
+    """
+
+    stages: Sequence[StageConfig] | None = None
+    routing_threshold: float | Sequence[float] = 0.0
+    exit_layer: int | Sequence[int] = 1
+    layer_weights: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.stages is None) == (self.layer_weights is None):
+            raise EaseError("give either stages or layer_weights, and not both")
+        weights: dict[int, float] = {}
+        for stage in self.stages or ():
+            for layer in range(stage.layers[0], stage.layers[1] + 1):
+                weights[layer] = weights.get(layer, 0.0) + stage.loss_weight
+        weights = dict(sorted((self.layer_weights or weights).items()))
+        if any(layer < 1 for layer in weights):
+            raise EaseError(f"layer_weights names layer {min(weights)}: layers are counted from 1")
+        parts = [stage.loss_weight for stage in self.stages or ()] + list(weights.values())
+        if any(not (w >= 0 and math.isfinite(w)) for w in parts):
+            raise EaseError(f"loss weights must be finite and not negative, got {parts}")
+        if not any(weights.values()):
+            raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
+        object.__setattr__(self, "layer_weights", weights)
+        Policy.of(self.exit_layer, self.routing_threshold)
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """Layer -> weight, from shallow to deep, for the layers whose loss counts."""
+        return {layer: w for layer, w in (self.layer_weights or {}).items() if w > 0}
+
+    @property
+    def policy(self) -> Policy:
+        return Policy.of(self.exit_layer, self.routing_threshold)
+
+    def check(self, num_layers: int) -> None:
+        """Refuses a configuration that a model of `num_layers` layers cannot follow."""
+        deepest = max(self.layer_weights or {})
+        if deepest > num_layers:
+            raise EaseError(
+                f"a stage reaches layer {deepest} but the model has {num_layers}: "
+                "shorten the stage or use a deeper model"
+            )
+        self.policy.check(num_layers)
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        lines = [f"loss at layer {layer}: weight {w:g}" for layer, w in self.weights.items()]
+        pairs = zip(self.policy.exits, self.policy.thresholds, strict=True)
+        lines += [f"a token leaves after layer {e} when its confidence is at least {t:g}" for e, t in pairs]
+        return "\n".join(lines if self.policy.exits else [*lines, "no routing: every token runs every layer"])
+
+
+def create_standard_config(num_layers: int) -> TrainingConfig:
+    """The loss on the last layer only."""
+    return TrainingConfig(stages=[StageConfig((num_layers, num_layers))])
+
+
+def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
+    """The loss on every layer, with weights that sum to 1 (Lee et al. 2015)."""
+    return TrainingConfig(stages=[StageConfig((k, k), 1 / num_layers) for k in range(1, num_layers + 1)])
+
+
+class Batch(NamedTuple):
+    """x and y (B, T) integers; y is -100 where a token is not scored.
+
+    `active` (B, T) marks the tokens that still run in the layers that learn; only they are scored. `state`
+    (B, T, D) is what the frozen trunk made of x; `flops` is what making it cost just now.
+    """
+
+    x: Tensor
+    y: Tensor
+    active: Tensor | None = None
+    state: Tensor | None = None
+    flops: float = 0.0
+
+
+class Batches(Protocol):
+    """A re-iterable of (x, y) or (x, y, active); one iteration is one epoch."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+class Data(NamedTuple):
+    """What a strategy trains and validates on. The test split is not in here, so no strategy can see it."""
+
+    train: Batches
+    val: Batches
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training round of a strategy: which layers learn, from which tokens, until when.
+
+    Args:
+        config: where the loss is, and the routing under which validation runs.
+        train, val: re-iterable batches.
+        first: the first layer that runs and learns; everything below is the frozen trunk.
+        freeze_head: whether a phase with a trunk freezes the shared head too, so that no exit moves.
+        lr, weight_decay, schedule, warmup: AdamW's settings; `warmup` is a share of the phase.
+        max_epochs, patience, max_flops: the rule that ends it, whichever comes first; `patience` counts epochs
+            without improvement of the (routed) validation loss, None never stops for that.
+        spent: FLOPs of what was done to prepare the phase, by kind.
+    """
+
+    name: str
+    config: TrainingConfig
+    train: Batches
+    val: Batches
+    first: int = 1
+    freeze_head: bool = True
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    max_epochs: int = 100
+    patience: int | None = 1
+    max_flops: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """The plan that yields phases."""
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        """The next phase, given the model as the phase before left it; None when done."""
+
+    def policy(self) -> Policy:
+        """Who leaves where, once training is done."""
+
+
+@dataclass
+class History:
+    """What happened in one call of `fit`."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """Per epoch: step, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """By kind: training, trunk, validation, and what preparing the phase cost."""
+    best_epoch: int = 0
+    stopped_early: bool = False
+    steps: int = 0
+    seconds: float = 0.0
+
+    def column(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows]
+
+
+class Watch:
+    """Told of every step and epoch; this one says nothing."""
+
+    def step(self, progress: float, loss: float) -> None: ...
+    def epoch(self, row: Mapping[str, float]) -> None: ...
+
+
+class PrintWatch(Watch):
+    """A line per epoch."""
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        print(
+            f"epoch {row['epoch']:3.0f}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+            f"val PPL {row['val_ppl']:.2f}  acc {row['val_acc']:.2%}",
+            flush=True,
+        )
+
+
+class Trainer:
+    """Trains and evaluates models under one `TrainingConfig`.
+
+    Args:
+        config: the two core options.
+        vocab_size: of the models to come.
+        device: where training happens; a CUDA or Apple device if there is one, by default the CPU.
+    """
+
+    def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
+        self.config, self.vocab_size = config, vocab_size
+        self.device = torch.device(device or "cpu")
+        self._warned = False
+
+    def create_optimizer(
+        self, model: ExitModel, base_lr: float, weight_decay: float = 0.1
+    ) -> torch.optim.Optimizer:
+        """AdamW over the parameters that learn; norms and other vectors are not decayed."""
+        self.config.check(model.num_layers)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.95))
+
+    def compute_loss(
+        self,
+        model: ExitModel,
+        x: Tensor,
+        y: Tensor,
+        active: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        first: int = 1,
+    ) -> Tensor:
+        """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
+
+        Args:
+            x, y: (B, T) integers; targets of -100 are not scored.
+            active: (B, T) tokens that run from layer `first` on and are scored; all by default.
+            state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
+        """
+        if x.shape != y.shape:
+            raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        self.config.check(model.num_layers)
+        x, y = x.to(self.device), y.to(self.device)
+        active = None if active is None else active.to(self.device)
+        if state is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and first == 1):
+                state = model.embed(x) if first == 1 else model.forward_to_layer(x, first - 1)
+        state = state.to(self.device)
+        scored = y != IGNORE if active is None else active & (y != IGNORE)
+        # Indexing copies every state; with nothing to leave out, a view does.
+        pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
+        exits = []
+        for layer in self.config.weights:
+            state = model.run(state, first, layer, active=active)
+            exits.append(model.exit_norm(pick(state), layer))
+            first = layer + 1
+        model.trained_exits |= set(self.config.weights)
+        return exit_loss(model.output_head.weight, pick(y), exits, list(self.config.weights.values()))
+
+    def train_epoch(
+        self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer
+    ) -> float:
+        """One pass over the batches; the mean loss over scored tokens."""
+        total, tokens = 0.0, 0
+        for loss, scored, _ in self._steps(model, train_batches, optimizer):
+            total, tokens = total + loss * scored, tokens + scored
+        return total / max(1, tokens)
+
+    def scores(self, model: ExitModel, batches: Batches) -> Scores:
+        """Per-token scores under this configuration's policy; routing really runs."""
+        policy = self.config.policy
+        untrained = set(policy.exits) - set(self.config.weights) - model.trained_exits
+        if untrained and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"routing at exit {sorted(untrained)}, which no loss has trained: give its layer a loss weight",
+                stacklevel=3,
+            )
+        return score(model.to(self.device), re_iterable(batches), policy, device=self.device)
+
+    def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
+        """ppl, acc, loss, shallow_ratio, compute_cost, exit_shares, flops_per_token, seconds and tokens."""
+        return self.scores(model, val_batches).figures()
+
+    def train_with_early_stopping(
+        self,
+        model: ExitModel,
+        train_batches: Batches,
+        val_batches: Batches,
+        optimizer: torch.optim.Optimizer,
+        max_epochs: int = 100,
+        patience: int = 1,
+        verbose: bool = True,
+    ) -> dict[str, Any]:
+        """Trains until `patience` epochs bring no better validation loss; the best weights are restored.
+
+        Returns:
+            train_losses, val_losses, val_accs (one per epoch), best_epoch (from 1), total_epochs, stopped_early.
+        """
+        history = self.fit(
+            model,
+            Phase("training", self.config, train_batches, val_batches, max_epochs=max_epochs, patience=patience),
+            optimizer,
+            PrintWatch() if verbose else Watch(),
+        )
+        return {
+            "train_losses": history.column("train_loss"),
+            "val_losses": history.column("val_loss"),
+            "val_accs": history.column("val_acc"),
+            "best_epoch": history.best_epoch,
+            "total_epochs": len(history.rows),
+            "stopped_early": history.stopped_early,
+        }
+
+    def run(self, model: ExitModel, phase: Phase, watch: Watch | None = None) -> History:
+        """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again."""
+        model.freeze_below(phase.first, head=phase.freeze_head)
+        try:
+            optimizer = self.create_optimizer(model.to(self.device), phase.lr, phase.weight_decay)
+            return self.fit(model, phase, optimizer, watch or Watch())
+        finally:
+            model.freeze_below(1)
+
+    def fit(self, model: ExitModel, phase: Phase, optimizer: torch.optim.Optimizer, watch: Watch) -> History:
+        """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights."""
+        train, val = re_iterable(phase.train), re_iterable(phase.val)
+        history = History(flops=dict(phase.spent))
+        base_lrs = [group["lr"] for group in optimizer.param_groups]
+        best_loss, best, start = math.inf, None, time.perf_counter()
+        total_steps = phase.max_epochs * max(1, len(train))
+
+        def progress() -> float:
+            by_flops = sum(history.flops.values()) / phase.max_flops if phase.max_flops else 0.0
+            return min(1.0, max(history.steps / total_steps, by_flops))
+
+        def set_lr() -> None:
+            for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = lr * lr_factor(phase, progress())
+
+        try:
+            set_lr()
+            for epoch in range(1, phase.max_epochs + 1):
+                total, tokens = 0.0, 0
+                for loss, scored, flops in self._steps(model, train, optimizer, phase.first):
+                    total, tokens = total + loss * scored, tokens + scored
+                    for kind, count in flops.items():
+                        history.flops[kind] = history.flops.get(kind, 0.0) + count
+                    history.steps += 1
+                    set_lr()
+                    watch.step(progress(), loss)
+                    if progress() >= 1:
+                        break
+                scores = self.scores(model, val)
+                history.flops["validation"] = history.flops.get("validation", 0.0) + scores.flops
+                figures = scores.figures()
+                history.seconds = time.perf_counter() - start
+                history.rows.append(
+                    {
+                        "epoch": epoch,
+                        "step": history.steps,
+                        "train_loss": total / max(1, tokens),
+                        "val_loss": figures["loss"],
+                        "val_ppl": figures["ppl"],
+                        "val_acc": figures["acc"],
+                        "flops": sum(history.flops.values()),
+                        "seconds": history.seconds,
+                        "lr": optimizer.param_groups[0]["lr"],
+                    }
+                )
+                watch.epoch(history.rows[-1])
+                if not math.isfinite(figures["loss"]):
+                    raise EaseError(f"the validation loss is {figures['loss']}: {LOWER_LR}")
+                if figures["loss"] < best_loss:
+                    best_loss, history.best_epoch = figures["loss"], epoch
+                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                elif phase.patience is not None and epoch - history.best_epoch >= phase.patience:
+                    history.stopped_early = True
+                    break
+                if progress() >= 1:
+                    break
+        finally:
+            # Also on the way out of an error or an interrupt: the last good weights are what is kept.
+            if best is not None:
+                model.load_state_dict(best)
+        return history
+
+    def _steps(
+        self, model: ExitModel, batches: Batches, optimizer: torch.optim.Optimizer, first: int = 1
+    ) -> Iterator[tuple[float, int, dict[str, float]]]:
+        """Takes one optimizer step per batch; yields its loss, its scored tokens and its FLOPs by kind."""
+        model.to(self.device)
+        train_mode(model)
+        for item in re_iterable(batches):
+            batch = Batch(*item)
+            scored = int(((batch.y != IGNORE) if batch.active is None else (batch.y != IGNORE) & batch.active).sum())
+            if not scored:
+                continue
+            loss = self.compute_loss(model, *batch[:3], state=batch.state, first=first)
+            if not bool(loss.isfinite()):
+                raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            learning = [p for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
+            if not bool(norm.isfinite()):
+                raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
+            optimizer.step()
+            yield loss.item(), scored, self.step_flops(model, batch, scored, first)
+
+    def step_flops(self, model: ExitModel, batch: Batch, scored: int, first: int = 1) -> dict[str, float]:
+        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once."""
+        everyone = torch.ones_like(batch.x, dtype=torch.bool)
+        active = everyone if batch.active is None else batch.active
+        deepest = max(self.config.weights)
+        heads = len(self.config.weights) * head_flops(model.config, scored)
+        # A frozen head hands a gradient through but needs none of its own.
+        head_factor = 3 if model.output_head.weight.requires_grad else 2
+        trunk = run_flops(model.config, first - 1, everyone) if batch.state is None else batch.flops
+        return {"training": 3 * run_flops(model.config, deepest - first + 1, active) + head_factor * heads, "trunk": trunk}
+
+
+LOWER_LR = "training stopped and the last good weights are kept; lower the learning rate"
+
+
+def lr_factor(phase: Phase, progress: float) -> float:
+    """What the learning rate is multiplied by at `progress` in [0, 1] of a phase."""
+    if progress < phase.warmup:
+        return max(progress / phase.warmup, 1e-2)
+    if phase.schedule == "constant":
+        return 1.0
+    done = (progress - phase.warmup) / (1 - phase.warmup)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def re_iterable(batches: Any) -> Any:
+    """Hands batches through; refuses an iterator, which would be empty in the second epoch."""
+    if iter(batches) is batches:
+        raise EaseError("batches are a one-shot iterator: pass a list, or an object whose __iter__ starts anew")
+    return batches
+
+
+def train(
+    model: ExitModel,
+    strategy: Strategy,
+    data: Data,
+    *,
+    device: str | torch.device | None = None,
+    watch: Callable[[Phase], Watch] | None = None,
+) -> Iterator[tuple[Phase, History]]:
+    """Runs a strategy's phases one by one; yields each with its history when it is done."""
+    while (phase := strategy.next_phase(model, data)) is not None:
+        trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
+        yield phase, trainer.run(model, phase, watch(phase) if watch else None)
