@@ -51,8 +51,8 @@ def with_line(summary: dict[str, Any], name: str, **changes: Any) -> dict[str, A
         (
             {"ppl": 60.0},
             "mixed",
-            "Mixed: compared with phase 1 continued, at equal training FLOPs, phase 2 is better on hard tokens "
-            "but worse overall.",
+            "Mixed: compared with phase 1 continued, at equal training FLOPs, phase 2 is better on hard "
+            "tokens but worse overall.",
         ),
         (
             {"ppl": 42.1, "hard_ppl": 150.9},
@@ -81,8 +81,8 @@ def test_verdict_says_plainly_what_the_figures_say(changes: dict[str, Any], tone
 def test_verdict_shows_its_figures_the_price_and_a_better_baseline() -> None:
     assert verdict(synthetic_summary()).detail == (
         "Perplexity 38.40 against 42.10 (8.8% lower) overall, 128.0 against 150.0 (14.7% lower) on hard "
-        "tokens, on held-out test tokens. Its tokens cost 1.48 times the FLOPs of those of phase 1 continued. "
-        "The lowest perplexity of all lines is that of standard: 37.20. "
+        "tokens, on held-out test tokens. Its tokens cost 1.48 times the FLOPs of those of phase 1 "
+        "continued. The lowest perplexity of all lines is that of standard: 37.20. "
         "One seed: differences under 1% count as even."
     )
 
@@ -183,9 +183,7 @@ def test_report_is_one_small_file_that_loads_nothing(tmp_path: Path) -> None:
 def test_report_embeds_text_as_data_only(tmp_path: Path) -> None:
     hostile = "</script><b>bold</b><script>alert(1)</script>"
     summary = synthetic_summary(name=hostile, note="<i>&amp; @@STYLE@@ @@SCRIPT@@")
-    run = run_folder(
-        tmp_path / "run", summary, synthetic_explorer([hostile, "<!--", "\u2028", "\ud800", "\x00"])
-    )
+    run = run_folder(tmp_path / "run", summary, synthetic_explorer([hostile, "<!--", "\u2028", "\ud800", "\x00"]))
     page = write_report([run], tmp_path / "report.html").read_text("utf-8")
     assert "</script><b>" not in page
     assert "<!--" not in page
@@ -196,12 +194,10 @@ def test_report_embeds_text_as_data_only(tmp_path: Path) -> None:
 
 
 def test_report_turns_figures_that_are_not_finite_into_gaps(tmp_path: Path) -> None:
-    run = run_folder(
-        tmp_path / "run", with_line(synthetic_summary(), "phase 2", ppl=float("inf"), acc=float("nan"))
-    )
-    figures = embedded(write_report([run], tmp_path / "report.html").read_text("utf-8"))["runs"][0][
-        "summary"
-    ]["lines"][2]["test"]
+    run = run_folder(tmp_path / "run", with_line(synthetic_summary(), "phase 2", ppl=float("inf"), acc=float("nan")))
+    figures = embedded(write_report([run], tmp_path / "report.html").read_text("utf-8"))["runs"][0]["summary"]["lines"][
+        2
+    ]["test"]
     assert figures["ppl"] is None
     assert figures["acc"] is None
 
@@ -320,9 +316,7 @@ def test_browser_draws_the_page(browser: Any, tmp_path: Path) -> None:
     assert "NaN" not in text
     # Keys choose what a chart and a table show, and walk a chart's points.
     browser.find_element("css selector", "#curves input[value=flops]").send_keys("\ue014")
-    settled(
-        browser, "document.querySelector('#curves .plot svg')?.textContent.includes('seconds of training')"
-    )
+    settled(browser, "document.querySelector('#curves .plot svg')?.textContent.includes('seconds of training')")
     browser.find_element("css selector", "#lines input[value=test]").send_keys("\ue014")
     assert "37.50" in browser.find_element("id", "lines").text
     browser.find_element("css selector", "#compute .plot svg").send_keys("\ue014")

@@ -3,7 +3,79 @@
 This file is the façade: the names that users import, and the only place that joins core and strategies.
 """
 
+from ease.ashem import ASHEMConfig
+from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
+from ease.evaluation import Scores, score
+from ease.exits import Policy, Routed, route
+from ease.mining import (
+    MinedBatches,
+    collect_hard_examples,
+    compute_confidence,
+    compute_confidence_threshold,
+)
+from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
+from ease.seam import ExitModel, Layout
+from ease.simple import DeepSupervisionConfig, StandardConfig
+from ease.staged import PhaseConfig, StagedConfig
+from ease.trainer import (
+    Batch,
+    Data,
+    Phase,
+    PhaseOptions,
+    StageConfig,
+    Strategy,
+    Trainer,
+    TrainingConfig,
+    create_deep_supervision_config,
+    create_standard_config,
+    train,
+)
 
 __version__ = "0.1.0"
-__all__ = ["EaseError", "__version__"]
+
+# Where strategies are listed: the name that a recipe and the command line use, and the configuration.
+STRATEGIES = {
+    "standard": StandardConfig,
+    "deep-supervision": DeepSupervisionConfig,
+    "ashem": ASHEMConfig,
+    "staged": StagedConfig,
+}
+
+__all__ = [
+    "STRATEGIES",
+    "ASHEMConfig",
+    "Batch",
+    "Corpus",
+    "Data",
+    "DeepSupervisionConfig",
+    "DeepSupervisionTransformer",
+    "EaseError",
+    "ExitModel",
+    "Layout",
+    "MinedBatches",
+    "ModelConfig",
+    "Phase",
+    "PhaseConfig",
+    "PhaseOptions",
+    "Policy",
+    "Routed",
+    "Scores",
+    "StageConfig",
+    "StagedConfig",
+    "StandardConfig",
+    "StandardTransformer",
+    "Strategy",
+    "TokenBatches",
+    "Trainer",
+    "TrainingConfig",
+    "collect_hard_examples",
+    "compute_confidence",
+    "compute_confidence_threshold",
+    "create_deep_supervision_config",
+    "create_standard_config",
+    "load_corpus",
+    "route",
+    "score",
+    "train",
+]

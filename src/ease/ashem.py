@@ -7,7 +7,7 @@ the same validation tokens: its figures are in-sample, and whoever shows them mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ease.errors import EaseError
@@ -75,33 +75,28 @@ class ASHEMConfig:
 
     def staged(self) -> StagedConfig:
         """The same plan in the words of N-stage training."""
-        shared = {
-            "schedule": self.schedule,
-            "warmup": self.warmup,
-            "weight_decay": self.weight_decay,
-            "grow_init": self.grow_init,
-            "supervise": self.supervise,
-        }
-        phases = (
-            PhaseConfig(
-                self.phase1_layers,
-                lr=self.phase1_lr,
-                patience=self.phase1_patience,
-                max_epochs=self.phase1_max_epochs,
-                max_flops=self.phase1_max_flops,
-                **shared,  # type: ignore[arg-type]
-            ),
-            PhaseConfig(
-                self.phase2_layers,
-                self.hard_example_ratio,
-                self.phase2_lr,
-                self.phase2_patience,
-                self.phase2_max_epochs,
-                self.phase2_max_flops,
-                **shared,  # type: ignore[arg-type]
-            ),
+        shallow = PhaseConfig(
+            layers=self.phase1_layers,
+            lr=self.phase1_lr,
+            patience=self.phase1_patience,
+            max_epochs=self.phase1_max_epochs,
+            max_flops=self.phase1_max_flops,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            supervise=self.supervise,
         )
-        return StagedConfig(phases, self.trunk_budget, self.seed)
+        deep = replace(
+            shallow,
+            layers=self.phase2_layers,
+            ratio=self.hard_example_ratio,
+            lr=self.phase2_lr,
+            patience=self.phase2_patience,
+            max_epochs=self.phase2_max_epochs,
+            max_flops=self.phase2_max_flops,
+            grow_init=self.grow_init,
+        )
+        return StagedConfig((shallow, deep), self.trunk_budget, self.seed)
 
     def strategy(self) -> Staged:
         return Staged(self.staged()) if self.protocol == "held-out" else SeedProtocol(self)
@@ -141,10 +136,9 @@ class SeedProtocol(Staged):
             ),
             batches,
             data.val,
+            plan,
             first=first,
             freeze_head=False,
-            lr=plan.lr,
-            weight_decay=plan.weight_decay,
-            max_epochs=plan.max_epochs,
-            patience=plan.patience,
+            # Its figures are those of its stopping point, not of its best epoch.
+            restore_best=False,
         )

@@ -132,9 +132,9 @@ def score(
             flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived)
             flops += head_flops(model.config, stop.confidence.numel())
             exits = torch.full_like(stop.confidence, stop.layer)
-            columns[stop.left] = torch.cat(
-                [stop.read, torch.stack([exits, stop.confidence], 1)], 1
-            )[stop.leaves].float()
+            columns[stop.left] = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)[
+                stop.leaves
+            ].float()
         processed += x.numel()
         parts.append(columns[y != IGNORE].cpu())
     seconds = time.perf_counter() - start

@@ -16,7 +16,6 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.seam import ExitModel, Layout
 
-
 HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
 
 

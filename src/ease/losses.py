@@ -33,9 +33,7 @@ class _ExitLosses(torch.autograd.Function):
     """Sum over exits of weight * loss, with the gradients worked out exit by exit in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, head: Tensor, targets: Tensor, weights: Sequence[float], *exits: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, head: Tensor, targets: Tensor, weights: Sequence[float], *exits: Tensor) -> Tensor:
         head_grad = torch.zeros_like(head) if ctx.needs_input_grad[0] else None
         total, grads = head.new_zeros(()), []
         for states, weight in zip(exits, weights, strict=True):

@@ -31,6 +31,9 @@ EVEN = 0.01
 # Training FLOPs closer than this (relative) are called equal: a budget ends on a whole step.
 EQUAL_FLOPS = 0.02
 
+# The page's script, in the order its parts build on each other.
+SCRIPTS = ("ui.js", "charts.js", "sections.js", "explorer.js", "page.js")
+
 SPLITS = {"test": "held-out test tokens", "val": "validation tokens (choices were made on them)"}
 
 
@@ -70,26 +73,19 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     continued = [line for line in lines if line["name"].lower().endswith("continued")]
     line = (later or lines)[-1]
     # Of several that were trained on, the one closest in training FLOPs is the fair opponent.
-    apart = {each["name"]: _relative(each, line, None, "train_flops") for each in continued}
-    against = min(continued, key=lambda each: abs(apart[each["name"]] or 0.0), default=None)
+    against = min(continued, key=lambda each: _apart(each, line), default=None)
     if not later or against is None:
         split = next((s for s in SPLITS if _number(line, s, "ppl") is not None), None)
         figures = (
-            f"{_capital(line['name'])} reaches {_all_figures(line, split)}."
-            if split
-            else "No figures were recorded."
+            f"{_capital(line['name'])} reaches {_all_figures(line, split)}." if split else "No figures were recorded."
         )
         lacks = "line that continues phase 1 on the same training FLOPs" if later else "later phase to judge"
-        return Verdict(
-            "none", figures, f"No verdict on phases: this run has no {lacks}.", line["name"], None, split
-        )
+        return Verdict("none", figures, f"No verdict on phases: this run has no {lacks}.", line["name"], None, split)
 
     pair = f"{line['name']} against {against['name']}"
     split = next((s for s in SPLITS if all(_number(each, s, "ppl") for each in (line, against))), None)
     if split is None:
-        return Verdict(
-            "none", f"No verdict: no perplexity was recorded for {pair}.", "", line["name"], None, None
-        )
+        return Verdict("none", f"No verdict: no perplexity was recorded for {pair}.", "", line["name"], None, None)
 
     overall, hard = (_relative(line, against, split, key) for key in ("ppl", "hard_ppl"))
     flops = _relative(line, against, None, "train_flops")
@@ -103,16 +99,12 @@ def verdict(summary: dict[str, Any]) -> Verdict:
         detail.append(f"Its tokens cost {1 + cost:.2f} times the FLOPs of those of {against['name']}.")
     best = min(lines, key=lambda each: _number(each, split, "ppl") or math.inf)
     if best is not line and best is not against:
-        detail.append(
-            f"The lowest perplexity of all lines is that of {best['name']}: {_ppl(best[split]['ppl'])}."
-        )
+        detail.append(f"The lowest perplexity of all lines is that of {best['name']}: {_ppl(best[split]['ppl'])}.")
     detail.append("One seed: differences under 1% count as even.")
     return Verdict(tone, _capital(sentence), " ".join(detail), line["name"], against["name"], split)
 
 
-def _judge(
-    line: str, against: str, overall: float | None, hard: float | None, flops: float | None
-) -> tuple[str, str]:
+def _judge(line: str, against: str, overall: float | None, hard: float | None, flops: float | None) -> tuple[str, str]:
     """The tone and the sentence; arguments are relative differences, negative where `line` is lower."""
     assert overall is not None
     if flops is None:
@@ -127,9 +119,7 @@ def _judge(
     if set(marks.values()) == {"even"}:
         return "even", f"{line} and {against} are even {where}, {equal}."
     # The better one first: "better on hard tokens but worse overall".
-    parts = sorted(
-        (f"{mark} {place}" for place, mark in marks.items()), key=lambda part: part[:6] != "better"
-    )
+    parts = sorted((f"{mark} {place}" for place, mark in marks.items()), key=lambda part: part[:6] != "better")
     if "better" in marks.values():
         return "mixed", f"Mixed: compared with {against}, {equal}, {line} is {' but '.join(parts)}."
     return "worse", f"{line} does not beat {against}: {equal} it is {' and '.join(parts)}."
@@ -156,6 +146,11 @@ def _relative(line: dict[str, Any], against: dict[str, Any], split: str | None, 
     path = (split, key) if split else (key,)
     ours, theirs = _number(line, *path), _number(against, *path)
     return ours / theirs - 1 if ours is not None and theirs else None
+
+
+def _apart(line: dict[str, Any], other: dict[str, Any]) -> float:
+    relative = _relative(line, other, None, "train_flops")
+    return math.inf if relative is None else abs(relative)
 
 
 def _capital(sentence: str) -> str:
@@ -260,21 +255,14 @@ def write_report(runs: list[Path], out: Path) -> Path:
         "DATA": _embedded({"title": str(title), "runs": loaded}),
         "SCRIPT": "\n".join(read[name] for name in SCRIPTS),
     }
-    page = re.sub(
-        "|".join(f"@@{name}@@" for name in parts), lambda hit: parts[hit[0].strip("@")], read["page.html"]
-    )
+    page = re.sub("|".join(f"@@{name}@@" for name in parts), lambda hit: parts[hit[0].strip("@")], read["page.html"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate in a name is the one thing UTF-8 cannot hold.
         out.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
-        raise EaseError(
-            f"The report cannot be written to {out} ({error.strerror}): name another file."
-        ) from error
+        raise EaseError(f"The report cannot be written to {out} ({error.strerror}): name another file.") from error
     return out
-
-
-SCRIPTS = ("ui.js", "charts.js", "sections.js")
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class ExitModel(nn.Module, ABC):
 
     def check_ids(self, ids: Tensor, vocab_size: int) -> None:
         """Refuses token ids that the model has no embedding for."""
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
             raise EaseError(
                 f"token ids must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}: "
                 "use the tokenizer that the model was made with, or a larger vocab_size"
@@ -138,5 +138,3 @@ def train_mode(model: nn.Module) -> None:
     """Training mode where something learns, evaluation mode (no dropout) in what is frozen."""
     for module in model.modules():
         module.training = learnable(module)
-
-

@@ -16,35 +16,25 @@ from ease.exits import Policy
 from ease.mining import MinedBatches, check_ratio
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
-from ease.trainer import Data, Phase, TrainingConfig
+from ease.trainer import Data, Phase, PhaseOptions, TrainingConfig
 
 
-@dataclass(frozen=True)
-class PhaseConfig:
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig(PhaseOptions):
     """One phase of N-stage training."""
 
     layers: int
     """Depth of the model in this phase."""
     ratio: float = 1.0
-    """Hard tokens as a share of all training tokens; the first phase takes all (1.0)."""
-    lr: float = 1e-3
-    """Learning rate of AdamW."""
-    patience: int | None = 3
-    """Epochs without a better validation loss before the phase ends; None: never for that reason."""
-    max_epochs: int = 100
-    """At most that many epochs."""
-    max_flops: float | None = None
-    """At most that many training FLOPs, validation and mining included."""
-    weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate, over the phase's budget."""
-    warmup: float = 0.0
-    """Share of the phase in which the learning rate rises."""
+    """Hard tokens as a share of all training tokens; the first phase takes all."""
     supervise: Literal["last", "every"] = "last"
     """The loss at the last layer of the phase's brick, or at every layer of it (staged deep supervision)."""
     grow_init: Literal["identity", "copy"] = "identity"
     """How new layers start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -52,9 +42,9 @@ class StagedConfig:
     """Two or more phases of growing depth."""
 
     phases: tuple[PhaseConfig, ...] = (
-        PhaseConfig(2),
-        PhaseConfig(4, ratio=0.5, lr=3e-4),
-        PhaseConfig(6, ratio=0.2, lr=3e-4),
+        PhaseConfig(layers=2),
+        PhaseConfig(layers=4, ratio=0.5, lr=3e-4),
+        PhaseConfig(layers=6, ratio=0.2, lr=3e-4),
     )
     """From shallow to deep."""
     trunk_budget: float = 2e9
@@ -68,10 +58,12 @@ class StagedConfig:
         for number, (below, phase) in enumerate(zip(self.phases, self.phases[1:], strict=False), 1):
             if phase.layers <= below.layers:
                 raise EaseError(
-                    f"phase {number + 1} must be deeper than phase {number}: got {phase.layers} layers after {below.layers}"
+                    f"phase {number + 1} must be deeper than phase {number}: "
+                    f"got {phase.layers} layers after {below.layers}"
                 )
-        for phase in self.phases:
-            check_ratio(phase.ratio)
+
+    def strategy(self) -> Staged:
+        return Staged(self)
 
     @property
     def num_layers(self) -> int:
@@ -90,6 +82,7 @@ class Staged:
     mined: list[dict[str, Any]] = field(default_factory=list)
 
     def policy(self) -> Policy:
+        """The exits mined so far, with the thresholds found."""
         return Policy.of(self.exits, self.thresholds)
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
@@ -126,13 +119,7 @@ class Staged:
             config,
             batches,
             data.val,
+            plan,
             first=first,
-            lr=plan.lr,
-            weight_decay=plan.weight_decay,
-            schedule=plan.schedule,
-            warmup=plan.warmup,
-            max_epochs=plan.max_epochs,
-            patience=plan.patience,
-            max_flops=plan.max_flops,
             spent=spent,
         )

@@ -147,6 +147,43 @@ class Data(NamedTuple):
     val: Batches
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhaseOptions:
+    """How a phase learns, and the rule that ends it, whichever limit comes first."""
+
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate over the phase: as it is, or falling to a twentieth."""
+    warmup: float = 0.0
+    """Share of the phase in which the learning rate rises from nothing."""
+    weight_decay: float = 0.1
+    """Of AdamW, on matrices only."""
+    patience: int | None = 3
+    """Epochs without a better (routed) validation loss before the phase ends; None: never for that reason."""
+    max_epochs: int = 100
+    """At most that many epochs."""
+    max_flops: float | None = None
+    """At most that many FLOPs, validation and mining included."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise EaseError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
+        if self.max_epochs < 1 or (self.patience is not None and self.patience < 1):
+            raise EaseError(f"max_epochs ({self.max_epochs}) and patience ({self.patience}) must be at least 1")
+
+    def lr_factor(self, progress: float) -> float:
+        """What the learning rate is multiplied by at `progress` in [0, 1]."""
+        if progress < self.warmup:
+            return max(progress / self.warmup, 1e-2)
+        if self.schedule == "constant":
+            return 1.0
+        done = (progress - self.warmup) / (1 - self.warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
 @dataclass(frozen=True)
 class Phase:
     """One training round of a strategy: which layers learn, from which tokens, until when.
@@ -154,11 +191,10 @@ class Phase:
     Args:
         config: where the loss is, and the routing under which validation runs.
         train, val: re-iterable batches.
+        options: how it learns, and when it ends.
         first: the first layer that runs and learns; everything below is the frozen trunk.
         freeze_head: whether a phase with a trunk freezes the shared head too, so that no exit moves.
-        lr, weight_decay, schedule, warmup: AdamW's settings; `warmup` is a share of the phase.
-        max_epochs, patience, max_flops: the rule that ends it, whichever comes first; `patience` counts epochs
-            without improvement of the (routed) validation loss, None never stops for that.
+        restore_best: whether the weights of the best epoch are restored at the end.
         spent: FLOPs of what was done to prepare the phase, by kind.
     """
 
@@ -166,15 +202,10 @@ class Phase:
     config: TrainingConfig
     train: Batches
     val: Batches
+    options: PhaseOptions = field(default_factory=PhaseOptions)
     first: int = 1
     freeze_head: bool = True
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: float = 0.0
-    max_epochs: int = 100
-    patience: int | None = 1
-    max_flops: float | None = None
+    restore_best: bool = True
     spent: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -237,9 +268,7 @@ class Trainer:
         self.device = torch.device(device or "cpu")
         self._warned = False
 
-    def create_optimizer(
-        self, model: ExitModel, base_lr: float, weight_decay: float = 0.1
-    ) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
         """AdamW over the parameters that learn; norms and other vectors are not decayed."""
         self.config.check(model.num_layers)
         learning = [p for p in model.parameters() if p.requires_grad]
@@ -275,7 +304,7 @@ class Trainer:
             with torch.set_grad_enabled(torch.is_grad_enabled() and first == 1):
                 state = model.embed(x) if first == 1 else model.forward_to_layer(x, first - 1)
         state = state.to(self.device)
-        scored = y != IGNORE if active is None else active & (y != IGNORE)
+        scored = scored_tokens(y, active)
         # Indexing copies every state; with nothing to leave out, a view does.
         pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
         exits = []
@@ -286,9 +315,7 @@ class Trainer:
         model.trained_exits |= set(self.config.weights)
         return exit_loss(model.output_head.weight, pick(y), exits, list(self.config.weights.values()))
 
-    def train_epoch(
-        self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer
-    ) -> float:
+    def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
         total, tokens = 0.0, 0
         for loss, scored, _ in self._steps(model, train_batches, optimizer):
@@ -328,7 +355,13 @@ class Trainer:
         """
         history = self.fit(
             model,
-            Phase("training", self.config, train_batches, val_batches, max_epochs=max_epochs, patience=patience),
+            Phase(
+                "training",
+                self.config,
+                train_batches,
+                val_batches,
+                PhaseOptions(max_epochs=max_epochs, patience=patience),
+            ),
             optimizer,
             PrintWatch() if verbose else Watch(),
         )
@@ -345,30 +378,30 @@ class Trainer:
         """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again."""
         model.freeze_below(phase.first, head=phase.freeze_head)
         try:
-            optimizer = self.create_optimizer(model.to(self.device), phase.lr, phase.weight_decay)
+            optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
             return self.fit(model, phase, optimizer, watch or Watch())
         finally:
             model.freeze_below(1)
 
     def fit(self, model: ExitModel, phase: Phase, optimizer: torch.optim.Optimizer, watch: Watch) -> History:
         """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights."""
-        train, val = re_iterable(phase.train), re_iterable(phase.val)
+        train, val, options = re_iterable(phase.train), re_iterable(phase.val), phase.options
         history = History(flops=dict(phase.spent))
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         best_loss, best, start = math.inf, None, time.perf_counter()
-        total_steps = phase.max_epochs * max(1, len(train))
+        total_steps = options.max_epochs * max(1, len(train))
 
         def progress() -> float:
-            by_flops = sum(history.flops.values()) / phase.max_flops if phase.max_flops else 0.0
+            by_flops = sum(history.flops.values()) / options.max_flops if options.max_flops else 0.0
             return min(1.0, max(history.steps / total_steps, by_flops))
 
         def set_lr() -> None:
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = lr * lr_factor(phase, progress())
+                group["lr"] = lr * options.lr_factor(progress())
 
         try:
             set_lr()
-            for epoch in range(1, phase.max_epochs + 1):
+            for epoch in range(1, options.max_epochs + 1):
                 total, tokens = 0.0, 0
                 for loss, scored, flops in self._steps(model, train, optimizer, phase.first):
                     total, tokens = total + loss * scored, tokens + scored
@@ -402,14 +435,14 @@ class Trainer:
                 if figures["loss"] < best_loss:
                     best_loss, history.best_epoch = figures["loss"], epoch
                     best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-                elif phase.patience is not None and epoch - history.best_epoch >= phase.patience:
+                elif options.patience is not None and epoch - history.best_epoch >= options.patience:
                     history.stopped_early = True
                     break
                 if progress() >= 1:
                     break
         finally:
             # Also on the way out of an error or an interrupt: the last good weights are what is kept.
-            if best is not None:
+            if best is not None and phase.restore_best:
                 model.load_state_dict(best)
         return history
 
@@ -421,7 +454,7 @@ class Trainer:
         train_mode(model)
         for item in re_iterable(batches):
             batch = Batch(*item)
-            scored = int(((batch.y != IGNORE) if batch.active is None else (batch.y != IGNORE) & batch.active).sum())
+            scored = int(scored_tokens(batch.y, batch.active).sum())
             if not scored:
                 continue
             loss = self.compute_loss(model, *batch[:3], state=batch.state, first=first)
@@ -445,20 +478,17 @@ class Trainer:
         # A frozen head hands a gradient through but needs none of its own.
         head_factor = 3 if model.output_head.weight.requires_grad else 2
         trunk = run_flops(model.config, first - 1, everyone) if batch.state is None else batch.flops
-        return {"training": 3 * run_flops(model.config, deepest - first + 1, active) + head_factor * heads, "trunk": trunk}
+        training = 3 * run_flops(model.config, deepest - first + 1, active) + head_factor * heads
+        return {"training": training, "trunk": trunk}
 
 
 LOWER_LR = "training stopped and the last good weights are kept; lower the learning rate"
 
 
-def lr_factor(phase: Phase, progress: float) -> float:
-    """What the learning rate is multiplied by at `progress` in [0, 1] of a phase."""
-    if progress < phase.warmup:
-        return max(progress / phase.warmup, 1e-2)
-    if phase.schedule == "constant":
-        return 1.0
-    done = (progress - phase.warmup) / (1 - phase.warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+def scored_tokens(y: Tensor, active: Tensor | None = None) -> Tensor:
+    """(B, T) true for tokens that count: those with a target and, where `active` is given, still running."""
+    scored = y != IGNORE
+    return scored if active is None else scored & active
 
 
 def re_iterable(batches: Any) -> Any:

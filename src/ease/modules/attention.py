@@ -34,9 +34,7 @@ class Plan:
     width: int = 0
 
     @classmethod
-    def make(
-        cls, state: Tensor, head_dim: int, theta: float, layout: Layout | None, active: Tensor | None
-    ) -> Plan:
+    def make(cls, state: Tensor, head_dim: int, theta: float, layout: Layout | None, active: Tensor | None) -> Plan:
         B, T, _ = state.shape
         if layout is not None and not bool(layout.real.all()):
             active = layout.real if active is None else active & layout.real
@@ -115,7 +113,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return split.transpose(1, 2)
 
     def forward(self, h: Tensor, plan: Plan) -> Tensor:
         q = rotate(self.heads(plan.pad(self.q_proj(plan.gather(h)))), plan.query_rope)

@@ -1,10 +1,12 @@
-// One kind of chart: points in a plane, joined by a line where asked. It is drawn at the width it has, so its
-// text keeps its size on every screen. Pointer and arrow keys walk the points; a table below holds the numbers.
+// One kind of chart: points in a plane, joined by a line where asked. It is drawn at the width it has, so
+// its text keeps its size on every screen. Pointer and arrow keys walk the points; a table below holds the
+// numbers.
 //
-//   chart({label, x: {label, format, from?, to?}, y: {...}, series: [{name, colour, mark, join, dash, points}],
-//          rules: [{x, label}], bars: [{from, to, share}], square, diagonal})
+//   chart({label, note, x: {label, format, from?, to?}, y: {...}, square?, diagonal?,
+//          series: [{name, colour, mark, size?, hollow?, join?, dash?, points: [{x, y, tip?, label?}]}],
+//          rules: [{x, label}], bars: [{from, to, share}]})
 //
-// A point is {x, y, tip?, label?}: `tip` are further lines of its tooltip, `label` is written beside it.
+// `tip` is a further line of a point's tooltip, `label` is written beside it, `colour` is a class.
 
 const MARKS = {
   circle: (r) => `M${-r},0a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`,
@@ -13,116 +15,206 @@ const MARKS = {
   diamond: (r) => `M0,${-1.4 * r}L${1.4 * r},0L0,${1.4 * r}L${-1.4 * r},0z`,
 };
 const MARK_NAMES = Object.keys(MARKS);
+const markName = (i) => MARK_NAMES[i % MARK_NAMES.length];
+
+// A line's sign, as its points are drawn; `join` adds a piece of its line.
+function sign(series, join) {
+  const half = join ? 13 : 7;
+  return s(
+    "svg",
+    { width: 2 * half, height: 12, viewBox: `${-half} -6 ${2 * half} 12`, "aria-hidden": "true" },
+    s(
+      `g.${series.colour}`,
+      join && s("path.line", { d: "M-12,0H12", "stroke-dasharray": series.dash }),
+      s(series.hollow ? "path.mark.hollow" : "path.mark", { d: MARKS[series.mark](4.2) }),
+    ),
+  );
+}
 
 function ticksBetween(from, to, about) {
-  const rough = (to - from) / about, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (to - from) / about;
+  const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= rough) * power;
   const ticks = [];
-  for (let t = Math.ceil(from / step - 1e-9) * step; t <= to + step * 1e-6; t += step) ticks.push(Math.abs(t) < step / 1e6 ? 0 : t);
+  for (let i = Math.ceil(from / step - 1e-9); i * step <= to + step * 1e-6; i++) ticks.push(i * step);
   return ticks;
 }
 
 function extent(axis, values) {
-  let from = axis.from ?? Math.min(...values), to = axis.to ?? Math.max(...values);
+  let from = axis.from ?? Math.min(...values);
+  let to = axis.to ?? Math.max(...values);
   if (from === to) [from, to] = [from - Math.abs(from || 1) * 0.1, to + Math.abs(to || 1) * 0.1];
   const room = (to - from) * 0.06;
   return [axis.from ?? from - room, axis.to ?? to + room];
 }
 
-function swatch(series) {
-  return s("svg", { width: 26, height: 12, viewBox: "-13 -6 26 12", class: series.colour, "aria-hidden": "true" },
-    series.join !== false && s("path", { class: "line", d: "M-12,0H12", "stroke-dasharray": series.dash }),
-    series.mark && s("path", { class: series.hollow ? "mark hollow" : "mark", d: MARKS[series.mark](4) }));
-}
-
 function chart(spec) {
-  const series = spec.series.map((each) => ({ ...each, points: each.points.filter((p) => isNumber(p.x) && isNumber(p.y)) }))
-    .filter((each) => each.points.length > 0);
+  const usable = ({ points }) => points.filter((point) => isNumber(point.x) && isNumber(point.y));
+  const series = spec.series
+    .map((each) => ({ ...each, points: usable(each) }))
+    .filter(({ points }) => points.length > 0);
   const points = series.flatMap((each) => each.points.map((point) => ({ ...point, series: each })));
-  if (points.length === 0) return h("p", { class: "empty" }, "There are no points to draw.");
+  if (points.length === 0) return empty("There are no points to draw.");
 
-  const box = h("div", { class: "plot" });
-  const legend = series.length > 1 && h("ul", { class: "legend" }, series.map((each) => h("li", {}, swatch(each), each.name)));
-  const numbers = h("details", { class: "numbers" }, h("summary", {}, "The numbers"),
-    table(spec.label, ["series", spec.x.label, spec.y.label, "note"],
-      points.map((p) => [p.series.name, spec.x.format(p.x), spec.y.format(p.y), [p.tip ?? []].flat().join(" · ")])));
-
+  const plot = h("div.plot");
+  const legend = series.map((each) => h("li", sign(each, each.join !== false), each.name));
+  const numbers = points.map((p) => [p.series.name, spec.x.format(p.x), spec.y.format(p.y), p.tip ?? ""]);
   let drawn = 0;
   new ResizeObserver(([entry]) => {
     const width = Math.floor(entry.contentRect.width);
-    if (width > 0 && width !== drawn) requestAnimationFrame(() => { drawn = width; box.replaceChildren(draw(width)); });
-  }).observe(box);
-  return h("figure", { class: spec.square ? "chart square" : "chart" }, legend, box, spec.note && h("figcaption", {}, spec.note), numbers);
+    if (width === 0 || width === drawn) return;
+    drawn = width;
+    requestAnimationFrame(() => plot.replaceChildren(draw(spec, series, points, width)));
+  }).observe(plot);
+  return h(
+    spec.square ? "figure.chart.square" : "figure.chart",
+    series.length > 1 && h("ul.legend", legend),
+    plot,
+    spec.note && h("figcaption", spec.note),
+    h(
+      "details.numbers",
+      h("summary", "The numbers"),
+      table(spec.label, ["series", spec.x.label, spec.y.label, ""], numbers),
+    ),
+  );
+}
 
-  function draw(width) {
-    const height = spec.square ? Math.min(width, 300) : Math.round(Math.min(380, Math.max(260, width * 0.46)));
-    const room = { left: 52, right: 18, top: 28, bottom: 44 };
-    const [x0, x1] = extent(spec.x, points.map((p) => p.x)), [y0, y1] = extent(spec.y, points.map((p) => p.y));
-    const right = width - room.right, bottom = height - room.bottom;
-    const px = (x) => room.left + ((x - x0) / (x1 - x0)) * (right - room.left);
-    const py = (y) => bottom - ((y - y0) / (y1 - y0)) * (bottom - room.top);
+function draw(spec, series, points, width) {
+  const height = spec.square ? Math.min(width, 300) : Math.round(Math.min(380, Math.max(260, width * 0.46)));
+  const [left, right, top, bottom] = [52, width - 18, 28, height - 44];
+  const [x0, x1] = extent(
+    spec.x,
+    points.map((p) => p.x),
+  );
+  const [y0, y1] = extent(
+    spec.y,
+    points.map((p) => p.y),
+  );
+  const px = (x) => left + ((x - x0) / (x1 - x0)) * (right - left);
+  const py = (y) => bottom - ((y - y0) / (y1 - y0)) * (bottom - top);
+  const place = (p) => `${px(p.x).toFixed(1)},${py(p.y).toFixed(1)}`;
 
-    const grid = [
-      ticksBetween(y0, y1, 5).map((t) => [s("path", { class: "grid", d: `M${room.left},${py(t)}H${right}` }),
-        s("text", { x: room.left - 8, y: py(t) + 4, "text-anchor": "end" }, spec.y.format(t))]),
-      ticksBetween(x0, x1, Math.max(3, Math.floor(width / 110))).map((t) => [s("path", { class: "tick", d: `M${px(t)},${bottom}v5` }),
-        s("text", { x: px(t), y: bottom + 19, "text-anchor": "middle" }, spec.x.format(t))]),
-      s("path", { class: "axis", d: `M${room.left},${bottom}H${right}` }),
-      s("text", { class: "name", x: 2, y: 13 }, spec.y.label),
-      s("text", { class: "name", x: right, y: height - 6, "text-anchor": "end" }, spec.x.label),
-      spec.diagonal && s("path", { class: "rule", d: `M${px(x0)},${py(x0)}L${px(x1)},${py(x1)}` }),
-      (spec.bars ?? []).map((bar) => s("rect", { class: `bar ${spec.series[0].colour}`, x: px(bar.from) + 1,
-        width: Math.max(1, px(bar.to) - px(bar.from) - 2), y: bottom - bar.share * (bottom - room.top), height: bar.share * (bottom - room.top) })),
-      (spec.rules ?? []).filter((rule) => rule.x > x0 && rule.x < x1).map((rule) => [
-        s("path", { class: "rule", d: `M${px(rule.x)},${room.top}V${bottom}` }),
-        s("text", { class: "rulename", x: px(rule.x) + 5, y: room.top + 10 }, rule.label)]),
-    ];
-    const shapes = series.map((each) => s("g", { class: each.colour },
-      each.join !== false && each.points.length > 1 && s("path", { class: "line", "stroke-dasharray": each.dash,
-        d: "M" + each.points.map((p) => `${px(p.x).toFixed(1)},${py(p.y).toFixed(1)}`).join("L") }),
-      each.mark && each.points.length <= 60 && each.points.map((p) => s("path", { class: each.hollow ? "mark hollow" : "mark",
-        d: MARKS[each.mark](each.size ?? 4), transform: `translate(${px(p.x).toFixed(1)},${py(p.y).toFixed(1)})` }))));
-    const ring = s("circle", { class: "ring", r: 9, visibility: "hidden" });
-    const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", tabindex: 0,
-      "aria-label": `${spec.label}. Arrow keys walk the points.` }, grid, shapes, labels(), ring);
+  const frame = [
+    ticksBetween(y0, y1, 5).map((t) => [
+      s("path.grid", { d: `M${left},${py(t)}H${right}` }),
+      s("text", { x: left - 8, y: py(t) + 4, "text-anchor": "end" }, spec.y.format(t)),
+    ]),
+    ticksBetween(x0, x1, Math.max(3, Math.floor(width / 110))).map((t) => [
+      s("path.axis", { d: `M${px(t)},${bottom}v5` }),
+      s("text", { x: px(t), y: bottom + 19, "text-anchor": "middle" }, spec.x.format(t)),
+    ]),
+    s("path.axis", { d: `M${left},${bottom}H${right}` }),
+    s("text.name", { x: 2, y: 13 }, spec.y.label),
+    s("text.name", { x: right, y: height - 6, "text-anchor": "end" }, spec.x.label),
+    (spec.bars ?? []).map(({ from, to, share }) =>
+      s(`rect.bar.${series[0].colour}`, {
+        x: px(from) + 1,
+        width: Math.max(1, px(to) - px(from) - 2),
+        y: bottom - share * (bottom - top),
+        height: share * (bottom - top),
+      }),
+    ),
+    spec.diagonal && s("path.rule", { d: `M${px(x0)},${py(x0)}L${px(x1)},${py(x1)}` }),
+    (spec.rules ?? [])
+      .filter((rule) => rule.x > x0 && rule.x < x1)
+      .map((rule) => [
+        s("path.rule", { d: `M${px(rule.x)},${top}V${bottom}` }),
+        s("text.over", { x: px(rule.x) + 5, y: top + 10 }, rule.label),
+      ]),
+  ];
+  const drawSeries = ({ colour, mark, size = 4, hollow, join, dash, points: own }) =>
+    s(
+      `g.${colour}`,
+      join !== false && s("path.line", { "stroke-dasharray": dash, d: `M${own.map(place).join("L")}` }),
+      // Marks on a long curve would only thicken it.
+      own.length <= 60 &&
+        own.map((p) =>
+          s(hollow ? "path.mark.hollow" : "path.mark", {
+            d: MARKS[mark](size),
+            transform: `translate(${place(p)})`,
+          }),
+        ),
+    );
+  const ring = s("circle.ring", { r: 9, visibility: "hidden" });
+  const svg = s(
+    "svg",
+    {
+      viewBox: `0 0 ${width} ${height}`,
+      width,
+      height,
+      role: "img",
+      tabindex: 0,
+      "aria-label": `${spec.label}. Arrow keys walk the points.`,
+    },
+    frame,
+    series.map(drawSeries),
+    labels(),
+    ring,
+  );
 
-    // The nearest point answers, so a small mark is as easy to hit as a large one.
-    let at = -1;
-    const select = (i) => {
-      at = i;
-      const p = points[i];
-      ring.setAttribute("cx", px(p.x)); ring.setAttribute("cy", py(p.y)); ring.setAttribute("visibility", "visible");
-      showTip([h("b", {}, p.series.name), [p.tip ?? []].flat().map((line) => h("div", {}, line)),
-        h("div", {}, `${spec.y.label}: `, h("b", {}, spec.y.format(p.y))), h("div", {}, `${spec.x.label}: ${spec.x.format(p.x)}`)].flat(),
-        () => ring.getBoundingClientRect());
-    };
-    const leave = () => { at = -1; ring.setAttribute("visibility", "hidden"); hideTip(); };
-    svg.addEventListener("pointermove", (event) => {
-      const frame = svg.getBoundingClientRect(), x = event.clientX - frame.left, y = event.clientY - frame.top;
-      const far = points.map((p) => Math.hypot(px(p.x) - x, py(p.y) - y)), nearest = far.indexOf(Math.min(...far));
-      if (far[nearest] < 60) select(nearest); else leave();
-    });
-    svg.addEventListener("pointerleave", leave);
-    svg.addEventListener("blur", leave);
-    svg.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-      if (step) { event.preventDefault(); select((at + step + points.length + (at < 0 && step < 0 ? 1 : 0)) % points.length); }
-    });
-    return svg;
+  let at = -1;
+  function select(i) {
+    at = i;
+    const p = points[i];
+    for (const [name, value] of Object.entries({ cx: px(p.x), cy: py(p.y), visibility: "visible" }))
+      ring.setAttribute(name, value);
+    showTip(
+      [
+        h("b", p.series.name),
+        p.tip && h("div", p.tip),
+        h("div", `${spec.y.label}: `, h("b", spec.y.format(p.y))),
+        h("div", `${spec.x.label}: ${spec.x.format(p.x)}`),
+      ].filter(Boolean),
+      () => ring.getBoundingClientRect(),
+    );
+  }
+  function leave() {
+    at = -1;
+    ring.setAttribute("visibility", "hidden");
+    hideTip();
+  }
+  // The nearest point answers, so a small mark is as easy to hit as a large one.
+  svg.addEventListener("pointermove", (event) => {
+    const corner = svg.getBoundingClientRect();
+    const far = points.map((p) =>
+      Math.hypot(px(p.x) - event.clientX + corner.left, py(p.y) - event.clientY + corner.top),
+    );
+    const nearest = far.indexOf(Math.min(...far));
+    if (far[nearest] < 60) select(nearest);
+    else leave();
+  });
+  svg.addEventListener("pointerleave", leave);
+  svg.addEventListener("blur", leave);
+  svg.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    select(at < 0 && step < 0 ? points.length - 1 : (at + step + points.length) % points.length);
+  });
+  return svg;
 
-    // A label stands right of its point, else left, above or below: the first place that is free.
-    function labels() {
-      const taken = points.map((p) => [px(p.x) - 6, py(p.y) - 6, px(p.x) + 6, py(p.y) + 6]);
-      return points.filter((p) => p.label).map((p) => {
-        const x = px(p.x), y = py(p.y), wide = p.label.length * 6.6;
-        const places = [[x + 11, y + 4, "start", x + 11], [x - 11, y + 4, "end", x - 11 - wide],
-          [x, y - 12, "middle", x - wide / 2], [x, y + 21, "middle", x - wide / 2]];
-        const free = places.find(([, base, , from]) => from > room.left && from + wide < width - 2 && base > room.top + 4 && base < bottom &&
-          !taken.some(([a, b, c, d]) => from < c && from + wide > a && base - 11 < d && base + 3 > b));
-        if (!free) return null;
-        taken.push([free[3], free[1] - 11, free[3] + wide, free[1] + 3]);
-        return s("text", { class: "label", x: free[0], y: free[1], "text-anchor": free[2] }, p.label);
+  // A label stands right of its point, else left, above or below: the first place that is free, or none.
+  function labels() {
+    const taken = points.map((p) => [px(p.x) - 6, py(p.y) - 6, px(p.x) + 6, py(p.y) + 6]);
+    return points
+      .filter((p) => p.label)
+      .map((p) => {
+        const [x, y, wide] = [px(p.x), py(p.y), p.label.length * 6.6];
+        const free = ([from, base]) =>
+          from > left &&
+          from + wide < width - 2 &&
+          base > top + 4 &&
+          base < bottom &&
+          !taken.some(([a, b, c, d]) => from < c && from + wide > a && base - 11 < d && base + 3 > b);
+        const spot = [
+          [x + 11, y + 4],
+          [x - 11 - wide, y + 4],
+          [x - wide / 2, y - 12],
+          [x - wide / 2, y + 21],
+        ].find(free);
+        if (!spot) return null;
+        taken.push([spot[0], spot[1] - 11, spot[0] + wide, spot[1] + 3]);
+        return s("text.over.name", { x: spot[0] + wide / 2, y: spot[1], "text-anchor": "middle" }, p.label);
       });
-    }
   }
 }

@@ -1,0 +1,63 @@
+"""The plain strategies: one phase on all tokens, at full depth or with a loss at every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ease.exits import Policy
+from ease.seam import ExitModel
+from ease.trainer import (
+    Data,
+    Phase,
+    PhaseOptions,
+    TrainingConfig,
+    create_deep_supervision_config,
+    create_standard_config,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardConfig(PhaseOptions):
+    """The loss on the last layer only; every token runs every layer."""
+
+    num_layers: int = 4
+    """Layers of the model."""
+
+    def training(self) -> TrainingConfig:
+        return create_standard_config(self.num_layers)
+
+    def strategy(self) -> OnePhase:
+        return OnePhase(self, self.training())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSupervisionConfig(StandardConfig):
+    """The loss on every layer, so that every layer can be an exit."""
+
+    exit_layer: int | Sequence[int] = 1
+    """The exit, or several from shallow to deep."""
+    routing_threshold: float | Sequence[float] = 0.0
+    """Confidence in [0, 1] at which a token leaves, one per exit; 0 means no routing."""
+
+    def training(self) -> TrainingConfig:
+        weights = create_deep_supervision_config(self.num_layers).weights
+        return TrainingConfig(None, self.routing_threshold, self.exit_layer, weights)
+
+
+@dataclass
+class OnePhase:
+    """The strategy whose plan is one phase."""
+
+    options: PhaseOptions
+    config: TrainingConfig
+    done: bool = False
+
+    def policy(self) -> Policy:
+        return self.config.policy
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        if self.done:
+            return None
+        self.done = True
+        return Phase("training", self.config, data.train, data.val, self.options)
