@@ -29,9 +29,9 @@ from experiments.utils import set_seed
 
 DIM, HEADS, SEQ, BATCH = 48, 4, 128, 32
 EPOCH_STEPS, VAL_BATCHES, TEST_BATCHES = 200, 20, 80
-BUDGET = 4e12  # training FLOPs of every line
+BUDGET = 2.5e12  # training FLOPs of every line
 PHASE1_SHARE = 0.6
-SEEDS, LRS = (0, 1, 2), (5e-3, 1e-2)
+SEEDS, LRS = (0, 1, 2), (1e-2, 2e-2)
 BRICK = 2  # layers of phase 1
 HARD = 0.5  # share of hard tokens at inference, unless a variant says otherwise
 
@@ -149,7 +149,6 @@ def replace_epoch(batches: ease.TokenBatches, steps: int) -> ease.TokenBatches:
 
 LINES: dict[str, Line] = {
     "phase 1": plain(BRICK, PHASE1_SHARE),
-    "plain, 1 layer": plain(1),
     "plain, 2 layers": plain(2),
     "plain, 3 layers": plain(3),
     "continued": continued,
@@ -229,7 +228,9 @@ def report(lab: Lab) -> None:
             best = min(mine, key=lambda r: r["val"]["loss"])
             model = lab.model(best["layers"], seed)
             load_model(model, str(lab.weights(name, seed, best["lr"])))
-            scores: Scores = ease.score(model, lab.test, ease.Policy(**{k: tuple(v) for k, v in best["policy"].items()}))
+            scores: Scores = ease.score(
+                model, lab.test, ease.Policy(**{k: tuple(v) for k, v in best["policy"].items()})
+            )
             figures = scores.figures(hard)
             out.append({"line": name, "seed": seed, "lr": best["lr"], "flops": best["flops"], "test": figures})
     (lab.folder / "test.json").write_text(json.dumps(out, indent=1))

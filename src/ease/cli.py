@@ -1,0 +1,223 @@
+"""`ease`: run a recipe, evaluate a run, write a report."""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from ease.errors import EaseError
+
+USAGE = """\
+usage: ease COMMAND ...
+
+  ease run RECIPE [--data D] [--out DIR] [overrides]   train, compare, score, write a run folder
+  ease eval RUN [--threshold T ...]                    score a run's model on its test split, routed at T
+  ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
+
+`ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Bad input is one sentence on stderr and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {"run": run, "eval": evaluate, "report": report}
+    try:
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+        elif args[0] == "--version":
+            import ease
+
+            print(f"ease {ease.__version__}")
+        elif args[0] in commands:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: print(f"ease: note: {message}", file=sys.stderr)
+                commands[args[0]](args[1:])
+        else:
+            raise EaseError(f"unknown command {args[0]!r}: use run, eval or report (ease --help)")
+    except EaseError as error:
+        print(f"ease: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ease: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ease run
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with ease: beside the package once installed, at the root of a checkout."""
+    here = Path(__file__).resolve().parent
+    folder = next((f for f in (here / "recipes", here.parents[1] / "recipes") if f.is_dir()), None)
+    paths = sorted(folder.glob("*.py")) if folder else []
+    return {path.stem.replace("_", "-"): path for path in paths if not path.stem.startswith("_")}
+
+
+def load_recipe(name: str) -> Any:
+    """The module of a recipe, by its name or its path: it has a docstring and a function `config()`."""
+    path = recipes().get(name, Path(name))
+    if path.suffix != ".py" or not path.is_file():
+        raise EaseError(f"no recipe {name!r}: use {', '.join(recipes())}, or the path of a recipe file")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "config", None)):
+        raise EaseError(f"{path} is no recipe: it needs a function config() that returns an ease.runs.RunConfig")
+    return module
+
+
+def run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: ease run RECIPE [--data D] [--out DIR] [--overwrite] [overrides]\n\nrecipes:")
+        for name in recipes():
+            print(f"  {name:18}{(load_recipe(name).__doc__ or '').strip().splitlines()[0]}")
+        print("\n`ease run RECIPE --help` shows everything that can be overridden.")
+        return
+    import tyro
+    from rich.console import Console
+
+    from ease import runs
+    from ease.report import text_table, verdict
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: Annotated[tyro.conf.AvoidSubcommands[runs.RunConfig], tyro.conf.arg(name="")] = field()
+        out: Path | None = None
+        """Folder of the run (runs/NAME by default)."""
+        overwrite: bool = False
+        """Replace the folder if it holds a run already."""
+
+    # `--data D` is short for the option that is wanted most.
+    rest = ["--data.source" if a == "--data" else a.replace("--data=", "--data.source=", 1) for a in args[1:]]
+    default = Arguments(load_recipe(args[0]).config())
+    given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
+    out = given.out or Path("runs") / given.config.name
+    console = Console(stderr=True, highlight=False)
+    with Progress(console) as progress:
+        summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line)
+    shown = Console(highlight=False)
+    shown.print(text_table(summary))
+    judged = verdict(summary)
+    shown.print(f"{judged.headline}\n{judged.detail}", markup=False)
+    if summary["note"]:
+        shown.print(summary["note"], markup=False)
+    shown.print(f"The report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+class Progress:
+    """A bar per line at a terminal; elsewhere a text line per epoch."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.console = console
+        self.bars = Bars(
+            TextColumn("{task.description:28}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def line(self, name: str) -> Any:
+        from ease.trainer import Watch
+
+        task = self.bars.add_task(name, total=1.0, figures="")
+        if not self.console.is_terminal:
+            self.console.print(name)
+        bars, console = self.bars, self.console
+
+        class Line(Watch):
+            def step(self, progress: float, loss: float) -> None:
+                bars.update(task, completed=progress)
+
+            def epoch(self, row: Mapping[str, float]) -> None:
+                figures = f"val PPL {row['val_ppl']:.2f}, acc {row['val_acc']:.1%}"
+                bars.update(task, figures=figures)
+                if not console.is_terminal:
+                    console.print(f"  epoch {row['epoch']:3.0f}  {row['seconds']:6.1f} s  {figures}")
+
+        return Line()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ease eval, ease report
+
+
+def evaluate(args: list[str]) -> None:
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    from ease import runs
+
+    def eval_(
+        run: tyro.conf.Positional[Path], threshold: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
+    ) -> tuple[Path, tuple[float, ...]]:
+        """Score a run's model on its test split; routing really runs.
+
+        Args:
+            run: the run's folder.
+            threshold: confidence in [0, 1] at which a token leaves; may be given several times.
+        """
+        return run, threshold
+
+    folder, thresholds = tyro.cli(eval_, args=args, prog="ease eval")
+    table = Table(title=f"{folder.name}, measured on the test split")
+    for column in ("threshold", "PPL", "accuracy", "leaving early", "compute", "FLOPs/token", "seconds"):
+        table.add_column(column, justify="right")
+    for row in runs.evaluate(folder, list(thresholds)):
+        table.add_row(
+            ", ".join(f"{t:.4g}" for t in row["thresholds"]) or "none",
+            f"{row['ppl']:.2f}",
+            f"{row['acc']:.2%}",
+            f"{row['shallow_ratio']:.1%}",
+            f"{row['compute_cost']:.1%}",
+            f"{row['flops_per_token']:,.0f}",
+            f"{row['seconds']:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
+def report(args: list[str]) -> None:
+    import tyro
+
+    from ease.report import write_report
+
+    def report_(run: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> tuple[list[Path], Path | None]:
+        """Write the report of one run, or of several side by side.
+
+        Args:
+            run: run folders.
+            out: the HTML file (report.html in the run's folder, or in the current one for several runs).
+        """
+        return list(run), out
+
+    folders, out = tyro.cli(report_, args=args, prog="ease report")
+    if not folders:
+        raise EaseError("no run given: ease report RUN [RUN ...]")
+    default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    print(f"The report: {write_report(folders, out or default)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

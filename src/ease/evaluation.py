@@ -45,11 +45,13 @@ class Scores:
     processed: int
     """Tokens that ran, scored or not; flops and seconds are theirs."""
 
-    def figures(self, hard: Tensor | None = None) -> dict[str, Any]:
+    def figures(self, hard: Tensor | None = None, depth: int | None = None) -> dict[str, Any]:
         """The figures of a report.
 
         Args:
             hard: (N,) true for hard tokens; adds their perplexity and accuracy, and the easy tokens' perplexity.
+            depth: layers that compute_cost is a share of; the model's own by default. Models of different depth
+                in one table need one measure.
         """
         layers = sorted(set(self.exits.tolist()) | {self.num_layers})
         shares = {layer: (self.exits == layer).float().mean().item() for layer in layers}
@@ -59,7 +61,7 @@ class Scores:
             "acc": self.correct.float().mean().item(),
             "shallow_ratio": 1 - shares[self.num_layers],
             # The seed's formula, for any number of exits: layers run over layers there are.
-            "compute_cost": sum(share * layer for layer, share in shares.items()) / self.num_layers,
+            "compute_cost": sum(share * layer for layer, share in shares.items()) / (depth or self.num_layers),
             "exit_shares": shares,
             "flops_per_token": self.flops / self.processed,
             "seconds": self.seconds,

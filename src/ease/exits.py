@@ -123,7 +123,8 @@ def walk(
             if read is not None:
                 readings.append(read(logits, places))
         confidence = torch.cat(confidences)
-        leaves = confidence >= threshold
+        # At the end all leave, also those whose confidence is NaN.
+        leaves = confidence >= threshold if layer < last else torch.ones_like(confidence, dtype=torch.bool)
         stop = Stop(first, layer, state, arrived, confidence, leaves, torch.cat(readings) if readings else None)
         yield stop
         arrived, first = arrived & ~stop.left, layer + 1

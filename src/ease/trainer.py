@@ -493,7 +493,7 @@ def scored_tokens(y: Tensor, active: Tensor | None = None) -> Tensor:
 
 def re_iterable(batches: Any) -> Any:
     """Hands batches through; refuses an iterator, which would be empty in the second epoch."""
-    if iter(batches) is batches:
+    if hasattr(batches, "__next__"):  # and not `iter(batches)`, which would begin an epoch
         raise EaseError("batches are a one-shot iterator: pass a list, or an object whose __iter__ starts anew")
     return batches
 

@@ -1,0 +1,16 @@
+"""A plain model: the loss on the last layer, every token runs every layer."""
+
+from ease import StandardConfig
+from ease.runs import DataConfig, RunConfig, ShapeConfig
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        name="standard",
+        model=ShapeConfig(dim=128),
+        data=DataConfig(epoch_batches=200, eval_batches=40),
+        strategy=StandardConfig(
+            num_layers=4, lr=3e-3, schedule="cosine", warmup=0.05, patience=None, max_epochs=100_000, max_flops=2e13
+        ),
+        compare=(),
+    )

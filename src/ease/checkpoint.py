@@ -1,0 +1,110 @@
+"""A run on disk: a folder that appears whole or not at all, and is read back with clear words if it is not.
+
+    config.json         what was asked for, the model's shape, its policy
+    metrics.jsonl       a line per epoch
+    summary.json        the figures
+    model.safetensors   the weights
+    tokenizer.json      the tokenizer
+    explorer.json       routed runs over a held-out text, token by token
+    report.html         the page
+
+No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ease.errors import EaseError
+from ease.exits import Policy
+from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Refuses to write over what is there, unless it is a run and `overwrite` is set."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise EaseError(f"{out} exists already: choose another --out, or pass --overwrite to replace it")
+    if not (out / CONFIG).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise EaseError(f"{out} is no run folder, so it is not overwritten: choose another --out")
+
+
+@contextmanager
+def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write a run into; it becomes `out` when the block ends well and is gone when it does not."""
+    check_folder(out, overwrite)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another --out") from error
+    try:
+        yield partial
+        check_folder(out, overwrite)
+        old = out.with_name(f".{out.name}.old-{os.getpid()}")
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_model(folder: Path, model: StandardTransformer, policy: Policy, **config: Any) -> None:
+    """Writes weights and config.json; `config` is kept beside what the model needs to come back."""
+    from safetensors.torch import save_model as save
+
+    save(model, str(folder / WEIGHTS))
+    model_config = {"model": asdict(model.config), "trained_exits": sorted(model.trained_exits)}
+    write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
+
+
+def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
+    """The model of a run, with its policy as its own, and config.json.
+
+    Raises:
+        EaseError: the folder is missing, damaged or written by another version of the format.
+    """
+    from safetensors.torch import load_model as load
+
+    if not (folder / CONFIG).is_file():
+        raise EaseError(f"{folder} is no run folder (it has no {CONFIG}): pass a folder that `ease run` wrote")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        written = config["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EaseError(f"{folder / CONFIG} is damaged ({error}): run again, or restore it") from error
+    if written != FORMAT:
+        raise EaseError(f"{folder} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
+    try:
+        shape = dict(config["model"])
+        policy = config["policy"]
+        model = DeepSupervisionTransformer(
+            shape.pop("vocab_size"),
+            exit_layer=policy["exits"] or 1,
+            routing_threshold=policy["thresholds"] or 0.0,
+            **shape,
+        )
+        model.trained_exits = set(config["trained_exits"])
+        ModelConfig(**config["model"])
+        load(model, str(folder / WEIGHTS))
+    except Exception as error:  # whatever a damaged file makes the libraries raise, the sentence is the same
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EaseError(f"the model in {folder} is damaged ({reason}): run again, or restore it") from error
+    return model.eval(), config

@@ -1,0 +1,483 @@
+"""A run: one recipe from data to report, with the lines that its gain has to be shown beside.
+
+The strategy's phases come first. Then, at the same training FLOPs and on the same data, the lines to compare with:
+phase 1 trained on, a plain model of full depth, deep supervision with the same exits. All are scored on the test
+split once, and the hard tokens are those of phase 1's final model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+import ease
+from ease.checkpoint import load_model, run_folder, save_model, write_json
+from ease.data import Corpus, TokenBatches, load_corpus, token_strings
+from ease.errors import EaseError
+from ease.evaluation import Scores, perplexity, score
+from ease.exits import Policy, route
+from ease.models import StandardTransformer
+from ease.report import write_report
+from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, train
+
+Baseline = Literal["continued", "standard", "deep-supervision"]
+SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
+EXPLORER_TOKENS = 384
+MATCH = 3  # likeliest tokens that the explorer shows
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """The shape of the model; its depth is the strategy's, its vocabulary the tokenizer's."""
+
+    dim: int = 128
+    """Width of the state."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (as many as query heads by default)."""
+    hidden_dim: int | None = None
+    """Gated units of the feed-forward (8/3 of dim by default)."""
+    dropout: float = 0.0
+    """Share of a branch's outputs zeroed in training."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output head."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut."""
+
+    source: str = "stdlib"
+    """stdlib, a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or hf:NAME/CONFIG."""
+    tokenizer: str = "bpe:2048"
+    """bpe:N, word or byte."""
+    seq_len: int = 128
+    """Tokens in a sequence."""
+    batch_size: int = 32
+    """Sequences in a batch."""
+    max_tokens: int | None = None
+    """Read at most that many training tokens."""
+    epoch_batches: int | None = None
+    """Batches between validations (all of them by default)."""
+    eval_batches: int | None = None
+    """Score at most that many batches of validation and of test."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    strategy: ease.StandardConfig | ease.DeepSupervisionConfig | ease.ASHEMConfig | ease.StagedConfig
+    """The plan that yields phases."""
+    name: str = "run"
+    """Shown in the report; the run's folder is runs/NAME unless --out says otherwise."""
+    model: ShapeConfig = field(default_factory=ShapeConfig)
+    """Shape of the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text, tokenizer and batches."""
+    compare: tuple[Baseline, ...] = ("continued", "standard", "deep-supervision")
+    """Lines trained beside it for the same FLOPs."""
+    seed: int = 0
+    """Of weights, order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    note: str = ""
+    """Said in the report: how to take these figures."""
+
+
+class Line(NamedTuple):
+    """One trained model with its policy, and what training it took in all."""
+
+    name: str
+    model: StandardTransformer
+    policy: Policy
+    curve: list[dict[str, Any]]
+    flops: Mapping[str, float]
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.flops.values())
+
+    def then(self, name: str, phase: Phase, history: History, model: StandardTransformer) -> Line:
+        """The line that goes on from this one by one phase."""
+        rows = [
+            {
+                **row,
+                "phase": phase.name,
+                "flops": row["flops"] + self.total,
+                "seconds": row["seconds"] + self.seconds,
+            }
+            for row in history.rows
+        ]
+        flops = {k: self.flops.get(k, 0.0) + history.flops.get(k, 0.0) for k in {**self.flops, **history.flops}}
+        return Line(name, model, phase.config.policy, self.curve + rows, flops, self.seconds + history.seconds)
+
+
+class Recorder(Watch):
+    """Writes every epoch to metrics.jsonl as it ends, and passes it on."""
+
+    def __init__(self, path: Path, line: str, inner: Watch) -> None:
+        self.path, self.line, self.inner = path, line, inner
+
+    def step(self, progress: float, loss: float) -> None:
+        self.inner.step(progress, loss)
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"line": self.line, **row}) + "\n")
+        self.inner.epoch(row)
+
+
+@dataclass
+class Workshop:
+    """What the parts of a run share."""
+
+    config: RunConfig
+    folder: Path
+    corpus: Corpus
+    device: str
+    watch: Callable[[str], Watch]
+
+    def watching(self, line: str) -> Watch:
+        return Recorder(self.folder / "metrics.jsonl", line, self.watch(line))
+
+    def batches(self, split: str) -> TokenBatches:
+        data = self.config.data
+        ids = getattr(self.corpus, split)
+        if split == "train":
+            return TokenBatches(
+                ids,
+                data.seq_len,
+                data.batch_size,
+                shuffle=True,
+                seed=self.config.seed,
+                max_batches=data.epoch_batches,
+            )
+        return TokenBatches(ids, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+
+    def new_model(self, num_layers: int) -> StandardTransformer:
+        seed_everything(self.config.seed)
+        shape = asdict(self.config.model)
+        return StandardTransformer(self.corpus.vocab_size, num_layers=num_layers, **shape).to(self.device)
+
+    def strategy_lines(self) -> tuple[list[Line], list[Phase], Strategy]:
+        """A line per phase of the strategy, the phases, and the strategy as it ended."""
+        model = self.new_model(self.config.strategy.num_layers)
+        strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"))
+        line = Line("start", model, Policy(), [], {}, 0.0)
+        lines: list[Line] = []
+        phases: list[Phase] = []
+        watch = lambda phase: self.watching(phase.name)  # noqa: E731
+        for phase, history in train(model, strategy, data, device=self.device, watch=watch):
+            line = line.then(phase.name, phase, history, copy.deepcopy(model))
+            lines.append(line)
+            phases.append(phase)
+        return lines, phases, strategy
+
+    def baselines(self, lines: list[Line], phases: list[Phase]) -> Iterator[Line]:
+        """The lines to compare with, at the training FLOPs of the strategy's last line."""
+        final, options = lines[-1], phases[0].options
+        depth, start = final.model.num_layers, Line("start", final.model, Policy(), [], {}, 0.0)
+        if "continued" in self.config.compare and len(lines) > 1:
+            model = copy.deepcopy(lines[0].model)
+            train_batches = self.batches("train")
+            train_batches.epoch = len(lines[0].curve)
+            yield self.trained_on(
+                f"{lines[0].name} continued", lines[0], model, phases[0].config, options, final.total, train_batches
+            )
+        plans = {
+            "standard": ease.create_standard_config(depth),
+            "deep-supervision": ease.create_deep_supervision_config(depth),
+        }
+        for name, config in plans.items():
+            if name not in self.config.compare or (len(lines) == 1 and config.weights == phases[0].config.weights):
+                continue
+            line = self.trained_on(
+                f"{name}, {depth} layers",
+                start,
+                self.new_model(depth),
+                config,
+                options,
+                final.total,
+                self.batches("train"),
+            )
+            if name == "deep-supervision" and final.policy.exits:
+                # The same exits, and as many tokens sent on from each as the strategy sends (on validation).
+                val = self.batches("val")
+                thresholds = matched(line.model, val, final.policy.exits, score(final.model, val, final.policy))
+                line = line._replace(policy=Policy(final.policy.exits, thresholds))
+            yield line
+
+    def trained_on(
+        self,
+        name: str,
+        before: Line,
+        model: StandardTransformer,
+        config: TrainingConfig,
+        options: PhaseOptions,
+        flops: float,
+        train_batches: TokenBatches,
+    ) -> Line:
+        """One more phase on all tokens, up to `flops` in all."""
+        endless = replace(options, patience=None, max_epochs=10**6, max_flops=flops - before.total)
+        phase = Phase(name, config, train_batches, self.batches("val"), endless)
+        seed_everything(self.config.seed)
+        trainer = Trainer(config, self.corpus.vocab_size, self.device)
+        return before.then(name, phase, trainer.run(model, phase, self.watching(name)), model)
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    watch: Callable[[str], Watch] = lambda line: Watch(),
+) -> dict[str, Any]:
+    """Executes a run and writes its folder; returns the summary.
+
+    Args:
+        out: the run's folder; it appears when all is done.
+        watch: makes, from the name of a line, what is told of its steps and epochs.
+    """
+    with run_folder(out, overwrite) as folder:
+        data = config.data
+        corpus = load_corpus(data.source, data.tokenizer, max_tokens=data.max_tokens)
+        shop = Workshop(config, folder, corpus, choose_device(config.device), watch)
+        shop.batches("test")  # too short a text should be told before training, not after
+        lines, phases, strategy = shop.strategy_lines()
+        final = lines[-1]
+        lines += shop.baselines(lines, phases)
+
+        watch("scoring")
+        summary = describe(config, corpus, final.model, shop.device)
+        summary |= figures(shop, lines, final, strategy)
+        save_model(
+            folder,
+            final.model,
+            final.policy,
+            ease_version=ease.__version__,
+            run=summary["config"],
+            data=summary["data"],
+        )
+        corpus.tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "summary.json", summary)
+        write_json(folder / "explorer.json", explorer(final, corpus, shop.batches("test"), summary["sweep"]["points"]))
+        write_report([folder], folder / "report.html")
+    return summary
+
+
+def describe(config: RunConfig, corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
+    """What was run, on what, where: the part of a summary that no figure is in."""
+    data = config.data
+    name = next(n for n, kind in ease.STRATEGIES.items() if type(config.strategy) is kind)
+    local = Path(data.source).exists()
+    return {
+        "format": 1,
+        "ease_version": ease.__version__,
+        "name": config.name,
+        "strategy": name,
+        "note": config.note,
+        "seed": config.seed,
+        # A path on this machine is nobody's business; a corpus that is read by its name can be read again.
+        "data": {
+            **corpus.describe(),
+            "source": str(Path(data.source).resolve()) if local else data.source,
+            **{k: v for k, v in asdict(data).items() if k != "source" and k != "tokenizer"},
+        },
+        "machine": machine(device),
+        "model": asdict(model.config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "config": {**asdict(config), "strategy": {"name": name, **asdict(config.strategy)}},
+    }
+
+
+def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) -> dict[str, Any]:
+    """Everything measured: each line, the hard set, the sweep, reliability."""
+    val, test, depth = shop.batches("val"), shop.batches("test"), final.model.num_layers
+    mined = getattr(strategy, "mined", [])
+    hard: dict[str, Any] = {}
+    hard_summary = None
+    if mined:
+        threshold = mined[0]["threshold"]
+        for split, batches in (("val", val), ("test", test)):
+            hard[split] = score(lines[0].model, batches).confidences < threshold
+        hard_summary = {
+            "exits": [final.policy.exits[0]],
+            "thresholds": [threshold],
+            "train_ratio": mined[0]["count"] / mined[0]["of"],
+            "train_count": mined[0]["count"],
+            "test_ratio": hard["test"].float().mean().item(),
+            "fixed_by": f"{lines[0].name}'s final model",
+        }
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        exits = sorted({*(line.policy.exits or final.policy.exits), line.model.num_layers})
+        exits = [e for e in exits if e <= line.model.num_layers and e in line.model.trained_exits]
+        rows.append(
+            {
+                "name": line.name,
+                "num_layers": line.model.num_layers,
+                "train_flops": line.total,
+                "train_seconds": line.seconds,
+                "flops_by": dict(line.flops),
+                "curve": line.curve,
+                "policy": asdict(line.policy) if line.policy.exits else None,
+                "val": score(line.model, val, line.policy).figures(hard.get("val"), depth),
+                "test": score(line.model, test, line.policy).figures(hard.get("test"), depth),
+                "exit_quality": {
+                    str(e): {k: v for k, v in score(line.model, test, last=e).figures().items() if k in ("ppl", "acc")}
+                    for e in exits
+                },
+            }
+        )
+    leaving = final.policy.exits
+    points = []
+    if leaving:
+        confidences = {e: score(final.model, val, last=e).confidences for e in leaving}
+        for share in SWEEP:
+            policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
+            point = score(final.model, test, policy).figures(hard.get("test"), depth)
+            points.append({"thresholds": list(policy.thresholds), **point})
+    in_sample = None
+    if getattr(shop.config.strategy, "protocol", None) == "seed":
+        before = rows[0]["val"]["hard_ppl"]
+        after = next(row["val"] for row in rows if row["name"] == final.name)
+        in_sample = {
+            "split": "validation",
+            "hard_ppl_before": before,
+            "hard_ppl_after": after["hard_ppl"],
+            "improvement": 1 - after["hard_ppl"] / before,
+            **{k: after[k] for k in ("ppl", "acc", "shallow_ratio", "compute_cost")},
+        }
+    return {
+        "lines": rows,
+        "hard": hard_summary,
+        "in_sample": in_sample,
+        "sweep": {"line": final.name, "split": "test", "points": points},
+        "reliability": {
+            "split": "test",
+            "exits": [
+                {"layer": e, **score(final.model, test, last=e).reliability()}
+                for e in (*leaving, final.model.num_layers)
+            ],
+        },
+    }
+
+
+def sending(confidences: Any, share: float) -> float:
+    """The threshold that sends a share of tokens on; just above 1 or at nothing where all or none shall go."""
+    if share <= 0:
+        return 1e-9
+    return float(torch.quantile(confidences.double(), share)) if share < 1 else 1.0
+
+
+def matched(model: StandardTransformer, val: TokenBatches, exits: tuple[int, ...], like: Scores) -> tuple[float, ...]:
+    """Thresholds under which as many tokens pass each exit as in `like`, exit by exit."""
+    thresholds: tuple[float, ...] = ()
+    for exit in exits:
+        going = float((like.exits > exit).float().mean())
+        so_far = score(model, val, Policy(exits[: len(thresholds)], thresholds), last=exit)
+        arrived = so_far.confidences[so_far.exits == exit]
+        share = going * len(so_far.exits) / max(1, len(arrived))
+        thresholds = (*thresholds, max(1e-9, sending(arrived, min(1.0, share))))
+    return thresholds
+
+
+@torch.no_grad()
+def explorer(line: Line, corpus: Corpus, test: TokenBatches, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Routed runs over a few held-out sequences, token by token."""
+    model = line.model.eval()
+    device = next(model.parameters()).device
+    rows = max(1, min(EXPLORER_TOKENS // test.seq_len, len(test.windows)))
+    windows = test.windows[:rows].long().to(device)
+    x, y = windows[:, :-1], windows[:, 1:]
+    runs = []
+    for point in points or [{"thresholds": []}]:
+        policy = Policy(line.policy.exits, tuple(point["thresholds"]))
+        routed = route(model, x, policy.exits, policy.thresholds or 0.0)
+        top = routed.logits.softmax(-1).topk(MATCH)
+        losses = torch.nn.functional.cross_entropy(routed.logits.flatten(0, 1), y.flatten(), reduction="none").cpu()
+        scored = score(model, [(x, y)], policy).figures()
+        texts = corpus.tokenizer.decode_batch([[i] for i in top.indices.flatten().tolist()], skip_special_tokens=False)
+        chances = [round(p, 4) for p in top.values.flatten().tolist()]
+        pairs = list(zip(texts, chances, strict=True))
+        runs.append(
+            {
+                "thresholds": list(policy.thresholds),
+                "exits": routed.exits.flatten().tolist(),
+                "confidences": [round(c, 4) for c in routed.confidences.flatten().tolist()],
+                "top": [pairs[i : i + MATCH] for i in range(0, len(pairs), MATCH)],
+                "totals": {
+                    **{k: scored[k] for k in ("exit_shares", "compute_cost", "flops_per_token", "acc")},
+                    "ppl": perplexity(losses),
+                },
+            }
+        )
+    tokens = token_strings(corpus.tokenizer, x.flatten().tolist())
+    return {"split": "test", "tokens": tokens, "exits": [*line.policy.exits, model.num_layers], "runs": runs}
+
+
+def evaluate(folder: Path, thresholds: list[float]) -> list[dict[str, Any]]:
+    """The figures of a run's model on its test split, routed at its own thresholds or at others.
+
+    Args:
+        thresholds: common to all exits, one evaluation each; none means the run's own policy.
+    """
+    model, config = load_model(folder)
+    try:
+        data = DataConfig(**config["run"]["data"])
+        corpus_hash, source = config["data"]["hash"], config["data"]["source"]
+    except (KeyError, TypeError) as error:
+        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
+    corpus = load_corpus(source, data.tokenizer, max_tokens=data.max_tokens)
+    if corpus.hash != corpus_hash:
+        raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
+    test = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+    own = Policy.of(model.exit_layer, model.routing_threshold)
+    if thresholds and not own.exits:
+        raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
+    policies = [Policy.of(own.exits, (t,) * len(own.exits)) for t in thresholds] or [own]
+    return [{"thresholds": policy.thresholds, **score(model, test, policy).figures()} for policy in policies]
+
+
+def choose_device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.default_rng(seed)
+    torch.manual_seed(seed)
+
+
+def machine(device: str) -> dict[str, Any]:
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.system(),
+    }

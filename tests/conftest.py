@@ -1,0 +1,97 @@
+"""What the tests share: one thread, fixed seeds, tiny models and a little real text."""
+
+import bisect
+import copy
+import heapq
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ease import Data, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
+from ease.exits import walk
+
+# Busy machines make deadlines lie, and a test that fails once should fail again.
+settings.register_profile("ease", deadline=None, max_examples=20, derandomize=True, database=None)
+settings.load_profile("ease")
+torch.set_num_threads(1)
+
+Make = Callable[..., StandardTransformer]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Make:
+    """Makes a tiny byte-level model in eval mode: `tiny(3, sharp=True, dropout=0.1)`."""
+
+    def make(num_layers: int = 2, *, seed: int = 0, sharp: bool = False, **options: object) -> StandardTransformer:
+        """`sharp` scales the head so that an untrained model is surer of some tokens than of others."""
+        torch.manual_seed(seed)
+        shape = {"vocab_size": 256, "dim": 32, "num_heads": 4} | options
+        model = StandardTransformer(num_layers=num_layers, **shape).eval()  # type: ignore[arg-type]
+        if sharp:
+            with torch.no_grad():
+                for weight in {model.output_head.weight, model.embedding.weight}:
+                    weight *= 20
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text() -> torch.Tensor:
+    """Real text as bytes: three modules of the standard library."""
+    sources = (Path(module.__file__ or "").read_bytes() for module in (textwrap, heapq, bisect))
+    return torch.tensor(list(b"".join(sources)), dtype=torch.int32)
+
+
+@pytest.fixture(scope="session")
+def text_data(text: torch.Tensor) -> Callable[..., Data]:
+    """Makes train and validation batches of different windows of the text."""
+
+    def make(train: int = 8, val: int = 2, *, seq_len: int = 32, batch_size: int = 8) -> Data:
+        batches = list(TokenBatches(text, seq_len, batch_size, shuffle=True, max_batches=train + val))
+        return Data(batches[:train], batches[train:])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _trained(tiny: Make, text_data: Callable[..., Data]) -> StandardTransformer:
+    model, data = tiny(2), text_data(20, 1)
+    trainer = Trainer(create_deep_supervision_config(2), 256)
+    optimizer = trainer.create_optimizer(model, 5e-3)
+    for _ in range(3):
+        trainer.train_epoch(model, data.train, optimizer)
+    return model.eval()
+
+
+@pytest.fixture
+def trained(_trained: StandardTransformer) -> StandardTransformer:
+    """Two layers and two exits that have learned a little of the text; a copy of one's own."""
+    return copy.deepcopy(_trained)
+
+
+@pytest.fixture(scope="session")
+def even_policy() -> Callable[..., Policy]:
+    """Makes the policy under which equal shares of the tokens leave at each exit and at the end."""
+
+    def make(model: StandardTransformer, ids: torch.Tensor, exits: tuple[int, ...], layout: object = None) -> Policy:
+        thresholds: tuple[float, ...] = ()
+        for i, layer in enumerate(exits):
+            policy = Policy(exits[:i], thresholds)
+            with torch.no_grad():
+                *_, stop = walk(model, ids, policy, layout=layout, last=layer)  # type: ignore[arg-type]
+            confidence = stop.confidence.sort(descending=True).values.tolist()
+            leaving = max(1, round(len(confidence) / (len(exits) + 1 - i)))
+            thresholds += ((confidence[leaving - 1] + confidence[leaving]) / 2,)
+        return Policy(exits, thresholds)
+
+    return make

@@ -1,0 +1,80 @@
+"""The loss over exits equals the naive sum, in value and gradient, with and without PyTorch's fused loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ease import losses
+from ease.losses import IGNORE, exit_loss, token_loss_sum
+
+
+def naive(head: Tensor, targets: Tensor, exits: list[Tensor], weights: list[float]) -> Tensor:
+    parts = [w * F.cross_entropy(h @ head.T, targets, ignore_index=IGNORE) for h, w in zip(exits, weights)]
+    return torch.stack(parts).sum()
+
+
+@pytest.fixture(params=["fused", "fallback"])
+def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "fallback":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+
+
+@pytest.mark.usefixtures("_both")
+def test_value_and_gradients_are_those_of_the_naive_sum() -> None:
+    @given(
+        tokens=st.integers(1, 40),
+        weights=st.lists(st.floats(0.01, 3), min_size=1, max_size=3),
+        ignored=st.floats(0, 0.9),
+        frozen=st.booleans(),
+        upstream=st.floats(-2, 2),
+    )
+    def check(tokens: int, weights: list[float], ignored: float, frozen: bool, upstream: float) -> None:
+        head = torch.randn(13, 6, dtype=torch.float64).requires_grad_(not frozen)
+        exits = [torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True) for _ in weights]
+        targets = torch.randint(13, (tokens,)).masked_fill(torch.rand(tokens) < ignored, IGNORE)
+        targets[0] = 5
+        inputs = exits if frozen else [head, *exits]
+        expected = naive(head, targets, exits, weights)
+        expected_grads = torch.autograd.grad(upstream * expected, inputs)
+        found = exit_loss(head, targets, exits, weights)
+        grads = torch.autograd.grad(upstream * found, inputs)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(grads, expected_grads)
+        with torch.no_grad():
+            torch.testing.assert_close(exit_loss(head, targets, exits, weights), expected)
+
+    check()
+
+
+@pytest.mark.usefixtures("_both")
+def test_more_tokens_than_a_chunk() -> None:
+    n = 2 * losses.CHUNK + 3
+    head, states = torch.randn(11, 4, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
+    targets = torch.randint(11, (n,)).masked_fill(torch.arange(n) % 5 == 0, IGNORE)
+    plain = F.cross_entropy(states @ head.T, targets, reduction="sum", ignore_index=IGNORE)
+    torch.testing.assert_close(token_loss_sum(states, head, targets), plain)
+
+
+@pytest.mark.usefixtures("_both")
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_with_nothing_scored_the_loss_is_zero(tokens: int) -> None:
+    head = torch.randn(7, 4, requires_grad=True)
+    states = torch.randn(tokens, 4, requires_grad=True)
+    loss = exit_loss(head, torch.full((tokens,), IGNORE), [states], [1.0])
+    loss.backward()
+    assert loss.item() == 0
+    assert head.grad is not None
+    assert not head.grad.any()
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_no_buffer() -> None:
+    head, states = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
+    loss = exit_loss(head, torch.arange(5), [states, states], [1.0, 2.0])
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.grads[0] is None  # type: ignore[attr-defined]
+    loss.backward()
+    assert head.grad is None
+    assert states.grad is not None

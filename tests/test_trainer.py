@@ -1,0 +1,598 @@
+"""The two core options, the loss they make, and the one training loop."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ease import (
+    Batch,
+    Data,
+    EaseError,
+    Phase,
+    PhaseOptions,
+    Policy,
+    StageConfig,
+    StandardTransformer,
+    TokenBatches,
+    Trainer,
+    TrainingConfig,
+    create_deep_supervision_config,
+    create_standard_config,
+    train,
+)
+from ease.trainer import Watch, re_iterable
+
+Make = Callable[..., StandardTransformer]
+Pair = tuple[Tensor, Tensor]
+
+# The four patterns that the two core options were made for: name, layers of the model, configuration, weights.
+PATTERNS = [
+    pytest.param(3, TrainingConfig([StageConfig((3, 3))]), {3: 1.0}, id="standard"),
+    pytest.param(
+        3,
+        TrainingConfig([StageConfig((k, k), 0.33) for k in (1, 2, 3)]),
+        {1: 0.33, 2: 0.33, 3: 0.33},
+        id="deep supervision",
+    ),
+    pytest.param(
+        4,
+        TrainingConfig([StageConfig((1, 2)), StageConfig((3, 4))], routing_threshold=0.95, exit_layer=2),
+        {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0},
+        id="two bricks",
+    ),
+    pytest.param(
+        3,
+        TrainingConfig([StageConfig((1, 2), 0.7), StageConfig((3, 3), 0.3)]),
+        {1: 0.7, 2: 0.7, 3: 0.3},
+        id="asymmetric",
+    ),
+]
+
+
+def pair(B: int = 2, T: int = 9, ignored: float = 0.0) -> Pair:
+    x = torch.randint(256, (B, T))
+    return x, x.roll(-1, 1).masked_fill(torch.rand(B, T) < ignored, -100)
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(("layers", "config", "weights"), PATTERNS)
+def test_patterns_reach_their_weights_and_reduce_the_loss(
+    layers: int, config: TrainingConfig, weights: dict[int, float], tiny: Make, text_data: Callable[..., Data]
+) -> None:
+    assert config.weights == pytest.approx(weights)
+    data, model, trainer = text_data(8, 2), tiny(layers), Trainer(config, 256)
+    optimizer = trainer.create_optimizer(model, 3e-3)
+    before = trainer.evaluate(model, data.val)["loss"]
+    result = trainer.train_with_early_stopping(model, data.train, data.val, optimizer, 3, verbose=False)
+    assert result["val_losses"][-1] < before - 0.5
+    assert result["train_losses"] == sorted(result["train_losses"], reverse=True)
+    after = trainer.evaluate(model, data.val)
+    assert after["loss"] == pytest.approx(min(result["val_losses"]))
+    assert after["ppl"] == pytest.approx(math.exp(after["loss"]), rel=1e-4)
+    assert model.trained_exits == set(weights)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5
+    )
+)
+def test_overlapping_stages_add_up(drawn: list[tuple[int, int, float]]) -> None:
+    stages = [StageConfig((min(a, b), max(a, b)), w) for a, b, w in drawn]
+    expected = {k: sum(s.loss_weight for s in stages if s.layers[0] <= k <= s.layers[1]) for k in range(1, 7)}
+    expected = {k: w for k, w in expected.items() if w > 0}
+    if not expected:
+        with pytest.raises(EaseError, match="every loss weight is 0"):
+            TrainingConfig(stages)
+        return
+    weights = TrainingConfig(stages).weights
+    assert weights == pytest.approx(expected)
+    assert list(weights) == sorted(weights)
+
+
+def test_presets() -> None:
+    assert create_standard_config(5).weights == {5: 1.0}
+    assert create_deep_supervision_config(4).weights == pytest.approx(dict.fromkeys(range(1, 5), 0.25))
+    for config in (create_standard_config(5), create_deep_supervision_config(4)):
+        assert config.policy == Policy()
+
+
+def test_a_configuration_describes_itself() -> None:
+    text = TrainingConfig([StageConfig((1, 2), 0.5)], (0.9, 0.25), (1, 2)).describe()
+    for part in ("layer 1: weight 0.5", "layer 2: weight 0.5", "after layer 1 when", "at least 0.9", "at least 0.25"):
+        assert part in text
+    assert "no routing" in create_standard_config(2).describe()
+
+
+@pytest.mark.parametrize(
+    ("make", "fix"),
+    [
+        (lambda: StageConfig((2, 1)), r"reversed: write \(1, 2\)"),
+        (lambda: StageConfig((0, 2)), "layers are counted from 1"),
+        (lambda: StageConfig((-3, -1)), "layers are counted from 1"),
+        (lambda: TrainingConfig(), "give either stages or layer_weights, and not both"),
+        (lambda: TrainingConfig([StageConfig((1, 1))], layer_weights={1: 1.0}), "and not both"),
+        (lambda: TrainingConfig([]), "give one layer a weight above 0"),
+        (lambda: TrainingConfig([StageConfig((1, 2), 0.0)]), "give one layer a weight above 0"),
+        (lambda: TrainingConfig(layer_weights={}), "give one layer a weight above 0"),
+        (lambda: TrainingConfig(layer_weights={1: 0.0, 2: 0.0}), "give one layer a weight above 0"),
+        (lambda: TrainingConfig(layer_weights={0: 1.0}), "layers are counted from 1"),
+        (lambda: TrainingConfig([StageConfig((1, 1), -1.0)]), "must be finite and not negative"),
+        (lambda: TrainingConfig([StageConfig((1, 2), 2.0), StageConfig((2, 2), -1.0)]), "not negative"),
+        (lambda: TrainingConfig(layer_weights={1: math.nan}), "must be finite"),
+        (lambda: TrainingConfig(layer_weights={1: math.inf}), "must be finite"),
+        (lambda: TrainingConfig([StageConfig((1, 1))], 1.2), r"routing_threshold must lie in \[0, 1\]"),
+        (lambda: TrainingConfig([StageConfig((1, 1))], -0.2), r"routing_threshold must lie in \[0, 1\]"),
+        (lambda: TrainingConfig([StageConfig((1, 1))], (0.5, 0.5)), "give one threshold per exit"),
+        (lambda: TrainingConfig([StageConfig((1, 1))], 0.5, (1, 2)), "give one threshold per exit"),
+        (lambda: TrainingConfig([StageConfig((2, 4))]).check(3), "shorten the stage or use a deeper model"),
+        (lambda: TrainingConfig(layer_weights={4: 0.0, 1: 1.0}).check(3), "reaches layer 4 but the model has 3"),
+        (lambda: TrainingConfig([StageConfig((1, 3))], 0.5, 3).check(3), "choose a lower exit"),
+        (lambda: TrainingConfig([StageConfig((1, 3))], 0.5, 9).check(3), "choose a lower exit"),
+        (lambda: PhaseOptions(lr=0), "lr must be above 0"),
+        (lambda: PhaseOptions(lr=math.nan), "lr must be above 0"),
+        (lambda: PhaseOptions(warmup=1.0), "warmup is a share of the phase"),
+        (lambda: PhaseOptions(max_epochs=0), "must be at least 1"),
+        (lambda: PhaseOptions(patience=0), "must be at least 1"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_sentence(make: Callable[[], object], fix: str) -> None:
+    with pytest.raises(EaseError, match=fix) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_too_shallow_for_its_stages_is_refused_everywhere(tiny: Make) -> None:
+    trainer, model = Trainer(create_standard_config(3), 256), tiny(2)
+    for use in (lambda: trainer.create_optimizer(model, 1e-3), lambda: trainer.compute_loss(model, *pair())):
+        with pytest.raises(EaseError, match="shorten the stage or use a deeper model"):
+            use()
+
+
+def test_without_routing_the_exit_is_ignored(tiny: Make) -> None:
+    x, y = pair()
+    config = TrainingConfig([StageConfig((2, 2))], routing_threshold=0.0, exit_layer=77)
+    figures = Trainer(config, 256).evaluate(tiny(2), [(x, y)])
+    assert figures["exit_shares"] == {2: 1.0}
+    assert figures["shallow_ratio"] == 0
+    assert figures["compute_cost"] == 1
+
+
+# The loss
+
+
+def naive_loss(model: StandardTransformer, x: Tensor, y: Tensor, weights: dict[int, float]) -> Tensor:
+    logits = model.forward_all_layers(x)
+    parts = [w * F.cross_entropy(logits[k - 1].flatten(0, 1), y.flatten()) for k, w in weights.items()]
+    return torch.stack(parts).sum()
+
+
+@pytest.fixture(params=["fused", "fallback"])
+def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "fallback":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+
+
+@pytest.mark.usefixtures("_both")
+@pytest.mark.parametrize("head", ["tied", "untied", "frozen"])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+@pytest.mark.parametrize(("layers", "config", "weights"), PATTERNS)
+def test_the_loss_and_its_gradients_are_naive(
+    layers: int, config: TrainingConfig, weights: dict[int, float], ignored: float, head: str, tiny: Make
+) -> None:
+    model = tiny(layers, sharp=True, tie_embeddings=head == "tied").double()
+    if head == "frozen":
+        model.output_head.requires_grad_(False)
+    x, y = pair(ignored=ignored)
+    expected = naive_loss(model, x, y, weights)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, learning, allow_unused=True)
+    loss = Trainer(config, 256).compute_loss(model, x, y)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for p, gradient in zip(learning, gradients):
+        if gradient is None:
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(Trainer(config, 256).compute_loss(model, x, y), expected)
+
+
+def test_hard_tokens_alone_are_scored_each_in_its_full_sequence(tiny: Make) -> None:
+    model, (x, y) = tiny(3, sharp=True).double(), pair(3, 9, ignored=0.2)
+    active = torch.rand(3, 9) < 0.5
+    config = TrainingConfig(layer_weights={2: 0.25, 3: 0.75})
+    trunk = model.forward_to_layer(x, 1).detach()
+    state, expected = trunk, torch.zeros((), dtype=torch.float64)
+    for k, w in config.weights.items():
+        state = model.run(state, k, k, active=active)
+        scored = active & (y != -100)
+        expected = expected + w * F.cross_entropy(model.logits(state[scored], k), y[scored])
+    for given_state in (None, trunk):
+        model.zero_grad()
+        loss = Trainer(config, 256).compute_loss(model, x, y, active, state=given_state, first=2)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert model.layers[0].ffn.up_proj.weight.grad is None  # the trunk runs without gradients
+        assert model.layers[1].ffn.up_proj.weight.grad is not None
+
+
+def test_routing_never_changes_a_gradient(tiny: Make) -> None:
+    """The threshold is for validation and inference: training without active tokens is the same bit for bit."""
+    model, (x, y) = tiny(3, sharp=True), pair()
+    gradients = []
+    for threshold in (0.0, 0.01, 0.99):
+        model.zero_grad()
+        trainer = Trainer(TrainingConfig([StageConfig((1, 3))], threshold, 1), 256)
+        trainer.compute_loss(model, x, y).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))
+
+
+@pytest.mark.parametrize(("layers", "config", "weights"), PATTERNS)
+def test_a_head_is_computed_only_where_there_is_a_weight(
+    layers: int, config: TrainingConfig, weights: dict[int, float], tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, ran = tiny(layers + 1), [], []
+    norm = StandardTransformer.exit_norm
+    monkeypatch.setattr(StandardTransformer, "exit_norm", lambda m, s, exit: calls.append(exit) or norm(m, s, exit))
+    model.layers[-1].register_forward_pre_hook(lambda *_: ran.append(1))
+    trainer = Trainer(config, 256)
+    trainer.train_epoch(model, [pair()], trainer.create_optimizer(model, 1e-3))
+    assert calls == list(weights)
+    assert not ran, "a layer above the deepest weight ran"
+
+
+def test_a_weight_of_zero_computes_no_head(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    norm = StandardTransformer.exit_norm
+    monkeypatch.setattr(StandardTransformer, "exit_norm", lambda m, s, exit: calls.append(exit) or norm(m, s, exit))
+    config = TrainingConfig([StageConfig((1, 2), 0.0), StageConfig((3, 3), 1.0)])
+    assert config.layer_weights == {1: 0.0, 2: 0.0, 3: 1.0}
+    Trainer(config, 256).compute_loss(tiny(3), *pair())
+    assert calls == [3]
+
+
+def test_bad_batches_are_refused(tiny: Make) -> None:
+    trainer, model = Trainer(create_standard_config(2), 256), tiny(2)
+    x, y = pair()
+    with pytest.raises(EaseError, match=r"x and y must have one shape, got \(2, 9\) and \(2, 8\)") as error:
+        trainer.compute_loss(model, x, y[:, 1:])
+    assert "\n" not in str(error.value)
+    with pytest.raises(EaseError, match="use the tokenizer that the model was made with, or a larger vocab_size"):
+        trainer.compute_loss(model, x + 250, y)
+
+
+# Batches
+
+
+class Stream:
+    """An iterator: it can be walked once."""
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self
+
+    def __next__(self) -> Pair:
+        raise StopIteration
+
+
+@pytest.mark.parametrize("make", [lambda: iter([pair()]), lambda: (pair() for _ in "ab"), Stream, lambda: zip([1])])
+def test_a_one_shot_iterator_is_refused(make: Callable[[], Any], tiny: Make) -> None:
+    trainer, model, good = Trainer(create_standard_config(2), 256), tiny(2), [pair()]
+    optimizer = trainer.create_optimizer(model, 1e-3)
+    uses = [
+        lambda: trainer.train_epoch(model, make(), optimizer),
+        lambda: trainer.evaluate(model, make()),
+        lambda: trainer.train_with_early_stopping(model, make(), good, optimizer, 1, verbose=False),
+        lambda: trainer.train_with_early_stopping(model, good, make(), optimizer, 1, verbose=False),
+    ]
+    for use in uses:
+        with pytest.raises(EaseError, match="one-shot iterator: pass a list, or an object whose __iter__") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_one_epoch_is_one_pass(tiny: Make, text: Tensor) -> None:
+    """Looking whether batches can be walked again must not begin a pass: shuffled batches would skip windows."""
+    batches = TokenBatches(text[:600], 16, 4, shuffle=True, max_batches=2)
+    assert re_iterable(batches) is batches
+    assert batches.epoch == 0
+    trainer, model = Trainer(create_standard_config(1), 256), tiny(1)
+    trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))
+    assert batches.epoch == 1
+    val = TokenBatches(text[600:900], 16, 4)
+    trainer.run(model, Phase("one", trainer.config, batches, val, PhaseOptions(max_epochs=3, patience=None)))
+    assert batches.epoch == 4
+
+
+def test_a_batch_with_nothing_to_score_is_skipped(tiny: Make) -> None:
+    trainer, model = Trainer(create_standard_config(1), 256), tiny(1)
+    x, y = pair()
+    empty, nobody = (x, torch.full_like(y, -100)), Batch(x, y, torch.zeros_like(x, dtype=torch.bool))
+    before = snapshot(model)
+    optimizer = trainer.create_optimizer(model, 1e-3)
+    assert trainer.train_epoch(model, [empty, nobody], optimizer) == 0
+    assert same(model, before)
+    loss = trainer.train_epoch(model, [empty, (x, y), nobody], optimizer)
+    assert 4 < loss < 7
+    assert not same(model, before)
+    history = trainer.run(model, Phase("one", trainer.config, [empty, (x, y)], [empty, (x, y)], PhaseOptions(max_epochs=2)))
+    assert history.steps == 2
+    assert all(math.isfinite(value) for value in history.column("val_loss"))
+
+
+def test_the_epoch_s_loss_is_the_mean_over_tokens(tiny: Make) -> None:
+    trainer, model = Trainer(create_standard_config(1), 256), tiny(1)
+    batches = [pair(2, 9), pair(1, 3), pair(4, 9, ignored=0.7)]
+    counts = [int((y != -100).sum()) for _, y in batches]
+    with torch.no_grad():
+        losses = [trainer.compute_loss(model, x, y).item() for x, y in batches]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    expected = sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)
+    assert trainer.train_epoch(model, batches, optimizer) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_optimizer_takes_what_learns_and_decays_matrices_only(tiny: Make) -> None:
+    model, trainer = tiny(3), Trainer(create_standard_config(3), 256)
+    model.freeze_below(3)
+    optimizer = trainer.create_optimizer(model, 2e-3, weight_decay=0.2)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
+    assert decayed["lr"] == free["lr"] == 2e-3
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    learning = {*model.layers[2].parameters(), *model.exit_norms[2].parameters()}
+    assert {*decayed["params"], *free["params"]} == learning
+
+
+def test_gradients_are_clipped(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trainer = tiny(1), Trainer(TrainingConfig(layer_weights={1: 1e6}), 256)
+    before = snapshot(model)
+    trainer.train_epoch(model, [pair()], torch.optim.SGD(model.parameters(), lr=1.0))
+    moved = sum((model.get_parameter(n) - before[n]).square().sum() for n, _ in model.named_parameters())
+    assert float(moved**0.5) == pytest.approx(1.0, abs=1e-3)
+
+
+# Early stopping
+
+
+def script(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[str, Tensor]]:
+    """Validation says what the script says; returns the weights of every epoch as they come."""
+    epochs: list[dict[str, Tensor]] = []
+
+    def scores(_: Trainer, model: StandardTransformer, batches: object) -> SimpleNamespace:
+        epochs.append(snapshot(model))
+        loss = losses[len(epochs) - 1]
+        return SimpleNamespace(flops=7.0, figures=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})
+
+    monkeypatch.setattr(Trainer, "scores", scores)
+    return epochs
+
+
+@given(
+    losses=st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), min_size=1, max_size=9),
+    patience=st.integers(1, 4),
+)
+def test_early_stopping_waits_and_restores_the_best(losses: list[float], patience: int, tiny: Make) -> None:
+    best, best_epoch, total, stopped = math.inf, 0, 0, False
+    for epoch, loss in enumerate(losses, 1):
+        total = epoch
+        if loss < best:
+            best, best_epoch = loss, epoch
+        elif epoch - best_epoch >= patience:
+            stopped = True
+            break
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        epochs = script(monkeypatch, losses)
+        model, trainer, batch = tiny(1, dim=8), Trainer(create_standard_config(1), 256), pair()
+        optimizer = trainer.create_optimizer(model, 1e-2)
+        result = trainer.train_with_early_stopping(
+            model, [batch], [batch], optimizer, len(losses), patience, verbose=False
+        )
+    assert set(result) == {"train_losses", "val_losses", "val_accs", "best_epoch", "total_epochs", "stopped_early"}
+    assert result["best_epoch"] == best_epoch
+    assert result["total_epochs"] == total == len(epochs)
+    assert result["stopped_early"] is stopped
+    assert result["val_losses"] == losses[:total]
+    assert result["val_accs"] == [0.5] * total
+    assert len(result["train_losses"]) == total
+    assert same(model, epochs[best_epoch - 1])
+    assert total == 1 or not same(model, epochs[0 if best_epoch > 1 else 1])
+
+
+def test_patience_none_never_stops_and_the_last_weights_can_be_kept(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = script(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0])
+    model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
+    options = PhaseOptions(max_epochs=5, patience=None)
+    phase = Phase("one", config, [batch], [batch], options, restore_best=False)
+    history = Trainer(config, 256).run(model, phase)
+    assert (len(history.rows), history.best_epoch, history.stopped_early) == (5, 1, False)
+    assert same(model, epochs[-1])
+    assert history.flops["validation"] == 35
+
+
+def test_verbose_prints_a_line_per_epoch(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    model, trainer, batch = tiny(1), Trainer(create_standard_config(1), 256), pair()
+    optimizer = trainer.create_optimizer(model, 1e-3)
+    trainer.train_with_early_stopping(model, [batch], [batch], optimizer, 2, 5)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2
+    assert "epoch   1" in out[0]
+    assert "val PPL" in out[0]
+
+
+@pytest.mark.parametrize("where", ["loss", "validation"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
+    where: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = script(monkeypatch, [1.0, math.nan if where == "validation" else 0.9, 0.8])
+    model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
+    compute, calls = Trainer.compute_loss, []
+
+    def broken(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        loss = compute(*args, **options)
+        return loss * math.nan if where == "loss" and len(calls) == 4 else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", broken)
+    phase = Phase("one", config, [batch, batch], [batch], PhaseOptions(max_epochs=3))
+    with pytest.raises(EaseError, match="loss is nan: .* last good weights are kept; lower the learning rate") as error:
+        Trainer(config, 256).run(model, phase)
+    assert "\n" not in str(error.value)
+    assert same(model, epochs[0])
+    assert all(p.requires_grad for p in model.parameters())
+    assert (len(calls), len(epochs)) == (4, 1 if where == "loss" else 2)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny: Make) -> None:
+    model, trainer = tiny(1), Trainer(create_standard_config(1), 256)
+    model.layers[0].ffn.up_proj.weight.register_hook(lambda g: g * math.inf)
+    before = snapshot(model)
+    with pytest.raises(EaseError, match="the gradient's norm is"):
+        trainer.train_epoch(model, [pair()], trainer.create_optimizer(model, 1e-3))
+    assert same(model, before)
+
+
+def test_an_interrupt_keeps_the_best_weights(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs = script(monkeypatch, [1.0, 2.0, 3.0])
+    model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
+
+    class Impatient(Watch):
+        def epoch(self, row: Any) -> None:
+            if row["epoch"] == 2:
+                raise KeyboardInterrupt
+
+    phase = Phase("one", config, [batch], [batch], PhaseOptions(patience=None), first=1)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, 256).run(model, phase, Impatient())
+    assert same(model, epochs[0])
+
+
+# The loop
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_learning_rate_follows_its_schedule(schedule: Any, warmup: float) -> None:
+    options = PhaseOptions(schedule=schedule, warmup=warmup)
+    factors = [options.lr_factor(i / 100) for i in range(101)]
+    start = int(100 * warmup)
+    assert factors[start] == pytest.approx(1)
+    assert factors[: start + 1] == sorted(factors[: start + 1])
+    assert factors[start:] == sorted(factors[start:], reverse=True)
+    assert factors[-1] == pytest.approx(1 if schedule == "constant" else 0.05)
+    assert min(factors) > 0
+
+
+def test_the_schedule_reaches_the_optimizer(tiny: Make) -> None:
+    model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
+    options = PhaseOptions(lr=1e-3, schedule="cosine", max_epochs=4, patience=None)
+    history = Trainer(config, 256).run(model, Phase("one", config, [batch], [batch], options))
+    rates = history.column("lr")
+    assert rates == pytest.approx([1e-3 * options.lr_factor(i / 4) for i in (1, 2, 3, 4)])
+    assert [row["step"] for row in history.rows] == [1, 2, 3, 4]
+
+
+@dataclass
+class Log(Watch):
+    steps: list[float] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+
+    def step(self, progress: float, loss: float) -> None:
+        self.steps.append(progress)
+        assert math.isfinite(loss)
+
+    def epoch(self, row: Any) -> None:
+        self.rows.append(row)
+
+
+def test_a_watch_is_told_of_every_step_and_epoch(tiny: Make) -> None:
+    model, config, batch, log = tiny(1, dim=8), create_standard_config(1), pair(), Log()
+    phase = Phase("one", config, [batch] * 3, [batch], PhaseOptions(max_epochs=2))
+    history = Trainer(config, 256).run(model, phase, log)
+    assert log.steps == pytest.approx([i / 6 for i in range(1, 7)])
+    assert log.rows == history.rows
+    keys = {"epoch", "step", "train_loss", "val_loss", "val_ppl", "val_acc", "flops", "seconds", "lr"}
+    assert set(history.rows[0]) == keys
+
+
+def test_the_same_seed_gives_the_same_weights(tiny: Make, text_data: Callable[..., Data]) -> None:
+    ends = []
+    for _ in range(2):
+        data, model = text_data(4, 1), tiny(2, dropout=0.1)
+        torch.manual_seed(7)
+        phase = Phase("one", create_standard_config(2), data.train, data.val, PhaseOptions(max_epochs=2))
+        Trainer(phase.config, 256).run(model, phase)
+        ends.append(snapshot(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_routing_at_an_exit_that_nothing_trained_warns_once(tiny: Make) -> None:
+    batch, model = pair(), tiny(3)
+    trainer = Trainer(TrainingConfig([StageConfig((3, 3))], 0.5, 1), 256)
+    with pytest.warns(UserWarning, match=r"routing at exit \[1\], which no loss has trained: give its layer"):
+        trainer.evaluate(model, [batch])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.evaluate(model, [batch])
+        # No warning where a loss is there, or was there in an earlier phase, or nothing routes.
+        Trainer(TrainingConfig([StageConfig((1, 3))], 0.5, 1), 256).evaluate(model, [batch])
+        Trainer(TrainingConfig([StageConfig((3, 3))], 0.0, 1), 256).evaluate(model, [batch])
+        Trainer(create_standard_config(1), 256).compute_loss(model, *batch)
+        Trainer(TrainingConfig([StageConfig((3, 3))], 0.5, 1), 256).evaluate(model, [batch])
+
+
+def test_train_runs_a_strategy_s_phases_in_order(tiny: Make) -> None:
+    batch, config = pair(), create_standard_config(2)
+    names = iter(["a", "b", "c"])
+
+    class Plan:
+        def next_phase(self, model: Any, data: Data) -> Phase | None:
+            name = next(names, None)
+            return None if name is None else Phase(name, config, data.train, data.val, PhaseOptions(max_epochs=1))
+
+        def policy(self) -> Policy:
+            return Policy()
+
+    watched: list[str] = []
+    runs = list(train(tiny(2), Plan(), Data([batch], [batch]), watch=lambda p: watched.append(p.name) or Watch()))
+    assert [phase.name for phase, _ in runs] == watched == ["a", "b", "c"]
+    assert all(len(history.rows) == 1 for _, history in runs)
+
+
+def test_evaluate_under_several_exits(tiny: Make) -> None:
+    model, batch = tiny(4, sharp=True), pair(4, 20)
+    config = TrainingConfig([StageConfig((1, 4))], (0.2, 0.2, 0.2), (1, 2, 3))
+    figures = Trainer(config, 256).evaluate(model, [batch])
+    assert sum(figures["exit_shares"].values()) == pytest.approx(1)
+    cost = sum(layer * share for layer, share in figures["exit_shares"].items()) / 4
+    assert figures["compute_cost"] == pytest.approx(cost)
+    keys = {"ppl", "acc", "loss", "shallow_ratio", "compute_cost", "exit_shares", "flops_per_token", "seconds", "tokens"}
+    assert set(figures) == keys
