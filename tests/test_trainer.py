@@ -92,11 +92,7 @@ def test_patterns_reach_their_weights_and_reduce_the_loss(
     assert model.trained_exits == set(weights)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5
-    )
-)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5))
 def test_overlapping_stages_add_up(drawn: list[tuple[int, int, float]]) -> None:
     stages = [StageConfig((min(a, b), max(a, b)), w) for a, b, w in drawn]
     expected = {k: sum(s.loss_weight for s in stages if s.layers[0] <= k <= s.layers[1]) for k in range(1, 7)}
@@ -339,7 +335,9 @@ def test_a_batch_with_nothing_to_score_is_skipped(tiny: Make) -> None:
     loss = trainer.train_epoch(model, [empty, (x, y), nobody], optimizer)
     assert 4 < loss < 7
     assert not same(model, before)
-    history = trainer.run(model, Phase("one", trainer.config, [empty, (x, y)], [empty, (x, y)], PhaseOptions(max_epochs=2)))
+    history = trainer.run(
+        model, Phase("one", trainer.config, [empty, (x, y)], [empty, (x, y)], PhaseOptions(max_epochs=2))
+    )
     assert history.steps == 2
     assert all(math.isfinite(value) for value in history.column("val_loss"))
 
@@ -369,12 +367,13 @@ def test_the_optimizer_takes_what_learns_and_decays_matrices_only(tiny: Make) ->
     assert {*decayed["params"], *free["params"]} == learning
 
 
-def test_gradients_are_clipped(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_clipped(tiny: Make) -> None:
     model, trainer = tiny(1), Trainer(TrainingConfig(layer_weights={1: 1e6}), 256)
     before = snapshot(model)
     trainer.train_epoch(model, [pair()], torch.optim.SGD(model.parameters(), lr=1.0))
-    moved = sum((model.get_parameter(n) - before[n]).square().sum() for n, _ in model.named_parameters())
-    assert float(moved**0.5) == pytest.approx(1.0, abs=1e-3)
+    after = snapshot(model)
+    moved = sum(float((after[n] - before[n]).square().sum()) for n, _ in model.named_parameters())
+    assert moved**0.5 == pytest.approx(1.0, abs=1e-3)
 
 
 # Early stopping
@@ -463,7 +462,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
 
     monkeypatch.setattr(Trainer, "compute_loss", broken)
     phase = Phase("one", config, [batch, batch], [batch], PhaseOptions(max_epochs=3))
-    with pytest.raises(EaseError, match="loss is nan: .* last good weights are kept; lower the learning rate") as error:
+    with pytest.raises(EaseError, match=r"loss is nan: .* weights are kept; lower the learning rate") as error:
         Trainer(config, 256).run(model, phase)
     assert "\n" not in str(error.value)
     assert same(model, epochs[0])
@@ -594,5 +593,15 @@ def test_evaluate_under_several_exits(tiny: Make) -> None:
     assert sum(figures["exit_shares"].values()) == pytest.approx(1)
     cost = sum(layer * share for layer, share in figures["exit_shares"].items()) / 4
     assert figures["compute_cost"] == pytest.approx(cost)
-    keys = {"ppl", "acc", "loss", "shallow_ratio", "compute_cost", "exit_shares", "flops_per_token", "seconds", "tokens"}
+    keys = {
+        "ppl",
+        "acc",
+        "loss",
+        "shallow_ratio",
+        "compute_cost",
+        "exit_shares",
+        "flops_per_token",
+        "seconds",
+        "tokens",
+    }
     assert set(figures) == keys

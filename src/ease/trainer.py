@@ -389,10 +389,12 @@ class Trainer:
         history = History(flops=dict(phase.spent))
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         best_loss, best, start = math.inf, None, time.perf_counter()
-        total_steps = options.max_epochs * max(1, len(train))
+        total_steps, validation = options.max_epochs * max(1, len(train)), 0.0
 
         def progress() -> float:
-            by_flops = sum(history.flops.values()) / options.max_flops if options.max_flops else 0.0
+            # The validation that ends the epoch belongs to the budget too.
+            spent = sum(history.flops.values()) + validation
+            by_flops = spent / options.max_flops if options.max_flops else 0.0
             return min(1.0, max(history.steps / total_steps, by_flops))
 
         def set_lr() -> None:
@@ -413,7 +415,8 @@ class Trainer:
                     if progress() >= 1:
                         break
                 scores = self.scores(model, val)
-                history.flops["validation"] = history.flops.get("validation", 0.0) + scores.flops
+                validation = scores.flops
+                history.flops["validation"] = history.flops.get("validation", 0.0) + validation
                 figures = scores.figures()
                 history.seconds = time.perf_counter() - start
                 history.rows.append(

@@ -156,7 +156,9 @@ def test_the_trunk_runs_in_eval_mode_while_new_layers_drop_out(tiny: Make, text_
 def test_freeze_below_names_exactly_what_learns(tied: bool, head: bool, tiny: Make) -> None:
     model = tiny(3, tie_embeddings=tied)
     model.freeze_below(3, head=head)
-    learning = {name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    learning = {
+        name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad
+    }
     shared = set() if head else {"embedding.weight" if tied else "output_head.weight"}
     assert learning == {"layers.2", "exit_norms.2"} | shared
     train_mode(model)

@@ -38,7 +38,12 @@ def turn(x: Tensor, position: int, theta: float) -> Tensor:
 
 
 def naive_layer(
-    block: TransformerBlock, config: Any, states: list[Tensor], positions: list[int], segments: list[int], asks: set[int]
+    block: TransformerBlock,
+    config: Any,
+    states: list[Tensor],
+    positions: list[int],
+    segments: list[int],
+    asks: set[int],
 ) -> list[Tensor]:
     """One layer for one row. Every token offers its current state; only the tokens in `asks` change."""
     d, eps, theta = config.head_size, config.norm_eps, config.rope_theta

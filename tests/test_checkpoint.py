@@ -1,0 +1,92 @@
+"""A run folder appears whole or not at all, and bad ones are told by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ease.checkpoint import load_model, run_folder, save_model
+from ease.errors import EaseError
+from ease.exits import Policy, route
+from ease.models import StandardTransformer
+
+
+@pytest.fixture
+def model() -> StandardTransformer:
+    torch.manual_seed(0)
+    model = StandardTransformer(40, 16, 3, 2)
+    model.trained_exits = {1, 3}
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, tied: bool) -> None:
+    model = StandardTransformer(40, 16, 3, 2, tie_embeddings=tied, num_kv_heads=1, hidden_dim=24).eval()
+    model.trained_exits = {1, 3}
+    save_model(tmp_path, model, Policy((1,), (0.03,)), run={"seed": 3})
+    back, config = load_model(tmp_path)
+    ids = torch.randint(0, 40, (2, 9))
+    assert torch.equal(model(ids), back(ids))
+    assert (back.exit_layer, back.routing_threshold) == ([1], [0.03])
+    assert torch.equal(route(model, ids, 1, 0.03).exits, route(back, ids).exits)
+    assert back.trained_exits == {1, 3}
+    assert config["run"] == {"seed": 3}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), run_folder(out) as folder:
+        (folder / "metrics.jsonl").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with run_folder(out) as folder:
+        (folder / "config.json").write_text("{}")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with run_folder(out) as folder:
+        (folder / "config.json").write_text("1")
+    with pytest.raises(EaseError, match="--overwrite"), run_folder(out):
+        pass
+    with pytest.raises(RuntimeError), run_folder(out, overwrite=True):
+        raise RuntimeError
+    assert (out / "config.json").read_text() == "1", "a run that failed must not cost the one before"
+    with run_folder(out, overwrite=True) as folder:
+        (folder / "config.json").write_text("2")
+    assert (out / "config.json").read_text() == "2"
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").touch()
+    with pytest.raises(EaseError, match="no run folder"), run_folder(photos, overwrite=True):
+        pass
+    assert (photos / "a.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no run folder"),
+        (lambda f: (f / "config.json").write_text("{"), "damaged"),
+        (lambda f: (f / "config.json").write_text("[]"), "damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"123"), "damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "damaged"),
+        (lambda f: _edit(f, format=99), "format 99"),
+        (lambda f: _edit(f, model={"dim": 8}), "damaged"),
+    ],
+)
+def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path, model, damage, says: str) -> None:
+    save_model(tmp_path, model, Policy())
+    damage(tmp_path)
+    with pytest.raises(EaseError, match=says) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))

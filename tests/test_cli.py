@@ -1,0 +1,185 @@
+"""What a person types and sees: recipes, a whole run at a tiny size, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ease import STRATEGIES, runs
+from ease.cli import load_recipe, main, recipes
+
+TINY = [
+    *("--model.dim", "16", "--model.num-heads", "2", "--data.tokenizer", "byte", "--data.seq-len", "16"),
+    *("--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"),
+]
+FLOPS = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real text, small enough for tests: this Python's own json module, a few times a training corpus of nothing."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(json.decoder.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASE_CACHE", str(out.parent / "cache"))
+        assert main(["run", "demo", "--data", str(text), "--out", str(out), *TINY, *FLOPS]) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged"])
+def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.__doc__
+    config = recipe.config()
+    assert isinstance(config, runs.RunConfig)
+    assert config == recipe.config(), "a recipe is a value"
+    assert type(config.strategy) in STRATEGIES.values()
+    assert config.strategy.strategy() is not None
+
+
+def test_every_shipped_recipe_is_tested() -> None:
+    assert set(recipes()) == {"demo", "standard", "deep-supervision", "ashem", "staged"}
+
+
+def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
+        *("explorer.json", "report.html"),
+    }
+    assert [p for p in made.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
+    summary = json.loads((made / "summary.json").read_text())
+    lines = {line["name"]: line for line in summary["lines"]}
+    assert list(lines) == [
+        "phase 1",
+        "phase 2",
+        "phase 1 continued",
+        "standard, 4 layers",
+        "deep-supervision, 4 layers",
+    ]
+    for name in list(lines)[2:]:
+        # A budget ends on a whole step and its validation pass: at this size, a few hundredths of it.
+        assert lines[name]["train_flops"] == pytest.approx(lines["phase 2"]["train_flops"], rel=0.1), name
+    for line in lines.values():
+        assert {"ppl", "acc", "hard_ppl", "compute_cost", "flops_per_token", "seconds"} <= set(line["test"])
+        assert line["train_flops"] == pytest.approx(sum(line["flops_by"].values()))
+    assert lines["phase 2"]["curve"][0] == lines["phase 1"]["curve"][0]
+    assert summary["hard"]["train_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert summary["hard"]["fixed_by"] == "phase 1's final model"
+    joint = lines["deep-supervision, 4 layers"]
+    assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
+
+
+def test_the_sweep_goes_from_everyone_leaving_to_no_one(made: Path) -> None:
+    points = json.loads((made / "summary.json").read_text())["sweep"]["points"]
+    costs = [point["compute_cost"] for point in points]
+    assert costs[0] == pytest.approx(0.5)
+    assert costs[-1] == pytest.approx(1.0, abs=0.02)
+    assert costs == sorted(costs)
+
+
+def test_metrics_are_a_line_per_epoch(made: Path) -> None:
+    rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in rows}
+    assert all(row["val_loss"] > 0 for row in rows)
+
+
+def test_eval_scores_the_test_split_at_thresholds(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(made.parent / "cache"))
+    own = runs.evaluate(made, [])[0]
+    summary = json.loads((made / "summary.json").read_text())
+    phase2 = next(line for line in summary["lines"] if line["name"] == "phase 2")
+    assert own["ppl"] == phase2["test"]["ppl"], "what eval says is what the report says"
+    assert main(["eval", str(made), "--threshold", "0.2", "--threshold", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.2" in printed
+    assert "test split" in printed
+
+
+def test_report_of_several_runs(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both.html"
+    assert main(["report", str(made), str(made), "--out", str(out)]) == 0
+    assert out.stat().st_size > 10_000
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "ease run RECIPE" in capsys.readouterr().out
+    assert main(["run"]) == 0
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "staged", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Hard tokens as a share of all training tokens" in printed
+    assert "--overwrite" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["walk"], "unknown command"),
+        (["run", "nothing"], "no recipe"),
+        (["run", "demo", "--data", "no/such/folder"], "no data"),
+        (["run", "demo", "--data.tokenizer", "chars"], "unknown tokenizer"),
+        (["eval", "no/such/run"], "no run folder"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["report"], "no run given"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.startswith("ease: ")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [] or [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (["--strategy.phase2-layers", "2"], "phase2_layers (2) must be more than phase1_layers (2)"),
+        (["--strategy.hard-example-ratio", "0"], "must lie in (0, 1]"),
+        (["--strategy.phase1-lr", "fast"], "phase1-lr"),
+        (["--no-such-option", "1"], "no-such-option"),
+    ],
+)
+def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "demo", *override])
+    assert caught.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one line\n" * 30)
+    assert main(["run", "demo", "--data", str(short), "--out", str(tmp_path / "out"), *TINY]) == 2
+    assert "use more text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_a_process_of_its_own_prints_plain_text(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text), "--out", str(tmp_path / "r")]
+    done = subprocess.run(
+        [*command, *TINY, *FLOPS, "--compare", "continued"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "phase 1 continued" in done.stdout
+    assert "epoch" in done.stderr
