@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ease.data import PAD, SPLITS, UNK, TokenBatches, read_splits
 from ease.errors import EaseError
+from ease.runs import choose_device
 
 
 def set_seed(seed: int) -> None:
@@ -27,9 +28,7 @@ def set_seed(seed: int) -> None:
 
 def get_device() -> torch.device:
     """CUDA if there is one, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(choose_device("auto"))
 
 
 def load_wikitext_words(

@@ -38,7 +38,7 @@ def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, tied: 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt), run_folder(out) as folder:
+    with pytest.raises(KeyboardInterrupt), run_folder(out) as folder:  # noqa: PT012
         (folder / "metrics.jsonl").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,9 @@ def test_bad_policies_are_refused_in_one_sentence(exit_layer: Any, threshold: An
 @pytest.mark.parametrize("exit_layer", [3, 4, (1, 3)])
 def test_exits_at_or_beyond_the_last_layer_are_refused_while_routing_is_on(exit_layer: Any, tiny: Make) -> None:
     thresholds = 0.5 if isinstance(exit_layer, int) else (0.5,) * len(exit_layer)
-    with pytest.raises(EaseError, match="must lie below the last .*: choose a lower exit, a deeper model, or") as error:
+    with pytest.raises(
+        EaseError, match=r"must lie below the last .*: choose a lower exit, a deeper model, or"
+    ) as error:
         route(tiny(3), torch.zeros(1, 2, dtype=torch.long), exit_layer, thresholds)
     assert "\n" not in str(error.value)
     assert (route(tiny(3), torch.zeros(1, 2, dtype=torch.long), exit_layer, 0.0).exits == 3).all()

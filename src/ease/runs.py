@@ -11,13 +11,11 @@ import copy
 import json
 import os
 import platform
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
 import ease
@@ -168,7 +166,7 @@ class Workshop:
         return TokenBatches(ids, data.seq_len, data.batch_size, max_batches=data.eval_batches)
 
     def new_model(self, num_layers: int) -> StandardTransformer:
-        seed_everything(self.config.seed)
+        torch.manual_seed(self.config.seed)
         shape = asdict(self.config.model)
         return StandardTransformer(self.corpus.vocab_size, num_layers=num_layers, **shape).to(self.device)
 
@@ -233,7 +231,7 @@ class Workshop:
         """One more phase on all tokens, up to `flops` in all."""
         endless = replace(options, patience=None, max_epochs=10**6, max_flops=flops - before.total)
         phase = Phase(name, config, train_batches, self.batches("val"), endless)
-        seed_everything(self.config.seed)
+        torch.manual_seed(self.config.seed)
         trainer = Trainer(config, self.corpus.vocab_size, self.device)
         return before.then(name, phase, trainer.run(model, phase, self.watching(name)), model)
 
@@ -456,12 +454,6 @@ def choose_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.default_rng(seed)
-    torch.manual_seed(seed)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Promise 7: the core knows no strategy, a new one needs no change elsewhere, and importing ease loads only what it needs."""
+"""Promise 7: the core knows no strategy, a new one changes nothing else, and importing ease loads only what it needs."""
 
 import json
 import os

@@ -125,7 +125,7 @@ def test_a_whole_training_step_costs_what_torch_counts(
 def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
     hard: bool, stored: bool, freeze_head: bool, tiny: Make
 ) -> None:
-    """Exactly: the trunk gets no gradient, but the first norm that learns does, and so its projections hand one back."""
+    """Exactly: the trunk gets no gradient, but the first norm that learns does, so its projections hand one back."""
     model = tiny(6)
     model.freeze_below(3, head=freeze_head)
     trainer = Trainer(TrainingConfig(layer_weights={6: 1.0}), 256)
