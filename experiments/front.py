@@ -1,7 +1,7 @@
 """Where does growing on hard tokens stand? Every line at equal training FLOPs on the standard library corpus.
 
-    python experiments/front.py                 # runs what is missing of the plan, resumes where it stopped
-    python experiments/front.py --report        # picks settings on validation, scores test once, prints the table
+    python experiments/front.py --brick 1             # runs what is missing of the plan, resumes where it stopped
+    python experiments/front.py --brick 1 --report    # picks settings on validation, scores test once, prints a table
 
 A small brick that is near its limit (byte-level, dim 48), so that depth has something to give. The lines are plain
 models of every depth, deep supervision with the same exits, phase 1 trained on ("continued"), and growth in several
@@ -29,10 +29,9 @@ from experiments.utils import set_seed
 
 DIM, HEADS, SEQ, BATCH = 48, 4, 128, 32
 EPOCH_STEPS, VAL_BATCHES, TEST_BATCHES = 200, 20, 80
-BUDGET = 2.5e12  # training FLOPs of every line
+BUDGET = 2e12  # training FLOPs of every line
 PHASE1_SHARE = 0.6
-SEEDS, LRS = (0, 1, 2), (1e-2, 2e-2)
-BRICK = 2  # layers of phase 1
+LRS = (1e-2, 2e-2)
 HARD = 0.5  # share of hard tokens at inference, unless a variant says otherwise
 
 Line = Callable[["Lab", int, float], tuple[ease.StandardTransformer, list[History], ease.Policy]]
@@ -41,8 +40,8 @@ Line = Callable[["Lab", int, float], tuple[ease.StandardTransformer, list[Histor
 class Lab:
     """Data and the pieces that lines are made of."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, brick: int) -> None:
+        self.folder, self.brick = folder, brick  # brick: the layers of phase 1
         self.corpus = ease.load_corpus("stdlib", "byte")
         self.val = ease.TokenBatches(self.corpus.val, SEQ, BATCH, max_batches=VAL_BATCHES)
         self.test = ease.TokenBatches(self.corpus.test, SEQ, BATCH, max_batches=TEST_BATCHES)
@@ -70,7 +69,8 @@ class Lab:
         """Phase 1 of a seed at the learning rate that validation chose, and the FLOPs it took."""
         rows = [r for r in read(self.folder) if r["line"] == "phase 1" and r["seed"] == seed]
         best = min(rows, key=lambda r: r["val"]["loss"])
-        model = self.model(BRICK, seed)
+        model = self.model(self.brick, seed)
+        model.trained_exits = {self.brick}
         load_model(model, self.weights("phase 1", seed, best["lr"]))
         return model, best["flops"]
 
@@ -92,10 +92,10 @@ def deep_supervision(layers: int) -> Line:
 
     def line(lab: Lab, seed: int, lr: float) -> Any:
         model, data = lab.model(layers, seed), lab.data(seed)
-        config = ease.TrainingConfig(layer_weights={BRICK: 0.5, layers: 0.5})
+        config = ease.TrainingConfig(layer_weights={lab.brick: 0.5, layers: 0.5})
         history = lab.fit(model, ease.Phase("joint", config, *data, lab.options(lr, BUDGET)))
-        threshold = compute_confidence_threshold(model, lab.val, HARD, exit=BRICK)
-        return model, [history], ease.Policy.of(BRICK, threshold)
+        threshold = compute_confidence_threshold(model, lab.val, HARD, exit=lab.brick)
+        return model, [history], ease.Policy.of(lab.brick, threshold)
 
     return line
 
@@ -105,7 +105,7 @@ def continued(lab: Lab, seed: int, lr: float) -> Any:
     model, spent = lab.phase1(seed)
     data = lab.data(seed)
     data.train.epoch = 10_000  # past the epochs of phase 1: the order goes on, it does not start again
-    config = ease.create_standard_config(BRICK)
+    config = ease.create_standard_config(lab.brick)
     history = lab.fit(model, ease.Phase("continued", config, *data, lab.options(lr, BUDGET - spent)))
     return model, [history], ease.Policy()
 
@@ -123,14 +123,14 @@ def growth(layers: int, ratio: float = HARD, init: str = "identity", route_share
         if route_share is not None:
             threshold = compute_confidence_threshold(model, lab.val, route_share)
         model.grow(layers, init)  # type: ignore[arg-type]
-        config = ease.TrainingConfig(layer_weights={layers: 1.0}, exit_layer=BRICK, routing_threshold=threshold)
+        config = ease.TrainingConfig(layer_weights={layers: 1.0}, exit_layer=lab.brick, routing_threshold=threshold)
         phase = ease.Phase(
             "phase 2",
             config,
             mined,
             lab.val,
             lab.options(lr, BUDGET - spent),
-            first=BRICK + 1,
+            first=lab.brick + 1,
             spent={"mining": mined.flops},
         )
         return model, [lab.fit(model, phase)], config.policy
@@ -147,18 +147,21 @@ def replace_epoch(batches: ease.TokenBatches, steps: int) -> ease.TokenBatches:
     return fresh
 
 
-LINES: dict[str, Line] = {
-    "phase 1": plain(BRICK, PHASE1_SHARE),
-    "plain, 2 layers": plain(2),
-    "plain, 3 layers": plain(3),
-    "continued": continued,
-    "deep supervision, 3 layers": deep_supervision(3),
-    "growth 2 to 3, half": growth(3),
-    "growth 2 to 4, half": growth(4),
-    "growth 2 to 3, half, copied": growth(3, init="copy"),
-    "growth 2 to 3, a third": growth(3, 0.33),
-    "growth 2 to 3, all tokens, routed at half": growth(3, 1.0, route_share=HARD),
-}
+def lines(brick: int) -> dict[str, Line]:
+    """The plan, in order: what others stand on comes first."""
+    above, twice = brick + 1, brick + 2
+    plain_lines = {f"plain, {k} layers": plain(k) for k in (brick, above, twice)}
+    return {
+        "phase 1": plain(brick, PHASE1_SHARE),
+        **plain_lines,
+        "continued": continued,
+        "deep supervision": deep_supervision(above),
+        f"growth {brick} to {above}, half": growth(above),
+        f"growth {brick} to {twice}, half": growth(twice),
+        f"growth {brick} to {above}, half, copied": growth(above, init="copy"),
+        f"growth {brick} to {above}, a third": growth(above, 0.33),
+        f"growth {brick} to {above}, all tokens, routed at half": growth(above, 1.0, route_share=HARD),
+    }
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -167,7 +170,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def run(lab: Lab, name: str, seed: int, lr: float) -> None:
-    model, histories, policy = LINES[name](lab, seed, lr)
+    model, histories, policy = lines(lab.brick)[name](lab, seed, lr)
     save_model(model, str(lab.weights(name, seed, lr)))
     flops: dict[str, float] = {}
     for history in histories:
@@ -190,15 +193,15 @@ def run(lab: Lab, name: str, seed: int, lr: float) -> None:
     print(f"{name:45} seed {seed} lr {lr:g} val PPL {row['val']['ppl']:.4f}  {row['seconds']:.0f} s", flush=True)
 
 
-def work(lab: Lab, only: str | None) -> None:
+def work(lab: Lab, seeds: list[int], only: str | None) -> None:
     """The plan: every learning rate on the first seed, then the chosen one on the others."""
-    for seed in SEEDS:
-        for name in LINES:
+    for seed in seeds:
+        for name in lines(lab.brick):
             if only and only not in name:
                 continue
             rows = [r for r in read(lab.folder) if r["line"] == name]
-            first = [r for r in rows if r["seed"] == SEEDS[0]]
-            lrs = LRS if seed == SEEDS[0] else [min(first, key=lambda r: r["val"]["loss"])["lr"]]
+            first = [r for r in rows if r["seed"] == 0]
+            lrs = LRS if seed == 0 else [min(first, key=lambda r: r["val"]["loss"])["lr"]]
             for lr in lrs:
                 lock = lab.folder / f"{name}-{seed}-{lr:g}.lock"
                 if any(r["seed"] == seed and r["lr"] == lr for r in rows):
@@ -213,15 +216,15 @@ def work(lab: Lab, only: str | None) -> None:
                     lock.unlink()
 
 
-def report(lab: Lab) -> None:
+def report(lab: Lab, seeds: list[int]) -> None:
     """The test split, scored once per line and seed at the settings that validation chose."""
     rows = read(lab.folder)
     out: list[dict[str, Any]] = []
-    for seed in SEEDS:
+    for seed in seeds:
         brick, _ = lab.phase1(seed)
         threshold = compute_confidence_threshold(brick, lab.val, HARD)
         hard = ease.score(brick, lab.test).confidences < threshold
-        for name in LINES:
+        for name in lines(lab.brick):
             mine = [r for r in rows if r["line"] == name and r["seed"] == seed]
             if not mine:
                 continue
@@ -231,12 +234,12 @@ def report(lab: Lab) -> None:
             scores: Scores = ease.score(
                 model, lab.test, ease.Policy(**{k: tuple(v) for k, v in best["policy"].items()})
             )
-            figures = scores.figures(hard)
+            figures = scores.figures(hard, depth=lab.brick + 2)
             out.append({"line": name, "seed": seed, "lr": best["lr"], "flops": best["flops"], "test": figures})
     (lab.folder / "test.json").write_text(json.dumps(out, indent=1))
     print("| line | lr | test PPL | hard PPL | share of layers run | FLOPs/token | training FLOPs |")
     print("|---|---|---|---|---|---|---|")
-    for name in LINES:
+    for name in lines(lab.brick):
         mine = [r for r in out if r["line"] == name]
         if mine:
             print(
@@ -255,17 +258,20 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/front"))
+    parser.add_argument("--brick", type=int, default=1, help="layers of phase 1")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--only", help="lines whose name contains this")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    lab = Lab(args.out)
+    folder = args.out / f"front-brick{args.brick}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(folder, args.brick)
     if args.report:
-        report(lab)
+        report(lab, args.seeds)
     else:
-        work(lab, args.only)
+        work(lab, args.seeds, args.only)
 
 
 if __name__ == "__main__":

@@ -88,25 +88,22 @@ class Lab:
         return model
 
     def line(self, variant: Variant, seed: int) -> ease.StandardTransformer:
-        model = self.phase1(variant, seed)
-        seen, unseen = self.batches(0, variant.fold, seed + 1), (variant.fold, 1.0)
+        model = self.model(2, seed, 0.15 if variant.continued else variant.dropout)
+        model.load_state_dict(self.phase1(variant, seed).state_dict())
+        model.trained_exits = {2}
         options = ease.PhaseOptions(lr=variant.lr, patience=3)
+        part = (variant.fold, 1.0) if variant.mine_unseen else (0.0, variant.fold)
+        train = self.batches(*part, seed + 1)
         if variant.continued:
-            phase = ease.Phase("continued", ease.create_standard_config(2), seen, self.val, options)
-            ease.Trainer(phase.config, self.vocab_size).run(model, phase, PrintWatch())
-            return model
-        train = self.batches(*unseen, seed + 1) if variant.mine_unseen else seen
-        mined = MinedBatches(model, train, ease.Policy(), variant.ratio, seed=seed)
-        threshold = compute_confidence_threshold(model, self.val, HARD_AT_INFERENCE)
-        grown = self.model(2, seed, variant.dropout)
-        grown.load_state_dict(model.state_dict())
-        mined.model = grown
-        grown.grow(4)
-        config = ease.TrainingConfig(layer_weights={4: 1.0}, exit_layer=2, routing_threshold=threshold)
-        grown.trained_exits = {2}
-        phase = ease.Phase("phase 2", config, mined, self.val, options, first=3)
-        ease.Trainer(config, self.vocab_size).run(grown, phase, PrintWatch())
-        return grown
+            phase = ease.Phase("continued", ease.create_standard_config(2), train, self.val, options)
+        else:
+            mined = MinedBatches(model, train, ease.Policy(), variant.ratio, seed=seed)
+            threshold = compute_confidence_threshold(model, self.val, HARD_AT_INFERENCE)
+            model.grow(4)
+            config = ease.TrainingConfig(layer_weights={4: 1.0}, exit_layer=2, routing_threshold=threshold)
+            phase = ease.Phase("phase 2", config, mined, self.val, options, first=3)
+        ease.Trainer(phase.config, self.vocab_size).run(model, phase, PrintWatch())
+        return model
 
     def policy(self, model: ease.StandardTransformer) -> ease.Policy:
         if model.num_layers == 2:

@@ -69,6 +69,8 @@ def test_figures_equal_brute_force(
         assert figures[f"{name}_ppl"] == pytest.approx(math.exp(sum(mine) / len(mine)), rel=1e-5)
     assert figures["hard_acc"] == pytest.approx(sum(h for h, i in zip(hits, hard) if i) / int(hard.sum()))
     assert "hard_ppl" not in scores.figures()
+    # Beside a deeper model, costs are shares of its depth.
+    assert scores.figures(depth=8)["compute_cost"] == pytest.approx(sum(left) / (n * 8))
     assert figures["seconds"] > 0
 
 

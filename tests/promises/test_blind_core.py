@@ -1,4 +1,4 @@
-"""Promise 7: the core knows no strategy, a new one changes nothing else, and importing ease loads only what it needs."""
+"""Promise 7: the core knows no strategy, a new one changes nothing else, and `import ease` loads only its needs."""
 
 import json
 import os

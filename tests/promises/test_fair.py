@@ -205,7 +205,7 @@ def test_a_history_counts_training_trunk_mining_and_validation(tiny: Make, text_
     assert kinds[2e9]["validation"] == kinds[0.0]["validation"]
 
 
-@pytest.mark.parametrize("share", [0.3, 1.0, 2.5, 5.2])
+@pytest.mark.parametrize("share", [0.3, 1.0, 2.31, 5.2])
 def test_a_budget_is_kept_to_within_a_step_and_a_validation(
     share: float, tiny: Make, text_data: Callable[..., Data]
 ) -> None:
@@ -220,8 +220,9 @@ def test_a_budget_is_kept_to_within_a_step_and_a_validation(
         phase = Phase("one", config, data.train, data.val, options, spent={"mining": spent})
         history = Trainer(config, 256).run(model, phase)
         used = sum(history.flops.values())
-        assert used <= max(budget, spent) + step + validation
-        assert used >= budget
+        # The first epoch cannot know what its validation will cost; later ones keep room for it.
+        room = validation if len(history.rows) == 1 else 0
+        assert budget - validation < used <= max(budget, spent) + step + room
         assert history.flops["mining"] == spent
         if spent > budget:
             assert history.steps == 1

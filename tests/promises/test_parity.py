@@ -92,12 +92,7 @@ def naive_route(
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
-    made = tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2).double()
-    with torch.no_grad():  # norms that do something, at every exit another
-        for module in made.modules():
-            if isinstance(module, torch.nn.RMSNorm):
-                module.weight.uniform_(0.5, 1.5)
-    return made
+    return tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2).double()
 
 
 @st.composite
