@@ -61,9 +61,7 @@ def test_sizes_and_special_ids() -> None:
         assert tok.get_vocab_size() == size
         assert sorted(vocab.values()) == list(range(size))
         assert (vocab["<pad>"], vocab["<eos>"]) == (0, 1)
-    assert word.encode("the dog <unk> The").ids == [
-        word.token_to_id(w) for w in ("the", "<unk>", "<unk>", "The")
-    ]
+    assert word.encode("the dog <unk> The").ids == [word.token_to_id(w) for w in ("the", "<unk>", "<unk>", "The")]
 
 
 def test_training_is_deterministic() -> None:
@@ -99,9 +97,7 @@ def test_a_saved_tokenizer_comes_back(tmp_path: Path) -> None:
             load_tokenizer(bad)
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "bpe", "bpe:", "bpe:258", "bpe:-1", "bpe:x", "gpt2", "word:5", "byte:1"]
-)
+@pytest.mark.parametrize("spec", ["", "bpe", "bpe:", "bpe:258", "bpe:-1", "bpe:x", "gpt2", "word:5", "byte:1"])
 def test_unknown_tokenizers_are_refused_before_reading(spec: str, cache: Path) -> None:
     with pytest.raises(EaseError, match="bpe:N"):
         load_corpus("nowhere", spec, cache_dir=cache)
@@ -160,9 +156,7 @@ def test_max_tokens_keeps_the_first_of_train_and_all_that_is_held_out(folder: Pa
         load_corpus(folder, max_tokens=0, cache_dir=cache)
 
 
-def test_the_cache_is_used_and_rebuilt_when_damaged(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_used_and_rebuilt_when_damaged(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASE_CACHE", str(cache))
     trained: list[str] = []
 
@@ -262,9 +256,7 @@ def test_stdlib_splits_are_real_and_share_no_package(cache: Path, monkeypatch: p
     sizes = corpus.describe()["tokens"]
     assert sizes["train"] > 1_000_000
     assert all(0.05 < sizes[s] / sum(sizes.values()) < 0.2 and len(tops[s]) > 5 for s in ("val", "test"))
-    assert not any(
-        {"test", "tests", "site-packages", "encodings", "__pycache__"} & set(p.split("/")) for p in seen
-    )
+    assert not any({"test", "tests", "site-packages", "encodings", "__pycache__"} & set(p.split("/")) for p in seen)
 
 
 def test_a_python_without_its_sources_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +310,7 @@ def test_a_local_data_set_is_read_and_split_by_row(tmp_path: Path, monkeypatch: 
         read_splits(f"hf:{tmp_path / 'other'}")
 
 
-def test_a_hub_data_set_is_read_as_far_as_needed_and_once(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_data_set_is_read_as_far_as_needed_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"train": ["ten chars."] * 1000, "validation": ["held out"] * 3}
     hub = put_hub(monkeypatch, rows)
     splits = read_splits("hf:owner/name/config", max_tokens=100)
@@ -343,9 +333,7 @@ def test_wikitext_is_one_document_a_split(monkeypatch: pytest.MonkeyPatch) -> No
     assert hub.calls == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach it"), ValueError("unknown config"), OSError()]
-)
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it"), ValueError("unknown config"), OSError()])
 def test_a_hub_out_of_reach_names_the_local_ways(
     error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_snippets_run(page: Path, cache: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "path", sys.path[:])
     # A module of that name, so that what a snippet defines (a dataclass, say) can be looked up.
     name = f"docs_{page.stem.replace('-', '_').lower()}"
-    module = type(sys)(name)
+    module = ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
     for line, block in blocks(page, "python"):
         # Padded, so that an error names the line of the page.

@@ -136,7 +136,7 @@ def test_layers_and_exits_that_do_not_exist_are_refused(tiny: Make) -> None:
     [
         (2, "identity", "the model has 2 layers already: grow to more than that"),
         (1, "copy", "grow to more than that"),
-        (4, "random", 'init must be "identity" or "copy"'),
+        (4, "random", "init must be identity or copy"),
     ],
 )
 def test_bad_growth_is_refused_and_changes_nothing(layers: int, init: Any, fix: str, tiny: Make) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ease.errors import EaseError
+import torch
+
+from ease.errors import EaseError, check_choice
+from ease.flops import head_flops, run_flops
 from ease.mining import check_ratio, collect_hard_examples, compute_confidence_threshold
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
 from ease.staged import PhaseConfig, Staged, StagedConfig
-from ease.trainer import Batch, Data, Phase, TrainingConfig
+from ease.trainer import Batch, Data, Phase
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class ASHEMConfig:
                 f"phase2_layers ({self.phase2_layers}) must be more than phase1_layers ({self.phase1_layers})"
             )
         check_ratio(self.hard_example_ratio)
+        check_choice("protocol", self.protocol, ("held-out", "seed"))
+        self.staged()  # which refuses what is wrong with either phase
 
     @property
     def num_layers(self) -> int:
@@ -128,17 +133,13 @@ class SeedProtocol(Staged):
         self.mined.append({"threshold": threshold, "count": len(hard["inputs"]), "of": of})
         first = model.num_layers + 1
         model.grow(plan.layers, plan.grow_init)
-        self.done += 1
-        return Phase(
-            "phase 2",
-            TrainingConfig(
-                layer_weights={plan.layers: 1.0}, exit_layer=tuple(self.exits), routing_threshold=(threshold,)
-            ),
-            batches,
-            data.val,
-            plan,
-            first=first,
-            freeze_head=False,
-            # Its figures are those of its stopping point, not of its best epoch.
-            restore_best=False,
+        # Two passes made the threshold and the hard tokens, each as deep as phase 1 and with a head.
+        one = sum(
+            run_flops(model.config, first - 1, torch.ones_like(x, dtype=torch.bool))
+            + head_flops(model.config, x.numel())
+            for x, *_ in data.val
+        )
+        # The figures are those of the stopping point, not of the best epoch, and the head learns, too.
+        return self._phase(
+            plan, first, batches, data, freeze_head=False, restore_best=False, spent={"mining": 2.0 * one}
         )

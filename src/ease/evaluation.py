@@ -21,7 +21,7 @@ from ease.errors import EaseError
 from ease.exits import Policy, walk
 from ease.flops import head_flops, run_flops
 from ease.losses import IGNORE
-from ease.seam import ExitModel
+from ease.seam import ExitModel, eval_mode
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scores:
     confidences: Tensor
     """(N,) its confidence."""
     num_layers: int
-    """Depth of the full model, the measure of compute_cost."""
+    """The layer at which the run ended, the measure of compute_cost unless told otherwise."""
     flops: float
     """Of the whole pass, every head evaluation included."""
     seconds: float
@@ -122,26 +122,22 @@ def score(
     policy = policy or Policy()
     policy.check(model.num_layers)
     device = next(model.parameters()).device if device is None else device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     parts: list[Tensor] = []
     flops, processed, start = 0.0, 0, time.perf_counter()
-    for x, y, *_ in batches:
-        x, y = x.to(device), y.to(device)
-        columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
-        for stop in walk(model, x, policy, last=last, read=partial(_read, y.flatten())):
-            assert stop.read is not None
-            flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived)
-            flops += head_flops(model.config, stop.confidence.numel())
-            exits = torch.full_like(stop.confidence, stop.layer)
-            columns[stop.left] = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)[
-                stop.leaves
-            ].float()
-        processed += x.numel()
-        parts.append(columns[y != IGNORE].cpu())
+    with eval_mode(model):
+        for x, y, *_ in batches:
+            x, y = x.to(device), y.to(device)
+            columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
+            for stop in walk(model, x, policy, last=last, read=partial(_read, y.flatten())):
+                assert stop.read is not None
+                flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived)
+                flops += head_flops(model.config, stop.confidence.numel())
+                exits = torch.full_like(stop.confidence, stop.layer)
+                row = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)
+                columns[stop.left] = row[stop.leaves].float()
+            processed += x.numel()
+            parts.append(columns[y != IGNORE].cpu())
     seconds = time.perf_counter() - start
-    for module, training in modes:
-        module.training = training
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
     losses, correct, exits, confidences = torch.cat(parts).unbind(1)

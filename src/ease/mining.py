@@ -5,6 +5,7 @@ Everything here is per token. A sequence of hard and easy tokens has no confiden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
@@ -15,7 +16,7 @@ from ease.errors import EaseError
 from ease.exits import HEAD_CHUNK, Policy, Stop, max_probability, walk
 from ease.flops import head_flops, run_flops
 from ease.losses import IGNORE
-from ease.seam import ExitModel
+from ease.seam import ExitModel, eval_mode
 from ease.trainer import Batch, Batches, re_iterable
 
 EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
@@ -33,8 +34,8 @@ def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None 
 class Quantile:
     """A quantile of values in [0, 1] that arrive in parts, in bounded memory.
 
-    Exact, with linear interpolation as in `torch.quantile`, up to `exact` values; beyond that from counts in
-    `BINS` equal bins, and then off by at most one bin (1e-6).
+    Exact, with linear interpolation as in `torch.quantile`, up to `exact` values. Beyond that it comes from counts
+    in `BINS` equal bins, and lies within one bin (1e-6) of a value next to the exact quantile.
     """
 
     def __init__(self, exact: int = EXACT_QUANTILE) -> None:
@@ -43,10 +44,10 @@ class Quantile:
         self.bins: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        self.parts.append(values.detach().flatten().float().cpu())
+        self.parts.append(values.detach().flatten().double().cpu())
         self.count += values.numel()
         if self.count > self.exact:
-            added = torch.histc(torch.cat(self.parts).double(), BINS, 0.0, 1.0).long()
+            added = torch.histc(torch.cat(self.parts), BINS, 0.0, 1.0).long()
             self.bins = added if self.bins is None else self.bins + added
             self.parts = []
 
@@ -54,9 +55,9 @@ class Quantile:
         if not self.count:
             raise EaseError("there is no token to take a quantile of: give at least one scored token")
         if self.bins is None:
-            return float(torch.quantile(torch.cat(self.parts).double(), share))
-        rank = torch.tensor(share * (self.count - 1) + 1)
-        return (int(torch.searchsorted(self.bins.cumsum(0), rank.ceil().long())) + 0.5) / BINS
+            return float(torch.quantile(torch.cat(self.parts), share))
+        rank = math.ceil(share * (self.count - 1) + 1)
+        return (int(torch.searchsorted(self.bins.cumsum(0), rank)) + 0.5) / BINS
 
 
 def check_ratio(ratio: float) -> None:
@@ -67,11 +68,11 @@ def check_ratio(ratio: float) -> None:
 
 def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Tensor, Tensor, Stop]]:
     """x, y and the full-depth stop at `exit` for every batch."""
-    model.eval()
-    for x, y, *_ in re_iterable(batches):
-        x, y = x.to(device), y.to(device)
-        (stop,) = walk(model, x, Policy(), last=exit)
-        yield x, y, stop
+    with eval_mode(model):
+        for x, y, *_ in re_iterable(batches):
+            x, y = x.to(device), y.to(device)
+            (stop,) = walk(model, x, Policy(), last=exit)
+            yield x, y, stop
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ class MinedBatches:
     make up a share `ratio` of all tokens; `threshold` is then the confidence below which they lie.
 
     Args:
-        ratio: in (0, 1], of all scored training tokens; 1 takes every token and there is no threshold.
+        ratio: in (0, 1], of all scored training tokens; 1 takes every token, and the threshold is then 1.
         budget: bytes of trunk states to keep; batches beyond that run the trunk again whenever they come up.
         seed: of the order, which is drawn anew for every iteration.
     """
@@ -162,24 +163,24 @@ class MinedBatches:
         device = next(model.parameters()).device
         quantile = Quantile()
         found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
-        model.eval()
-        for item in re_iterable(batches):
-            batch = Batch(*item)
-            x, y = batch.x.to(device), batch.y.to(device)
-            stop, flops = self._mine(x)
-            self.flops += flops
-            confidence = torch.ones(x.shape, device=device)
-            confidence[stop.arrived] = stop.confidence.float()
-            scored = y != IGNORE
-            total += int(scored.sum())
-            quantile.add(confidence[stop.arrived & scored])
-            size = stop.state.numel() * stop.state.element_size()
-            state = stop.state if kept + size <= budget else None
-            kept += size if state is not None else 0
-            found.append((x, y, stop.arrived, confidence, state))
+        with eval_mode(model):
+            for item in re_iterable(batches):
+                batch = Batch(*item)
+                x, y = batch.x.to(device), batch.y.to(device)
+                stop, flops = self._mine(x)
+                self.flops += flops
+                confidence = torch.ones(x.shape, dtype=stop.confidence.dtype, device=device)
+                confidence[stop.arrived] = stop.confidence
+                scored = y != IGNORE
+                total += int(scored.sum())
+                quantile.add(confidence[stop.arrived & scored])
+                size = stop.state.numel() * stop.state.element_size()
+                state = stop.state if kept + size <= budget else None
+                kept += size if state is not None else 0
+                found.append((x, y, stop.arrived, confidence, state))
         # The share is of all tokens, the quantile over those still running.
         share = min(1.0, ratio * total / max(1, quantile.count))
-        self.threshold = quantile(share)
+        self.threshold = quantile(share) if share < 1 else 1.0
         if share == 1.0:
             self.batches = [Batch(x, y, arrived, state) for x, y, arrived, _, state in found]
         else:

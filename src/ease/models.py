@@ -173,18 +173,22 @@ class StandardTransformer(ExitModel):
                 layer = self._new_layer()
                 layer.make_identity()
             else:
-                raise EaseError(f'init must be "identity" or "copy", got {init!r}')
+                raise EaseError(f"init must be identity or copy, got {init!r}")
             self.layers.append(layer.to(weight).requires_grad_())
             self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
         self.config = replace(self.config, num_layers=num_layers)
         return self
 
     def freeze_below(self, first: int, *, head: bool = True) -> None:
+        if first > 1 and not head and self.config.tie_embeddings:
+            raise EaseError(
+                "a head that learns on a frozen trunk would move the embedding that it is tied to: "
+                "use tie_embeddings=False, or freeze the head"
+            )
         self.requires_grad_(True)
         if first > 1:
             for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)
-            # After the embedding: tied, the two are one tensor, and a head that learns takes it along.
             self.output_head.requires_grad_(not head)
 
     def _new_layer(self) -> TransformerBlock:

@@ -7,7 +7,8 @@ keeps these three gets all of them; nothing outside `models.py` and `modules/` r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,18 @@ class ExitModel(nn.Module, ABC):
 def learnable(module: nn.Module) -> bool:
     """True if any parameter of `module` learns."""
     return any(p.requires_grad for p in module.parameters())
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode again after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def train_mode(model: nn.Module) -> None:

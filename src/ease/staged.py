@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_choice
 from ease.exits import Policy
 from ease.mining import MinedBatches, check_ratio
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
-from ease.trainer import Data, Phase, PhaseOptions, TrainingConfig
+from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class PhaseConfig(PhaseOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.ratio)
+        check_choice("supervise", self.supervise, ("last", "every"))
+        check_choice("grow_init", self.grow_init, ("identity", "copy"))
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class StagedConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise EaseError("N-stage training needs at least one phase")
+        if self.phases[0].ratio != 1:
+            raise EaseError(f"the first phase learns from all tokens: set its ratio to 1, got {self.phases[0].ratio}")
         for number, (below, phase) in enumerate(zip(self.phases, self.phases[1:], strict=False), 1):
             if phase.layers <= below.layers:
                 raise EaseError(
@@ -107,6 +111,10 @@ class Staged:
             batches, spent = mined, {"mining": mined.flops}
         elif model.num_layers != plan.layers:
             raise EaseError(f"phase 1 trains {plan.layers} layers but the model has {model.num_layers}")
+        return self._phase(plan, first, batches, data, spent=spent)
+
+    def _phase(self, plan: PhaseConfig, first: int, batches: Batches, data: Data, **options: Any) -> Phase:
+        """The next phase, in which layers `first` and up learn from `batches`, validated as routed so far."""
         self.done += 1
         brick: Sequence[int] = range(first, plan.layers + 1) if plan.supervise == "every" else (plan.layers,)
         config = TrainingConfig(
@@ -114,12 +122,4 @@ class Staged:
             exit_layer=tuple(self.exits) or 1,
             routing_threshold=tuple(self.thresholds) or 0.0,
         )
-        return Phase(
-            f"phase {self.done}",
-            config,
-            batches,
-            data.val,
-            plan,
-            first=first,
-            spent=spent,
-        )
+        return Phase(f"phase {self.done}", config, batches, data.val, plan, first=first, **options)

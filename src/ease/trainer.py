@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_choice
 from ease.evaluation import Scores, score
 from ease.exits import Policy
 from ease.flops import head_flops, run_flops
@@ -76,7 +76,7 @@ class TrainingConfig:
             raise EaseError(f"layer_weights names layer {min(weights)}: layers are counted from 1")
         parts = [stage.loss_weight for stage in self.stages or ()] + list(weights.values())
         if any(not (w >= 0 and math.isfinite(w)) for w in parts):
-            raise EaseError(f"loss weights must be finite and not negative, got {parts}")
+            raise EaseError(f"loss weights must be finite and not negative, got {parts}: use 0 to leave a layer out")
         if not any(weights.values()):
             raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
         object.__setattr__(self, "layer_weights", weights)
@@ -169,6 +169,9 @@ class PhaseOptions:
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise EaseError(f"lr must be above 0, got {self.lr}")
+        check_choice("schedule", self.schedule, ("constant", "cosine"))
+        if self.max_flops is not None and self.max_flops <= 0:
+            raise EaseError(f"max_flops must be above 0, got {self.max_flops}: use None for no such limit")
         if not 0 <= self.warmup < 1:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
         if self.max_epochs < 1 or (self.patience is not None and self.patience < 1):
@@ -298,6 +301,10 @@ class Trainer:
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers)
+        if min(self.config.weights) < first:
+            raise EaseError(
+                f"the loss at layer {min(self.config.weights)} lies below layer {first}, where learning starts"
+            )
         x, y = x.to(self.device), y.to(self.device)
         active = None if active is None else active.to(self.device)
         if state is None:
@@ -388,7 +395,7 @@ class Trainer:
         train, val, options = re_iterable(phase.train), re_iterable(phase.val), phase.options
         history = History(flops=dict(phase.spent))
         base_lrs = [group["lr"] for group in optimizer.param_groups]
-        best_loss, best, start = math.inf, None, time.perf_counter()
+        best_loss, best, start, failed = math.inf, snapshot(model), time.perf_counter(), True
         total_steps, validation = options.max_epochs * max(1, len(train)), 0.0
 
         def progress() -> float:
@@ -437,15 +444,16 @@ class Trainer:
                     raise EaseError(f"the validation loss is {figures['loss']}: {LOWER_LR}")
                 if figures["loss"] < best_loss:
                     best_loss, history.best_epoch = figures["loss"], epoch
-                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                    best = snapshot(model)
                 elif options.patience is not None and epoch - history.best_epoch >= options.patience:
                     history.stopped_early = True
                     break
                 if progress() >= 1:
                     break
+            failed = False
         finally:
-            # Also on the way out of an error or an interrupt: the last good weights are what is kept.
-            if best is not None and phase.restore_best:
+            # On the way out of an error or an interrupt, too: the last good weights are what is kept.
+            if failed or phase.restore_best:
                 model.load_state_dict(best)
         return history
 
@@ -486,6 +494,11 @@ class Trainer:
 
 
 LOWER_LR = "training stopped and the last good weights are kept; lower the learning rate"
+
+
+def snapshot(model: ExitModel) -> dict[str, Tensor]:
+    """A copy of the weights."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def scored_tokens(y: Tensor, active: Tensor | None = None) -> Tensor:

@@ -126,7 +126,7 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
     hard: bool, stored: bool, freeze_head: bool, tiny: Make
 ) -> None:
     """Exactly: the trunk gets no gradient, but the first norm that learns does, so its projections hand one back."""
-    model = tiny(6)
+    model = tiny(6, tie_embeddings=freeze_head)
     model.freeze_below(3, head=freeze_head)
     trainer = Trainer(TrainingConfig(layer_weights={6: 1.0}), 256)
     x = torch.randint(256, (2, 9))
