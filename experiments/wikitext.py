@@ -50,9 +50,9 @@ VARIANTS = {
     "continued": Variant(continued=True),
     "hard half": Variant(),
     "all tokens": Variant(ratio=1.0),
-    "all tokens, dropout 0.4": Variant(ratio=1.0, dropout=0.4),
     "phase 1 stopped after 3 epochs, all tokens": Variant(phase1_epochs=3, ratio=1.0),
     "phase 1 on 3/4, all of the unseen 1/4": Variant(fold=0.75, mine_unseen=True, ratio=1.0),
+    "all tokens, dropout 0.4": Variant(ratio=1.0, dropout=0.4),
 }
 
 

@@ -4,7 +4,7 @@ from ease import ASHEMConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig
 
 
-def config() -> RunConfig:
+def config() -> RunConfig[ASHEMConfig]:
     return RunConfig(
         name="ashem",
         model=ShapeConfig(dim=128),
@@ -21,6 +21,7 @@ def config() -> RunConfig:
             phase2_patience=None,
             phase2_max_epochs=100_000,
             phase2_max_flops=8e12,
+            mine_epochs=4,
             schedule="cosine",
             warmup=0.05,
         ),

@@ -4,7 +4,7 @@ from ease import DeepSupervisionConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig
 
 
-def config() -> RunConfig:
+def config() -> RunConfig[DeepSupervisionConfig]:
     return RunConfig(
         name="deep-supervision",
         model=ShapeConfig(dim=128),

@@ -6,7 +6,7 @@ from ease.runs import DataConfig, RunConfig, ShapeConfig
 COMMON = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05, "patience": None, "max_epochs": 100_000}
 
 
-def config() -> RunConfig:
+def config() -> RunConfig[StagedConfig]:
     return RunConfig(
         name="staged",
         model=ShapeConfig(dim=128),
@@ -14,8 +14,8 @@ def config() -> RunConfig:
         strategy=StagedConfig(
             (
                 PhaseConfig(layers=2, ratio=1.0, max_flops=1.0e13, **COMMON),
-                PhaseConfig(layers=4, ratio=0.5, max_flops=6e12, **COMMON),
-                PhaseConfig(layers=6, ratio=0.2, max_flops=4e12, **COMMON),
+                PhaseConfig(layers=4, ratio=0.5, mine_epochs=4, max_flops=6e12, **COMMON),
+                PhaseConfig(layers=6, ratio=0.2, mine_epochs=4, max_flops=4e12, **COMMON),
             )
         ),
     )

@@ -4,7 +4,7 @@ from ease import StandardConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig
 
 
-def config() -> RunConfig:
+def config() -> RunConfig[StandardConfig]:
     return RunConfig(
         name="standard",
         model=ShapeConfig(dim=128),

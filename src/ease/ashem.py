@@ -53,6 +53,8 @@ class ASHEMConfig:
     """Share of a phase in which the learning rate rises."""
     weight_decay: float = 0.1
     """Of AdamW, on matrices only."""
+    mine_epochs: int = 1
+    """Epochs of training batches that are mined; where an epoch is a slice of the text, more bring more of it."""
     grow_init: Literal["identity", "copy"] = "identity"
     """How new layers start."""
     supervise: Literal["last", "every"] = "last"
@@ -99,6 +101,7 @@ class ASHEMConfig:
             patience=self.phase2_patience,
             max_epochs=self.phase2_max_epochs,
             max_flops=self.phase2_max_flops,
+            mine_epochs=self.mine_epochs,
             grow_init=self.grow_init,
         )
         return StagedConfig((shallow, deep), self.trunk_budget, self.seed)

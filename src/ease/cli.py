@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -87,9 +87,12 @@ def run(args: list[str]) -> None:
     from ease import runs
     from ease.report import text_table, verdict
 
+    recipe = load_recipe(args[0]).config()
+    kind: Any = runs.RunConfig[type(recipe.strategy)]  # type: ignore[misc]  # options are those of its strategy
+
     @dataclass(frozen=True)
     class Arguments:
-        config: Annotated[tyro.conf.AvoidSubcommands[runs.RunConfig], tyro.conf.arg(name="")] = field()
+        config: Annotated[kind, tyro.conf.arg(name="")]
         out: Path | None = None
         """Folder of the run (runs/NAME by default)."""
         overwrite: bool = False
@@ -97,13 +100,14 @@ def run(args: list[str]) -> None:
 
     # `--data D` is short for the option that is wanted most.
     rest = ["--data.source" if a == "--data" else a.replace("--data=", "--data.source=", 1) for a in args[1:]]
-    default = Arguments(load_recipe(args[0]).config())
+    default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
     out = given.out or Path("runs") / given.config.name
     console = Console(stderr=True, highlight=False)
     with Progress(console) as progress:
         summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line)
-    shown = Console(highlight=False)
+    # A file or a pipe has no width of its own, and the table should not be squeezed into a guess.
+    shown = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     shown.print(text_table(summary))
     judged = verdict(summary)
     shown.print(f"{judged.headline}\n{judged.detail}", markup=False)

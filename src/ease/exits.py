@@ -106,7 +106,7 @@ def walk(
 
     Args:
         read: called with the logits (n, V) of some tokens and their places (n,) in `ids.flatten()`; what it
-            returns (n, ...) is joined in `Stop.read`. The logits of all tokens never exist at once.
+            returns (n, ...) is joined in `Stop.read`. `walk` itself never holds the logits of all tokens at once.
     """
     last = model.num_layers if last is None else last
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
@@ -146,7 +146,8 @@ def route(
     routing_threshold: float | Sequence[float] | None = None,
     attention_mask: Tensor | None = None,
 ) -> Routed:
-    """The routed forward: each token leaves at the first exit that is sure of it, and costs nothing after.
+    """The routed forward: each token leaves at the first exit that is sure of it; after that it only
+    gives keys and values to the tokens that go on.
 
     Args:
         model: any model that keeps the seam. Run it in eval mode.

@@ -5,6 +5,7 @@ Everything here is per token. A sequence of hard and easy tokens has no confiden
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -136,12 +137,13 @@ def no_hard_token(threshold: float) -> str:
 class MinedBatches:
     """Batches in which only hard tokens are active, with the frozen trunk's state where memory allows.
 
-    Built from one pass over `batches`, routed by `policy`, which names every exit so far but the one mined: the
+    Built from `epochs` passes over `batches`, routed by `policy`, which names every exit so far but the one mined: the
     last of the model as it stands. Hard are, of the tokens that still run there, the least confident, as many as
     make up a share `ratio` of all tokens; `threshold` is then the confidence below which they lie.
 
     Args:
         ratio: in (0, 1], of all scored training tokens; 1 takes every token, and the threshold is then 1.
+        epochs: iterations over `batches`; where an epoch is a slice of the text, more of them bring more of it.
         budget: bytes of trunk states to keep; batches beyond that run the trunk again whenever they come up.
         seed: of the order, which is drawn anew for every iteration.
     """
@@ -153,6 +155,7 @@ class MinedBatches:
         policy: Policy,
         ratio: float,
         *,
+        epochs: int = 1,
         budget: float = 2e9,
         seed: int = 0,
     ) -> None:
@@ -164,7 +167,7 @@ class MinedBatches:
         quantile = Quantile()
         found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
         with eval_mode(model):
-            for item in re_iterable(batches):
+            for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
                 batch = Batch(*item)
                 x, y = batch.x.to(device), batch.y.to(device)
                 stop, flops = self._mine(x)

@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -72,11 +72,22 @@ class DataConfig:
     """Score at most that many batches of validation and of test."""
 
 
+class StrategyConfig(Protocol):
+    """What `ease.STRATEGIES` lists: a dataclass that knows the depth to start with and makes its strategy."""
+
+    @property
+    def num_layers(self) -> int: ...
+    def strategy(self) -> Strategy: ...
+
+
+S = TypeVar("S", bound=StrategyConfig, covariant=True)
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Generic[S]):
     """Everything that a run depends on."""
 
-    strategy: ease.StandardConfig | ease.DeepSupervisionConfig | ease.ASHEMConfig | ease.StagedConfig
+    strategy: S
     """The plan that yields phases."""
     name: str = "run"
     """Shown in the report; the run's folder is runs/NAME unless --out says otherwise."""
@@ -142,7 +153,7 @@ class Recorder(Watch):
 class Workshop:
     """What the parts of a run share."""
 
-    config: RunConfig
+    config: RunConfig[Any]
     folder: Path
     corpus: Corpus
     device: str
@@ -237,7 +248,7 @@ class Workshop:
 
 
 def run(
-    config: RunConfig,
+    config: RunConfig[Any],
     out: Path,
     *,
     overwrite: bool = False,
@@ -261,14 +272,9 @@ def run(
         watch("scoring")
         summary = describe(config, corpus, final.model, shop.device)
         summary |= figures(shop, lines, final, strategy)
-        save_model(
-            folder,
-            final.model,
-            final.policy,
-            ease_version=ease.__version__,
-            run=summary["config"],
-            data=summary["data"],
-        )
+        local = Path(data.source).exists()
+        source = {"source": str(Path(data.source).resolve()) if local else data.source, "hash": corpus.hash}
+        save_model(folder, final.model, final.policy, ease_version=ease.__version__, run=summary["config"], data=source)
         corpus.tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "summary.json", summary)
         write_json(folder / "explorer.json", explorer(final, corpus, shop.batches("test"), summary["sweep"]["points"]))
@@ -276,11 +282,10 @@ def run(
     return summary
 
 
-def describe(config: RunConfig, corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
+def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
     """What was run, on what, where: the part of a summary that no figure is in."""
     data = config.data
     name = next(n for n, kind in ease.STRATEGIES.items() if type(config.strategy) is kind)
-    local = Path(data.source).exists()
     return {
         "format": 1,
         "ease_version": ease.__version__,
@@ -288,16 +293,18 @@ def describe(config: RunConfig, corpus: Corpus, model: StandardTransformer, devi
         "strategy": name,
         "note": config.note,
         "seed": config.seed,
-        # A path on this machine is nobody's business; a corpus that is read by its name can be read again.
-        "data": {
-            **corpus.describe(),
-            "source": str(Path(data.source).resolve()) if local else data.source,
-            **{k: v for k, v in asdict(data).items() if k != "source" and k != "tokenizer"},
-        },
+        "data": {**corpus.describe(), "seq_len": data.seq_len, "batch_size": data.batch_size},
         "machine": machine(device),
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "config": {**asdict(config), "strategy": {"name": name, **asdict(config.strategy)}},
+        # Reports are passed on, and a path on this machine is nobody's business: the corpus has a name.
+        "config": {
+            "strategy": {"name": name, **asdict(config.strategy)},
+            "model": asdict(config.model),
+            "data": asdict(replace(data, source=corpus.name)),
+            "compare": config.compare,
+            "seed": config.seed,
+        },
     }
 
 
@@ -375,7 +382,7 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
 
 
 def sending(confidences: Any, share: float) -> float:
-    """The threshold that sends a share of tokens on; just above 1 or at nothing where all or none shall go."""
+    """The threshold that sends a share of tokens on: next to 0 where none shall go, 1 where all shall."""
     if share <= 0:
         return 1e-9
     return float(torch.quantile(confidences.double(), share)) if share < 1 else 1.0

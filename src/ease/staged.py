@@ -29,12 +29,16 @@ class PhaseConfig(PhaseOptions):
     """Hard tokens as a share of all training tokens; the first phase takes all."""
     supervise: Literal["last", "every"] = "last"
     """The loss at the last layer of the phase's brick, or at every layer of it (staged deep supervision)."""
+    mine_epochs: int = 1
+    """Epochs of training batches that are mined; where an epoch is a slice of the text, more bring more of it."""
     grow_init: Literal["identity", "copy"] = "identity"
     """How new layers start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.ratio)
+        if self.mine_epochs < 1:
+            raise EaseError(f"mine_epochs must be at least 1, got {self.mine_epochs}")
         check_choice("supervise", self.supervise, ("last", "every"))
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
 
@@ -101,6 +105,7 @@ class Staged:
                 data.train,
                 self.policy(),
                 plan.ratio,
+                epochs=plan.mine_epochs,
                 budget=self.config.trunk_budget,
                 seed=self.config.seed,
             )

@@ -20,7 +20,7 @@ from torch import Tensor
 from ease.errors import EaseError, check_choice
 from ease.evaluation import Scores, score
 from ease.exits import Policy
-from ease.flops import head_flops, run_flops
+from ease.flops import full_depth_flops, head_flops, run_flops
 from ease.losses import IGNORE, exit_loss
 from ease.seam import ExitModel, train_mode
 
@@ -319,7 +319,8 @@ class Trainer:
             state = model.run(state, first, layer, active=active)
             exits.append(model.exit_norm(pick(state), layer))
             first = layer + 1
-        model.trained_exits |= set(self.config.weights)
+        if torch.is_grad_enabled():
+            model.trained_exits |= set(self.config.weights)
         return exit_loss(model.output_head.weight, pick(y), exits, list(self.config.weights.values()))
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
@@ -396,7 +397,10 @@ class Trainer:
         history = History(flops=dict(phase.spent))
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         best_loss, best, start, failed = math.inf, snapshot(model), time.perf_counter(), True
-        total_steps, validation = options.max_epochs * max(1, len(train)), 0.0
+        total_steps = options.max_epochs * max(1, len(train))
+        # Of the validation pass that is yet to come: the last one's, and before the first an upper bound.
+        x = next(iter(val))[0]
+        validation = len(val) * x.numel() * full_depth_flops(model.config, x.shape[1]) if options.max_flops else 0.0
 
         def progress() -> float:
             # The validation that ends the epoch belongs to the budget too.
