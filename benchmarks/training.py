@@ -4,8 +4,14 @@
 
 Times are compared in turn (A B A B ...) in one process and shown as ratios: the median over the rounds of one
 round's ratio, and the range. Rounds go on until the median is known to about 1% or five times `--repeats` are
-done. Nothing here passes or fails; a target stands beside each ratio. Token ids are random, weights as
-initialised, everything in float32 on the CPU, and every training step includes clipping and AdamW.
+done. With one thread they are CPU time, user and system, which other work on the machine disturbs least; with
+more, wall-clock. Nothing here passes or fails; a target stands beside each ratio. Token ids are random, weights
+as initialised, everything in float32 on the CPU, and every training step includes clipping and AdamW.
+
+Part of what large logits cost is not arithmetic: glibc hands blocks over 32 MiB back to the system at once and
+gets them again page by page in the next step. How a comparison stands without that shows
+
+    MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 python benchmarks/training.py --only step
 """
 
 from __future__ import annotations
@@ -32,7 +38,6 @@ from ease.evaluation import score
 from ease.exits import Policy
 from ease.mining import compute_confidence_threshold
 from ease.models import StandardTransformer
-from ease.seam import train_mode
 from ease.trainer import (
     GRAD_CLIP,
     Batch,
@@ -124,10 +129,15 @@ def interleave(ease: Callable[[], Any], other: Callable[[], Any], repeats: int) 
         pair = [(ease, ours), (other, theirs)]
         for call, seconds in pair if len(ours) % 2 else pair[::-1]:
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return ours, theirs
+
+
+def clock() -> float:
+    """Seconds: of this process's CPU time with one thread, of the wall with more."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def uncertainty(ours: list[float], theirs: list[float]) -> float:
@@ -143,7 +153,9 @@ def timed(
     """How many times faster `ease` is than `other`."""
     ours, theirs = interleave(ease, other, repeats)
     ratios = [b / a for a, b in zip(ours, theirs)]
-    return Row(name, shape.name, ms(ours), ms(theirs), statistics.median(ratios), min(ratios), max(ratios), target, True)
+    return Row(
+        name, shape.name, ms(ours), ms(theirs), statistics.median(ratios), min(ratios), max(ratios), target, True
+    )
 
 
 def ms(seconds: list[float]) -> str:
@@ -196,8 +208,7 @@ def llama_step(shape: Shape) -> Callable[[], float]:
     )
     model.load_state_dict(llama_weights(ours))
     ((x, y),) = shape.batches(1)
-    # transformers moves labels one place to the left itself.
-    labels = torch.cat([x[:, :1], y], 1)[:, : shape.seq]
+    labels = x  # transformers moves them one place to the left itself, so each row's last token is not scored
     scored = y.clone()
     scored[:, -1] = -100
     with torch.no_grad():
@@ -280,7 +291,7 @@ def phase_two(repeats: int) -> Iterator[Row]:
         for name, model, batch, start in (("hard", grown, hard, first), ("full", full, everyone, 1)):
             optimizer = trainer.create_optimizer(model, LR)
             # The loop that `Trainer.run` runs, without the validation that follows it.
-            calls[name] = lambda m=model, b=batch, o=optimizer, s=start: list(trainer._steps(m, [b], o, s))
+            calls[name] = lambda t=trainer, m=model, b=batch, o=optimizer, s=start: list(t._steps(m, [b], o, s))
         ours, theirs = interleave(calls["hard"], calls["full"], repeats)
         share = flops_of(trainer, grown, hard, first) / flops_of(trainer, full, everyone, 1)
         ratios = [a / b / share for a, b in zip(ours, theirs)]
@@ -397,14 +408,17 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "busy": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 
 def caption(about: dict[str, Any]) -> str:
+    malloc = " ".join(f"{name}={value}" for name, value in about["malloc"].items())
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s) used, torch {about['torch']}, "
-        f"load {about['busy']} at the start. {A}; {B}; b512: the same with sequence {LONG.seq}, batch {LONG.batch}."
+        f"load {about['busy']} at the start, malloc {malloc or 'as it comes'}. "
+        f"{A}; {B}; b512: the same with sequence {LONG.seq}, batch {LONG.batch}."
     )
 
 

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_model, save_model
 
 import ease
-from ease.evaluation import Scores
 from ease.mining import MinedBatches, compute_confidence_threshold
 from ease.trainer import History
 from experiments.utils import set_seed
@@ -231,15 +230,19 @@ def report(lab: Lab, seeds: list[int]) -> None:
             best = min(mine, key=lambda r: r["val"]["loss"])
             model = lab.model(best["layers"], seed)
             load_model(model, str(lab.weights(name, seed, best["lr"])))
-            scores: Scores = ease.score(
-                model, lab.test, ease.Policy(**{k: tuple(v) for k, v in best["policy"].items()})
-            )
-            figures = scores.figures(hard, depth=lab.brick + 2)
-            out.append({"line": name, "seed": seed, "lr": best["lr"], "flops": best["flops"], "test": figures})
+            policies = {name: ease.Policy(**{k: tuple(v) for k, v in best["policy"].items()})}
+            if name == f"growth {lab.brick} to {lab.brick + 2}, half":
+                # The deeper growth at other thresholds, set on validation by the share of tokens that go on.
+                for share in (0.2, 0.3, 0.4):
+                    threshold = compute_confidence_threshold(model, lab.val, share, exit=lab.brick)
+                    policies[f"{name}; {share:.0%} go on"] = ease.Policy.of(lab.brick, threshold)
+            for label, policy in policies.items():
+                figures = ease.score(model, lab.test, policy).figures(hard, depth=lab.brick + 2)
+                out.append({"line": label, "seed": seed, "lr": best["lr"], "flops": best["flops"], "test": figures})
     (lab.folder / "test.json").write_text(json.dumps(out, indent=1))
     print("| line | lr | test PPL | hard PPL | share of layers run | FLOPs/token | training FLOPs |")
     print("|---|---|---|---|---|---|---|")
-    for name in lines(lab.brick):
+    for name in dict.fromkeys(r["line"] for r in out):
         mine = [r for r in out if r["line"] == name]
         if mine:
             print(

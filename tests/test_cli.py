@@ -16,7 +16,16 @@ TINY = [
     *("--model.dim", "16", "--model.num-heads", "2", "--data.tokenizer", "byte", "--data.seq-len", "16"),
     *("--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"),
 ]
-FLOPS = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
+FLOPS = [
+    "--compare",
+    "continued",
+    "standard",
+    "deep-supervision",
+    "--strategy.phase1-max-flops",
+    "6e7",
+    "--strategy.phase2-max-flops",
+    "6e7",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +76,8 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
         "phase 1",
         "phase 2",
         "phase 1 continued",
-        "standard, 4 layers",
-        "deep-supervision, 4 layers",
+        "standard, 3 layers",
+        "deep-supervision, 3 layers",
     ]
     for name in list(lines)[2:]:
         # A budget ends on a whole step and its validation pass: at this size, a few hundredths of it.
@@ -79,14 +88,14 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
     assert lines["phase 2"]["curve"][0] == lines["phase 1"]["curve"][0]
     assert summary["hard"]["train_ratio"] == pytest.approx(0.5, abs=0.01)
     assert summary["hard"]["fixed_by"] == "phase 1's final model"
-    joint = lines["deep-supervision, 4 layers"]
+    joint = lines["deep-supervision, 3 layers"]
     assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
 
 
 def test_the_sweep_goes_from_everyone_leaving_to_no_one(made: Path) -> None:
     points = json.loads((made / "summary.json").read_text())["sweep"]["points"]
     costs = [point["compute_cost"] for point in points]
-    assert costs[0] == pytest.approx(0.5)
+    assert costs[0] == pytest.approx(1 / 3)
     assert costs[-1] == pytest.approx(1.0, abs=0.02)
     assert costs == sorted(costs)
 
@@ -153,7 +162,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        (["--strategy.phase2-layers", "2"], "phase2_layers (2) must be more than phase1_layers (2)"),
+        (["--strategy.phase2-layers", "1"], "phase2_layers (1) must be more than phase1_layers (1)"),
         (["--strategy.hard-example-ratio", "0"], "must lie in (0, 1]"),
         (["--strategy.phase1-lr", "fast"], "phase1-lr"),
         (["--no-such-option", "1"], "no-such-option"),
@@ -177,7 +186,11 @@ def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest
 def test_a_run_in_a_process_of_its_own_prints_plain_text(text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text), "--out", str(tmp_path / "r")]
     done = subprocess.run(
-        [*command, *TINY, *FLOPS, "--compare", "continued"], capture_output=True, text=True, timeout=300, check=False
+        [*command, *TINY, *FLOPS[4:], "--compare", "continued"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr

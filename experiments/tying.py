@@ -1,0 +1,41 @@
+"""Should the output head be the embedding? Both ways at equal training FLOPs, each at its better learning rate.
+
+python experiments/tying.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+import ease
+from experiments.utils import set_seed
+
+BUDGET, LRS, SEEDS = 6e11, (4e-3, 1e-2), (0, 1)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    corpus = ease.load_corpus("stdlib", "bpe:2048")
+    val = ease.TokenBatches(corpus.val, 64, 32, max_batches=40)
+    for tied in (True, False):
+        for lr in LRS:
+            ppl = []
+            for seed in SEEDS:
+                set_seed(seed)
+                model = ease.StandardTransformer(corpus.vocab_size, 64, 2, 4, tie_embeddings=tied)
+                train = ease.TokenBatches(corpus.train, 64, 32, shuffle=True, seed=seed, max_batches=200)
+                options = ease.PhaseOptions(
+                    lr=lr, schedule="cosine", warmup=0.05, patience=None, max_epochs=100_000, max_flops=BUDGET
+                )
+                phase = ease.Phase("plain", ease.create_standard_config(2), train, val, options)
+                ease.Trainer(phase.config, corpus.vocab_size).run(model, phase)
+                ppl.append(ease.score(model, val).figures()["ppl"])
+            size = sum(p.numel() for p in model.parameters())
+            print(
+                f"{name} lr {lr:g}: validation PPL {[round(p, 1) for p in ppl]}, {size:,} parameters",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
