@@ -51,7 +51,7 @@ class Lab:
 
     def model(self, layers: int, seed: int) -> ease.StandardTransformer:
         set_seed(seed)
-        return ease.StandardTransformer(self.corpus.vocab_size, DIM, layers, HEADS)
+        return ease.StandardTransformer(self.corpus.vocab_size, DIM, layers, HEADS, tie_embeddings=True)
 
     def options(self, lr: float, flops: float) -> ease.PhaseOptions:
         return ease.PhaseOptions(
@@ -205,7 +205,7 @@ def work(lab: Lab, seeds: list[int], only: str | None) -> None:
                 lock = lab.folder / f"{name}-{seed}-{lr:g}.lock"
                 if any(r["seed"] == seed and r["lr"] == lr for r in rows):
                     continue
-                try:  # several processes may share the plan
+                try:  # another process may be at it; a lock that a killed one left behind has to be deleted
                     os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
                     continue

@@ -30,11 +30,8 @@ def main() -> None:
                 phase = ease.Phase("plain", ease.create_standard_config(2), train, val, options)
                 ease.Trainer(phase.config, corpus.vocab_size).run(model, phase)
                 ppl.append(ease.score(model, val).figures()["ppl"])
-            size = sum(p.numel() for p in model.parameters())
-            print(
-                f"{name} lr {lr:g}: validation PPL {[round(p, 1) for p in ppl]}, {size:,} parameters",
-                flush=True,
-            )
+            figures = ", ".join(f"{p:.1f}" for p in ppl)
+            print(f"{'tied' if tied else 'untied':7} lr {lr:g}: validation PPL {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_eval_scores_the_test_split_at_thresholds(made: Path, capsys: pytest.Cap
     summary = json.loads((made / "summary.json").read_text())
     phase2 = next(line for line in summary["lines"] if line["name"] == "phase 2")
     assert own["ppl"] == phase2["test"]["ppl"], "what eval says is what the report says"
-    assert main(["eval", str(made), "--threshold", "0.2", "--threshold", "0.9"]) == 0
+    assert main(["eval", str(made), "--threshold", "0.2", "0.9"]) == 0
     printed = capsys.readouterr().out
     assert "0.2" in printed
     assert "test split" in printed

@@ -119,6 +119,8 @@ class SeedProtocol(Staged):
         super().__init__(config.staged())
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        if not self.done and model.config.tie_embeddings:
+            raise EaseError("the seed protocol trains the shared head on a frozen trunk: use tie_embeddings=False")
         if self.done != 1:
             return super().next_phase(model, data)
         assert isinstance(model, StandardTransformer)

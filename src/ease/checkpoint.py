@@ -24,7 +24,7 @@ from typing import Any
 
 from ease.errors import EaseError
 from ease.exits import Policy
-from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -102,7 +102,6 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
             **shape,
         )
         model.trained_exits = set(config["trained_exits"])
-        ModelConfig(**config["model"])
         load(model, str(folder / WEIGHTS))
     except Exception as error:  # whatever a damaged file makes the libraries raise, the sentence is the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -174,14 +174,12 @@ def evaluate(args: list[str]) -> None:
 
     from ease import runs
 
-    def eval_(
-        run: tyro.conf.Positional[Path], threshold: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    ) -> tuple[Path, tuple[float, ...]]:
+    def eval_(run: tyro.conf.Positional[Path], threshold: tuple[float, ...] = ()) -> tuple[Path, tuple[float, ...]]:
         """Score a run's model on its test split; routing really runs.
 
         Args:
             run: the run's folder.
-            threshold: confidence in [0, 1] at which a token leaves; may be given several times.
+            threshold: confidences in [0, 1] at which a token leaves, one evaluation each.
         """
         return run, threshold
 

@@ -126,7 +126,10 @@ def score(
     flops, processed, start = 0.0, 0, time.perf_counter()
     with eval_mode(model):
         for x, y, *_ in batches:
-            x, y = x.to(device), y.to(device)
+            if x.shape != y.shape:
+                raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+            x, y = x.to(device), y.to(device).long()
+            model.check_ids(y[y != IGNORE], model.config.vocab_size)
             columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
             for stop in walk(model, x, policy, last=last, read=partial(_read, y.flatten())):
                 assert stop.read is not None

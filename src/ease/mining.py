@@ -45,7 +45,7 @@ class Quantile:
         self.bins: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        self.parts.append(values.detach().flatten().double().cpu())
+        self.parts.append(values.detach().flatten().cpu().double())
         self.count += values.numel()
         if self.count > self.exact:
             added = torch.histc(torch.cat(self.parts), BINS, 0.0, 1.0).long()
@@ -69,6 +69,7 @@ def check_ratio(ratio: float) -> None:
 
 def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Tensor, Tensor, Stop]]:
     """x, y and the full-depth stop at `exit` for every batch."""
+    device = device or next(model.parameters()).device
     with eval_mode(model):
         for x, y, *_ in re_iterable(batches):
             x, y = x.to(device), y.to(device)
@@ -81,7 +82,7 @@ def compute_confidence_threshold(
     model: ExitModel,
     batches: Batches,
     target_ratio: float,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     exit: int | None = None,
 ) -> float:
     """The confidence below which a share `target_ratio` of all scored tokens lies.
@@ -115,7 +116,7 @@ def collect_hard_examples(
     model: ExitModel,
     batches: Batches,
     threshold: float,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     exit: int | None = None,
 ) -> HardExamples:
     """All scored tokens whose confidence at the exit is below the threshold; raises `EaseError` if there are none."""
@@ -124,9 +125,9 @@ def collect_hard_examples(
         confidence = stop.confidence.view(y.shape)
         hard = (confidence < threshold) & (y != IGNORE)
         parts.append((x[hard], stop.state[hard], y[hard], confidence[hard]))
-    inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
-    if not len(inputs):
+    if not sum(len(part[0]) for part in parts):
         raise EaseError(no_hard_token(threshold))
+    inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
     return HardExamples(inputs=inputs, hidden_states=states, targets=targets, confidences=confidences)
 
 
@@ -214,7 +215,12 @@ class MinedBatches:
     def __iter__(self) -> Iterator[Batch]:
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
             batch = self.batches[i]
-            if batch.state is None:
+            if batch.state is None and self.policy.exits:
                 stop, flops = self._mine(batch.x)
                 batch = batch._replace(state=stop.state, flops=flops)
+            elif batch.state is None:  # no token left before, so no head needs to be asked again
+                with torch.no_grad():
+                    state = self.model.forward_to_layer(batch.x, self.layer)
+                everyone = torch.ones_like(batch.x, dtype=torch.bool)
+                batch = batch._replace(state=state, flops=run_flops(self.model.config, self.layer, everyone))
             yield batch

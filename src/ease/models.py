@@ -48,8 +48,8 @@ class ModelConfig:
     """Added under the root of every RMSNorm."""
     dropout: float = 0.0
     """Share of a branch's outputs zeroed in training."""
-    tie_embeddings: bool = True
-    """Use the embedding as the output head."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output head (experiments/tying.py measures both)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
@@ -99,7 +99,7 @@ class StandardTransformer(ExitModel):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
-        tie_embeddings: bool = True,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         self.config = ModelConfig(
@@ -174,7 +174,7 @@ class StandardTransformer(ExitModel):
                 layer.make_identity()
             else:
                 raise EaseError(f"init must be identity or copy, got {init!r}")
-            self.layers.append(layer.to(weight).requires_grad_())
+            self.layers.append(layer.to(weight).requires_grad_().train(self.training))
             self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
         self.config = replace(self.config, num_layers=num_layers)
         return self

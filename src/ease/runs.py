@@ -24,6 +24,7 @@ from ease.data import Corpus, TokenBatches, load_corpus, token_strings
 from ease.errors import EaseError
 from ease.evaluation import Scores, perplexity, score
 from ease.exits import Policy, route
+from ease.mining import Quantile
 from ease.models import StandardTransformer
 from ease.report import write_report
 from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, train
@@ -48,7 +49,7 @@ class ShapeConfig:
     """Gated units of the feed-forward (8/3 of dim by default)."""
     dropout: float = 0.0
     """Share of a branch's outputs zeroed in training."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     """Use the embedding as the output head."""
 
 
@@ -260,16 +261,16 @@ def run(
         out: the run's folder; it appears when all is done.
         watch: makes, from the name of a line, what is told of its steps and epochs.
     """
+    device = choose_device(config.device)
     with run_folder(out, overwrite) as folder:
         data = config.data
         corpus = load_corpus(data.source, data.tokenizer, max_tokens=data.max_tokens)
-        shop = Workshop(config, folder, corpus, choose_device(config.device), watch)
+        shop = Workshop(config, folder, corpus, device, watch)
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
         final = lines[-1]
         lines += shop.baselines(lines, phases)
 
-        watch("scoring")
         summary = describe(config, corpus, final.model, shop.device)
         summary |= figures(shop, lines, final, strategy)
         local = Path(data.source).exists()
@@ -285,7 +286,8 @@ def run(
 def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
     """What was run, on what, where: the part of a summary that no figure is in."""
     data = config.data
-    name = next(n for n, kind in ease.STRATEGIES.items() if type(config.strategy) is kind)
+    kind = type(config.strategy)
+    name = next((n for n, listed in ease.STRATEGIES.items() if kind is listed), kind.__name__)
     return {
         "format": 1,
         "ease_version": ease.__version__,
@@ -327,7 +329,9 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
             "fixed_by": f"{lines[0].name}'s final model",
         }
     rows: list[dict[str, Any]] = []
-    for line in lines:
+    scoring = shop.watch("scoring")
+    for number, line in enumerate(lines, 1):
+        scoring.step(number / (len(lines) + 1), 0.0)
         exits = sorted({*(line.policy.exits or final.policy.exits), line.model.num_layers})
         exits = [e for e in exits if e <= line.model.num_layers and e in line.model.trained_exits]
         rows.append(
@@ -355,6 +359,7 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
             policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
             point = score(final.model, test, policy).figures(hard.get("test"), depth)
             points.append({"thresholds": list(policy.thresholds), **point})
+    scoring.step(1.0, 0.0)
     in_sample = None
     if getattr(shop.config.strategy, "protocol", None) == "seed":
         before = rows[0]["val"]["hard_ppl"]
@@ -385,7 +390,9 @@ def sending(confidences: Any, share: float) -> float:
     """The threshold that sends a share of tokens on: next to 0 where none shall go, 1 where all shall."""
     if share <= 0:
         return 1e-9
-    return float(torch.quantile(confidences.double(), share)) if share < 1 else 1.0
+    quantile = Quantile()
+    quantile.add(confidences)
+    return quantile(share) if share < 1 else 1.0
 
 
 def matched(model: StandardTransformer, val: TokenBatches, exits: tuple[int, ...], like: Scores) -> tuple[float, ...]:
@@ -441,6 +448,7 @@ def evaluate(folder: Path, thresholds: list[float]) -> list[dict[str, Any]]:
         thresholds: common to all exits, one evaluation each; none means the run's own policy.
     """
     model, config = load_model(folder)
+    model.to(choose_device("auto"))
     try:
         data = DataConfig(**config["run"]["data"])
         corpus_hash, source = config["data"]["hash"], config["data"]["source"]
@@ -459,6 +467,10 @@ def evaluate(folder: Path, thresholds: list[float]) -> list[dict[str, Any]]:
 
 def choose_device(name: str) -> str:
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise EaseError(f"no device {name!r} on this machine: use auto, cpu, cuda or mps") from error
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 

@@ -263,7 +263,7 @@ class Trainer:
     Args:
         config: the two core options.
         vocab_size: of the models to come.
-        device: where training happens; a CUDA or Apple device if there is one, by default the CPU.
+        device: where training happens; models are moved there. By default the CPU.
     """
 
     def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
@@ -305,7 +305,8 @@ class Trainer:
             raise EaseError(
                 f"the loss at layer {min(self.config.weights)} lies below layer {first}, where learning starts"
             )
-        x, y = x.to(self.device), y.to(self.device)
+        x, y = x.to(self.device), y.to(self.device).long()
+        model.check_ids(y[y != IGNORE], model.config.vocab_size)
         active = None if active is None else active.to(self.device)
         if state is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and first == 1):
@@ -398,8 +399,10 @@ class Trainer:
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         best_loss, best, start, failed = math.inf, snapshot(model), time.perf_counter(), True
         total_steps = options.max_epochs * max(1, len(train))
-        # Of the validation pass that is yet to come: the last one's, and before the first an upper bound.
-        x = next(iter(val))[0]
+        # Of the validation pass that is yet to come: the last one's, and before the first an estimate.
+        x = next(iter(val), (None,))[0]
+        if x is None or not len(train):
+            raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
         validation = len(val) * x.numel() * full_depth_flops(model.config, x.shape[1]) if options.max_flops else 0.0
 
         def progress() -> float:
@@ -477,7 +480,8 @@ class Trainer:
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            learning = [p for p in model.parameters() if p.grad is not None]
+            # The optimizer's own: what is frozen now may still hold a gradient of the phase before.
+            learning = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
@@ -527,6 +531,13 @@ def train(
     watch: Callable[[Phase], Watch] | None = None,
 ) -> Iterator[tuple[Phase, History]]:
     """Runs a strategy's phases one by one; yields each with its history when it is done."""
+    start = time.perf_counter()
     while (phase := strategy.next_phase(model, data)) is not None:
+        preparing = time.perf_counter() - start  # mining belongs to a phase's wall-clock as to its FLOPs
         trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
-        yield phase, trainer.run(model, phase, watch(phase) if watch else None)
+        history = trainer.run(model, phase, watch(phase) if watch else None)
+        history.seconds += preparing
+        for row in history.rows:
+            row["seconds"] += preparing
+        yield phase, history
+        start = time.perf_counter()

@@ -72,10 +72,11 @@ class Plan:
 
     def pad(self, asking: Tensor) -> Tensor:
         """(N, D) -> (B, width, D)."""
-        if self.rows is None or self.slots is None:
+        if self.rows is None or self.slots is None or self.mask is None:
             return asking
-        B = self.rope[0].shape[0] if self.mask is None else self.mask.shape[0]
-        return asking.new_zeros(B, self.width, asking.shape[-1]).index_put((self.rows, self.slots), asking)
+        return asking.new_zeros(self.mask.shape[0], self.width, asking.shape[-1]).index_put(
+            (self.rows, self.slots), asking
+        )
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, width, D) -> (N, D)."""
