@@ -12,7 +12,7 @@ Make = Callable[..., StandardTransformer]
 
 
 def test_shapes_and_names() -> None:
-    model = StandardTransformer(50, 24, 3, 4, num_kv_heads=2)
+    model = StandardTransformer(50, 24, 3, 4, num_kv_heads=2, tie_embeddings=True)
     ids = torch.randint(50, (2, 5))
     assert model(ids).shape == (2, 5, 50)
     assert model.embed(ids).shape == model.forward_to_layer(ids, 2).shape == (2, 5, 24)
