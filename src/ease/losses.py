@@ -16,15 +16,15 @@ from torch import Tensor
 IGNORE = -100
 """A target that is not scored."""
 
-# The chunks of PyTorch's fused loss. Its automatic choice is slower than the plain loss at small widths;
-# benchmarks/training.py compares.
-CHUNK = 512
+# Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
+# at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.
+CHUNK = 2**21
 
 
 def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy (nats) of states (N, D) under head (V, D) against targets (N,)."""
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, CHUNK // head.shape[0]))
         return F.linear_cross_entropy(states, head, targets, reduction="sum", options=options)
     return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
 

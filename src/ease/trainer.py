@@ -279,7 +279,8 @@ class Trainer:
             {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.95))
+        # Fused: one pass over each parameter's memory instead of a dozen.
+        return torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.95), fused=True)
 
     def compute_loss(
         self,
