@@ -241,7 +241,8 @@ def llama_weights(model: StandardTransformer) -> dict[str, Tensor]:
 def all_logits_step(shape: Shape, config: TrainingConfig) -> Callable[[], float]:
     """ease's own model in a plain loop that holds the logits of every exit with a weight, weight 0 included."""
     model, ((x, y),) = shape.model(), shape.batches(1)
-    weights = dict(config.layer_weights or {})
+    stages = [range(a, b + 1) for a, b in (stage.layers for stage in config.stages or ())]
+    weights = {layer: config.weights.get(layer, 0.0) for stage in stages for layer in stage}
 
     def loss_of() -> Tensor:
         every = model.forward_all_layers(x) if len(weights) > 1 else [model(x)]

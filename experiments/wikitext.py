@@ -32,7 +32,7 @@ def lab(data: Path) -> Lab:
         depth=4,
         budget=1.4e13,  # six epochs of two layers
         shares=(0.3,),
-        lrs=(1e-3, 3e-3),
+        lrs=(3e-3, 1e-2),
         dim=64,
         seq=32,
         batch=64,

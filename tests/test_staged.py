@@ -19,7 +19,7 @@ from ease import (
     route,
     train,
 )
-from ease.trainer import History
+from ease.trainer import History, Watch
 
 Make = Callable[..., StandardTransformer]
 PLAN = ((2, 1.0), (4, 0.5), (6, 0.2))
@@ -110,6 +110,21 @@ def test_deep_supervision_within_a_brick(supervise: Any, tiny: Make, text_data: 
     expected = {2: 0.5, 3: 0.5} if supervise == "every" else {3: 1.0}
     assert [phase.config.weights for phase, _ in runs] == [{1: 1.0}, expected]
     assert model.trained_exits == {1, *expected}
+
+
+def test_mining_says_how_far_it_is(tiny: Make, text_data: Callable[..., Data]) -> None:
+    told: dict[str, list[float]] = {}
+
+    class Log(Watch):
+        def __init__(self, name: str) -> None:
+            self.steps = told.setdefault(name, [])
+
+        def step(self, progress: float, loss: float = 0.0) -> None:
+            self.steps.append(progress)
+
+    data = text_data(4, 1)._replace(watch=Log)
+    list(train(tiny(1), config((1, 1.0), (2, 0.5)).strategy(), data))
+    assert told == {"mining": [0.25, 0.5, 0.75, 1.0]}
 
 
 def test_a_phase_of_all_tokens(tiny: Make, text_data: Callable[..., Data]) -> None:

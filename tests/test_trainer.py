@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +30,7 @@ from ease import (
     create_standard_config,
     train,
 )
-from ease.trainer import Watch, re_iterable
+from ease.trainer import Watch, Watched, re_iterable
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -267,7 +267,8 @@ def test_a_weight_of_zero_computes_no_head(tiny: Make, monkeypatch: pytest.Monke
     norm = StandardTransformer.exit_norm
     monkeypatch.setattr(StandardTransformer, "exit_norm", lambda m, s, exit: calls.append(exit) or norm(m, s, exit))
     config = TrainingConfig([StageConfig((1, 2), 0.0), StageConfig((3, 3), 1.0)])
-    assert config.layer_weights == {1: 0.0, 2: 0.0, 3: 1.0}
+    assert config.weights == {3: 1.0}
+    assert replace(config, routing_threshold=0.5).weights == config.weights
     Trainer(config, 256).compute_loss(tiny(3), *pair())
     assert calls == [3]
 
@@ -540,6 +541,27 @@ def test_a_watch_is_told_of_every_step_and_epoch(tiny: Make) -> None:
     assert log.rows == history.rows
     keys = {"epoch", "step", "train_loss", "val_loss", "val_ppl", "val_acc", "flops", "seconds", "lr"}
     assert set(history.rows[0]) == keys
+
+
+def test_a_phase_that_patience_ends_is_done_all_the_same(tiny: Make) -> None:
+    model, config, log = tiny(1, dim=8), create_standard_config(1), Log()
+    train, val = [pair(1)], [pair(2)]  # random tokens: learning one batch makes the other worse
+    history = Trainer(config, 256).run(model, Phase("one", config, train, val, PhaseOptions(lr=0.1, patience=1)), log)
+    assert history.stopped_early
+    assert log.steps[-1] == 1.0
+
+
+def test_watched_batches_tell_how_far_they_are() -> None:
+    log = Log()
+    batches = Watched(["a", "b"], Watch(), epochs=2)  # type: ignore[arg-type]
+    batches.watch = SimpleNamespace(step=log.steps.append)  # type: ignore[assignment]
+    assert [*batches, *batches] == ["a", "b", "a", "b"]
+    assert log.steps == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_model_of_another_vocabulary_is_refused(tiny: Make) -> None:
+    with pytest.raises(EaseError, match="for 100 tokens and the model knows 256"):
+        Trainer(create_standard_config(2), 100).create_optimizer(tiny(2), 1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights(tiny: Make, text_data: Callable[..., Data]) -> None:

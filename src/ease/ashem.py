@@ -18,7 +18,7 @@ from ease.mining import check_ratio, collect_hard_examples, compute_confidence_t
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
 from ease.staged import PhaseConfig, Staged, StagedConfig
-from ease.trainer import Batch, Data, Phase
+from ease.trainer import Batch, Data, Phase, Watched
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ class SeedProtocol(Staged):
         assert isinstance(model, StandardTransformer)
         device = next(model.parameters()).device
         plan = self.config.phases[1]
-        threshold = compute_confidence_threshold(model, data.val, plan.ratio, device)
-        hard = collect_hard_examples(model, data.val, threshold, device)
+        val = Watched(data.val, data.watch("mining"), epochs=2)
+        threshold = compute_confidence_threshold(model, val, plan.ratio, device)
+        hard = collect_hard_examples(model, val, threshold, device)
         columns = (hard["inputs"][:, None], hard["targets"][:, None], hard["hidden_states"][:, None])
         batches = [
             Batch(x, y, state=state) for x, y, state in zip(*(c.split(self.batch_size) for c in columns), strict=True)

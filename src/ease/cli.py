@@ -1,6 +1,7 @@
 """`ease`: run a recipe, evaluate a run, write a report."""
 
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,7 @@ class Progress:
         bars, console = self.bars, self.console
 
         class Line(Watch):
-            def step(self, progress: float, loss: float) -> None:
+            def step(self, progress: float, loss: float = math.nan) -> None:
                 bars.update(task, completed=progress)
 
             def epoch(self, row: Mapping[str, float]) -> None:
@@ -187,7 +188,9 @@ def evaluate(args: list[str]) -> None:
     table = Table(title=f"{folder.name}, measured on the test split")
     for column in ("threshold", "PPL", "accuracy", "leaving early", "compute", "FLOPs/token", "seconds"):
         table.add_column(column, justify="right")
-    for row in runs.evaluate(folder, list(thresholds)):
+    with Progress(Console(stderr=True, highlight=False)) as progress:
+        rows = runs.evaluate(folder, list(thresholds), progress.line)
+    for row in rows:
         table.add_row(
             ", ".join(f"{t:.4g}" for t in row["thresholds"]) or "none",
             f"{row['ppl']:.2f}",

@@ -176,7 +176,9 @@ def text_table(summary: dict[str, Any]) -> Table:
 
     figures = "test" if any(_number(line, "test", "ppl") for line in summary["lines"]) else "val"
     title = f"{summary.get('name') or 'run'}: {summary.get('strategy') or ''}".rstrip(": ")
-    table = Table(title=escape(title), caption=f"measured on {SPLITS[figures]}")
+    head = _number(summary, "head_in_layers")
+    cost = "" if head is None else f"; one head costs as much as {head:.2g} layers, and FLOPs have every head in them"
+    table = Table(title=escape(title), caption=f"measured on {SPLITS[figures]}{cost}")
     table.add_column("line")
     for column in ("ppl", "acc", "hard ppl", "leaving early", "compute", "FLOPs/token", "training FLOPs"):
         table.add_column(column, justify="right")

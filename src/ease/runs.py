@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +25,11 @@ from ease.data import Corpus, TokenBatches, load_corpus, token_strings
 from ease.errors import EaseError
 from ease.evaluation import Scores, perplexity, score
 from ease.exits import Policy, route
+from ease.flops import head_flops, layer_flops
 from ease.mining import Quantile
 from ease.models import StandardTransformer
 from ease.report import write_report
-from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, train
+from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, Watched, train
 
 Baseline = Literal["continued", "standard", "deep-supervision"]
 SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
@@ -141,7 +143,7 @@ class Recorder(Watch):
     def __init__(self, path: Path, line: str, inner: Watch) -> None:
         self.path, self.line, self.inner = path, line, inner
 
-    def step(self, progress: float, loss: float) -> None:
+    def step(self, progress: float, loss: float = math.nan) -> None:
         self.inner.step(progress, loss)
 
     def epoch(self, row: Mapping[str, float]) -> None:
@@ -160,8 +162,13 @@ class Workshop:
     device: str
     watch: Callable[[str], Watch]
 
-    def watching(self, line: str) -> Watch:
-        return Recorder(self.folder / "metrics.jsonl", line, self.watch(line))
+    @property
+    def in_sample(self) -> bool:
+        """Whether the strategy validates on tokens that it trains on."""
+        return getattr(self.config.strategy, "protocol", None) == "seed"
+
+    def watching(self, line: str, label: str | None = None) -> Watch:
+        return Recorder(self.folder / "metrics.jsonl", line, self.watch(label or line))
 
     def batches(self, split: str) -> TokenBatches:
         data = self.config.data
@@ -185,11 +192,12 @@ class Workshop:
     def strategy_lines(self) -> tuple[list[Line], list[Phase], Strategy]:
         """A line per phase of the strategy, the phases, and the strategy as it ended."""
         model = self.new_model(self.config.strategy.num_layers)
-        strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"))
+        strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"), self.watch)
         line = Line("start", model, Policy(), [], {}, 0.0)
         lines: list[Line] = []
         phases: list[Phase] = []
-        watch = lambda phase: self.watching(phase.name)  # noqa: E731
+        suffix = ", in-sample" if self.in_sample else ""
+        watch = lambda phase: self.watching(phase.name, phase.name + suffix)  # noqa: E731
         for phase, history in train(model, strategy, data, device=self.device, watch=watch):
             line = line.then(phase.name, phase, history, copy.deepcopy(model))
             lines.append(line)
@@ -299,6 +307,7 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
         "machine": machine(device),
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "head_in_layers": head_flops(model.config, 1) / layer_flops(model.config, 1, 1, (data.seq_len + 1) // 2),
         # Reports are passed on, and a path on this machine is nobody's business: the corpus has a name.
         "config": {
             "strategy": {"name": name, **asdict(config.strategy)},
@@ -331,7 +340,7 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
     rows: list[dict[str, Any]] = []
     scoring = shop.watch("scoring")
     for number, line in enumerate(lines, 1):
-        scoring.step(number / (len(lines) + 1), 0.0)
+        scoring.step(number / (len(lines) + 1))
         exits = sorted({*(line.policy.exits or final.policy.exits), line.model.num_layers})
         exits = [e for e in exits if e <= line.model.num_layers and e in line.model.trained_exits]
         rows.append(
@@ -359,9 +368,9 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
             policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
             point = score(final.model, test, policy).figures(hard.get("test"), depth)
             points.append({"thresholds": list(policy.thresholds), **point})
-    scoring.step(1.0, 0.0)
+    scoring.step(1.0)
     in_sample = None
-    if getattr(shop.config.strategy, "protocol", None) == "seed":
+    if shop.in_sample:
         before = rows[0]["val"]["hard_ppl"]
         after = next(row["val"] for row in rows if row["name"] == final.name)
         in_sample = {
@@ -441,7 +450,9 @@ def explorer(line: Line, corpus: Corpus, test: TokenBatches, points: list[dict[s
     return {"split": "test", "tokens": tokens, "exits": [*line.policy.exits, model.num_layers], "runs": runs}
 
 
-def evaluate(folder: Path, thresholds: list[float]) -> list[dict[str, Any]]:
+def evaluate(
+    folder: Path, thresholds: list[float], watch: Callable[[str], Watch] = lambda name: Watch()
+) -> list[dict[str, Any]]:
     """The figures of a run's model on its test split, routed at its own thresholds or at others.
 
     Args:
@@ -462,7 +473,8 @@ def evaluate(folder: Path, thresholds: list[float]) -> list[dict[str, Any]]:
     if thresholds and not own.exits:
         raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
     policies = [Policy.of(own.exits, (t,) * len(own.exits)) for t in thresholds] or [own]
-    return [{"thresholds": policy.thresholds, **score(model, test, policy).figures()} for policy in policies]
+    watched = Watched(test, watch("scoring"), epochs=len(policies))
+    return [{"thresholds": policy.thresholds, **score(model, watched, policy).figures()} for policy in policies]
 
 
 def choose_device(name: str) -> str:

@@ -16,7 +16,7 @@ from ease.exits import Policy
 from ease.mining import MinedBatches, check_ratio
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
-from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig
+from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig, Watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Staged:
             first = model.num_layers + 1
             mined = MinedBatches(
                 model,
-                data.train,
+                Watched(data.train, data.watch("mining"), plan.mine_epochs),
                 self.policy(),
                 plan.ratio,
                 epochs=plan.mine_epochs,

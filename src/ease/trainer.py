@@ -63,6 +63,7 @@ class TrainingConfig:
     routing_threshold: float | Sequence[float] = 0.0
     exit_layer: int | Sequence[int] = 1
     layer_weights: Mapping[int, float] | None = None
+    _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.stages is None) == (self.layer_weights is None):
@@ -79,13 +80,13 @@ class TrainingConfig:
             raise EaseError(f"loss weights must be finite and not negative, got {parts}: use 0 to leave a layer out")
         if not any(weights.values()):
             raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
-        object.__setattr__(self, "layer_weights", weights)
+        object.__setattr__(self, "_weights", weights)
         Policy.of(self.exit_layer, self.routing_threshold)
 
     @property
     def weights(self) -> dict[int, float]:
         """Layer -> weight, from shallow to deep, for the layers whose loss counts."""
-        return {layer: w for layer, w in (self.layer_weights or {}).items() if w > 0}
+        return {layer: w for layer, w in self._weights.items() if w > 0}
 
     @property
     def policy(self) -> Policy:
@@ -93,7 +94,7 @@ class TrainingConfig:
 
     def check(self, num_layers: int) -> None:
         """Refuses a configuration that a model of `num_layers` layers cannot follow."""
-        deepest = max(self.layer_weights or {})
+        deepest = max(self._weights)
         if deepest > num_layers:
             raise EaseError(
                 f"a stage reaches layer {deepest} but the model has {num_layers}: "
@@ -140,11 +141,47 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
 
+class Watch:
+    """Told of every step and epoch; this one says nothing."""
+
+    def step(self, progress: float, loss: float = math.nan) -> None: ...
+    def epoch(self, row: Mapping[str, float]) -> None: ...
+
+
+class PrintWatch(Watch):
+    """A line per epoch."""
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        print(
+            f"epoch {row['epoch']:3.0f}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+            f"val PPL {row['val_ppl']:.2f}  acc {row['val_acc']:.2%}",
+            flush=True,
+        )
+
+
+class Watched:
+    """Batches that tell a watch how far `epochs` iterations over them have come."""
+
+    def __init__(self, batches: Batches, watch: Watch, epochs: int = 1) -> None:
+        self.batches, self.watch, self.epochs, self.seen = re_iterable(batches), watch, epochs, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.batches:
+            yield item
+            self.seen += 1
+            self.watch.step(min(1.0, self.seen / max(1, self.epochs * len(self))))
+
+
 class Data(NamedTuple):
     """What a strategy trains and validates on. The test split is not in here, so no strategy can see it."""
 
     train: Batches
     val: Batches
+    watch: Callable[[str], Watch] = lambda name: Watch()
+    """Makes, from its name, what is told of the progress of anything that takes a while between phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,30 +276,12 @@ class History:
         return [row[name] for row in self.rows]
 
 
-class Watch:
-    """Told of every step and epoch; this one says nothing."""
-
-    def step(self, progress: float, loss: float) -> None: ...
-    def epoch(self, row: Mapping[str, float]) -> None: ...
-
-
-class PrintWatch(Watch):
-    """A line per epoch."""
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        print(
-            f"epoch {row['epoch']:3.0f}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
-            f"val PPL {row['val_ppl']:.2f}  acc {row['val_acc']:.2%}",
-            flush=True,
-        )
-
-
 class Trainer:
     """Trains and evaluates models under one `TrainingConfig`.
 
     Args:
         config: the two core options.
-        vocab_size: of the models to come.
+        vocab_size: of the models to come; another one is refused.
         device: where training happens; models are moved there. By default the CPU.
     """
 
@@ -277,6 +296,11 @@ class Trainer:
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
         """AdamW over the parameters that learn; norms and other vectors are not decayed."""
         self.config.check(model.num_layers)
+        if model.config.vocab_size != self.vocab_size:
+            raise EaseError(
+                f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.vocab_size}: "
+                "give both the vocabulary of your tokenizer"
+            )
         learning = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
@@ -458,6 +482,7 @@ class Trainer:
                     best = snapshot(model)
                 elif options.patience is not None and epoch - history.best_epoch >= options.patience:
                     history.stopped_early = True
+                    watch.step(1.0, loss)  # it is done, however many epochs were allowed
                     break
                 if progress() >= 1:
                     break

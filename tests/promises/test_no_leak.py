@@ -63,7 +63,7 @@ def short_ashem(protocol: str) -> ASHEMConfig:
 
 
 def test_data_has_no_test_split() -> None:
-    assert Data._fields == ("train", "val")
+    assert Data._fields == ("train", "val", "watch")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

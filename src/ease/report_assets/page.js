@@ -45,6 +45,7 @@ const subtitle = ({ summary }) =>
       summary.strategy,
       summary.data?.name,
       isNumber(summary.parameters) && `${flops(summary.parameters)} parameters`,
+      isNumber(summary.head_in_layers) && `one head costs as much as ${summary.head_in_layers.toPrecision(2)} layers`,
       summary.machine?.device && `on ${summary.machine.device}`,
       isNumber(summary.seed) && `seed ${summary.seed}`,
     ]
