@@ -38,9 +38,9 @@ from ease.evaluation import score
 from ease.exits import Policy
 from ease.mining import compute_confidence_threshold
 from ease.models import StandardTransformer
+from ease.seam import Batch
 from ease.trainer import (
     GRAD_CLIP,
-    Batch,
     StageConfig,
     Trainer,
     TrainingConfig,

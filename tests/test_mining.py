@@ -21,7 +21,6 @@ from ease import (
     mining,
 )
 from ease.mining import BINS, Quantile
-from ease.trainer import scored_tokens
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -209,7 +208,7 @@ def test_mining_from_bins_takes_nearly_the_share(
 @pytest.mark.parametrize("ratio", [0.5, 0.2, 1.0])
 def test_mined_batches_hold_the_share(ratio: float, trained: StandardTransformer, batches: list[Pair]) -> None:
     mined = MinedBatches(trained, batches, Policy(), ratio)
-    scored = [int(scored_tokens(batch.y, batch.active).sum()) for batch in mined]
+    scored = [int(batch.scored.sum()) for batch in mined]
     assert sum(scored) == mined.hard == round(300 * ratio)
     assert mined.total == 300
     assert len(mined) == len(batches)
@@ -232,8 +231,8 @@ def test_tokens_without_a_target_do_not_count(trained: StandardTransformer, batc
     other = MinedBatches(trained, changed, Policy(), 0.5)
     assert (plain.threshold, plain.hard) == (other.threshold, other.hard)
     for a, b in zip(plain.batches, other.batches):
-        assert torch.equal(scored_tokens(a.y, a.active), scored_tokens(b.y, b.active))
-        assert not scored_tokens(a.y, a.active)[a.y == -100].any()
+        assert torch.equal(a.scored, b.scored)
+        assert not a.scored[a.y == -100].any()
 
 
 @pytest.mark.parametrize("routed", [False, True])

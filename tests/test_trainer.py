@@ -18,6 +18,7 @@ from ease import (
     Batch,
     Data,
     EaseError,
+    Layout,
     Phase,
     PhaseOptions,
     Policy,
@@ -531,6 +532,29 @@ class Log(Watch):
 
     def epoch(self, row: Any) -> None:
         self.rows.append(row)
+
+
+def test_packed_and_padded_tokens_are_those_of_their_documents(tiny: Make) -> None:
+    """Two documents in one row, and one padded on the left, give the loss, scores and FLOPs of each on its own."""
+    model, trainer = tiny(3, sharp=True), Trainer(TrainingConfig([StageConfig((1, 3))], 0.3, 1), 256)
+    ids = torch.randint(256, (1, 13))
+    a, b = (ids[:, :4], ids[:, 1:5]), (ids[:, 5:12], ids[:, 6:13])
+    positions = torch.tensor([[0, 0, *range(4), *range(7)]])
+    segments = torch.tensor([[-1, -1, *[0] * 4, *[1] * 7]])
+    padding = torch.zeros(1, 2, dtype=torch.long)
+    x, y = (torch.cat([padding, first, second], 1) for first, second in zip(a, b))
+    packed = Batch(x, y, layout=Layout(positions, segments))
+    loss = trainer.compute_loss(model, x, y, layout=packed.layout)
+    apart = (4 * trainer.compute_loss(model, *a) + 7 * trainer.compute_loss(model, *b)) / 11
+    torch.testing.assert_close(loss, apart)
+    together, alone = trainer.scores(model, [packed]), trainer.scores(model, [a, b])
+    assert torch.equal(together.exits, alone.exits)
+    assert len(set(alone.exits.tolist())) > 1, "one exit proves nothing"
+    torch.testing.assert_close(together.losses, alone.losses)
+    # The two padded places still give keys and values, so a padded row costs a little more.
+    keys = 2 * 2 * 2 * model.config.dim * model.config.kv_heads * model.config.head_size
+    assert together.flops == alone.flops + keys * 3
+    assert together.processed == 11
 
 
 def test_a_watch_is_told_of_every_step_and_epoch(tiny: Make) -> None:

@@ -15,11 +15,10 @@ from ease.mining import (
     compute_confidence_threshold,
 )
 from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
-from ease.seam import ExitModel, Layout
+from ease.seam import Batch, ExitModel, Layout
 from ease.simple import DeepSupervisionConfig, StandardConfig
 from ease.staged import PhaseConfig, StagedConfig
 from ease.trainer import (
-    Batch,
     Data,
     Phase,
     PhaseOptions,

@@ -16,9 +16,9 @@ from ease.errors import EaseError, check_choice
 from ease.flops import head_flops, run_flops
 from ease.mining import check_ratio, collect_hard_examples, compute_confidence_threshold
 from ease.models import StandardTransformer
-from ease.seam import ExitModel
+from ease.seam import Batch, ExitModel
 from ease.staged import PhaseConfig, Staged, StagedConfig
-from ease.trainer import Batch, Data, Phase, Watched
+from ease.trainer import Data, Phase, Watched
 
 
 @dataclass(frozen=True)

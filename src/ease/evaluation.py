@@ -20,8 +20,7 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.exits import Policy, walk
 from ease.flops import head_flops, run_flops
-from ease.losses import IGNORE
-from ease.seam import ExitModel, eval_mode
+from ease.seam import IGNORE, Batch, ExitModel, eval_mode
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def score(
     last: int | None = None,
     device: torch.device | str | None = None,
 ) -> Scores:
-    """Runs the model over batches of (x, y) and scores every token with a target other than -100.
+    """Runs the model over batches of (x, y) or `Batch` and scores every token with a target other than -100.
 
     Args:
         policy: who leaves where; without one every token runs to the end.
@@ -125,21 +124,23 @@ def score(
     parts: list[Tensor] = []
     flops, processed, start = 0.0, 0, time.perf_counter()
     with eval_mode(model):
-        for x, y, *_ in batches:
-            if x.shape != y.shape:
-                raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-            x, y = x.to(device), y.to(device).long()
+        for item in batches:
+            batch = Batch(*item)
+            if batch.x.shape != batch.y.shape:
+                raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
+            batch = batch._replace(active=None, y=batch.y.long()).to(device)
+            x, y, layout = batch.x, batch.y, batch.layout
             model.check_ids(y[y != IGNORE], model.config.vocab_size)
             columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
-            for stop in walk(model, x, policy, last=last, read=partial(_read, y.flatten())):
+            for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
                 assert stop.read is not None
-                flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived)
+                flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
                 flops += head_flops(model.config, stop.confidence.numel())
                 exits = torch.full_like(stop.confidence, stop.layer)
                 row = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)
                 columns[stop.left] = row[stop.leaves].float()
-            processed += x.numel()
-            parts.append(columns[y != IGNORE].cpu())
+            processed += int(batch.running.sum())
+            parts.append(columns[batch.scored].cpu())
     seconds = time.perf_counter() - start
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""A target that is not scored."""
+from ease.seam import IGNORE
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
 # at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.

@@ -16,9 +16,8 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.exits import HEAD_CHUNK, Policy, Stop, max_probability, walk
 from ease.flops import head_flops, run_flops
-from ease.losses import IGNORE
-from ease.seam import ExitModel, eval_mode
-from ease.trainer import Batch, Batches, re_iterable
+from ease.seam import Batch, ExitModel, Layout, eval_mode
+from ease.trainer import Batches, re_iterable
 
 EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
 BINS = 2**20
@@ -67,14 +66,20 @@ def check_ratio(ratio: float) -> None:
         raise EaseError(f"the share of hard tokens must lie in (0, 1], got {ratio}")
 
 
-def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Tensor, Tensor, Stop]]:
-    """x, y and the full-depth stop at `exit` for every batch."""
+def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Every batch with its states (B, T, D) and confidences (B, T) at `exit`, at full depth up to there."""
     device = device or next(model.parameters()).device
     with eval_mode(model):
-        for x, y, *_ in re_iterable(batches):
-            x, y = x.to(device), y.to(device)
-            (stop,) = walk(model, x, Policy(), last=exit)
-            yield x, y, stop
+        for item in re_iterable(batches):
+            batch = Batch(*item).to(device)
+            (stop,) = walk(model, batch.x, Policy(), layout=batch.layout, last=exit)
+            yield batch, stop.state, spread(stop)
+
+
+def spread(stop: Stop) -> Tensor:
+    """(B, T) the confidences of those that arrived; 1 elsewhere."""
+    everywhere = torch.ones(stop.arrived.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
+    return everywhere.masked_scatter(stop.arrived, stop.confidence)
 
 
 @torch.no_grad()
@@ -93,8 +98,8 @@ def compute_confidence_threshold(
     """
     check_ratio(target_ratio)
     quantile = Quantile()
-    for _, y, stop in _states(model, batches, device, exit):
-        quantile.add(stop.confidence[(y != IGNORE).flatten()])
+    for batch, _, confidence in _states(model, batches, device, exit):
+        quantile.add(confidence[batch.scored])
     return quantile(target_ratio)
 
 
@@ -121,10 +126,9 @@ def collect_hard_examples(
 ) -> HardExamples:
     """All scored tokens whose confidence at the exit is below the threshold; raises `EaseError` if there are none."""
     parts: list[tuple[Tensor, ...]] = []
-    for x, y, stop in _states(model, batches, device, exit):
-        confidence = stop.confidence.view(y.shape)
-        hard = (confidence < threshold) & (y != IGNORE)
-        parts.append((x[hard], stop.state[hard], y[hard], confidence[hard]))
+    for batch, state, confidence in _states(model, batches, device, exit):
+        hard = (confidence < threshold) & batch.scored
+        parts.append((batch.x[hard], state[hard], batch.y[hard], confidence[hard]))
     if not sum(len(part[0]) for part in parts):
         raise EaseError(no_hard_token(threshold))
     inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -166,43 +170,37 @@ class MinedBatches:
         self.flops, kept, total = 0.0, 0, 0
         device = next(model.parameters()).device
         quantile = Quantile()
-        found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
+        found: list[tuple[Batch, Tensor]] = []
         with eval_mode(model):
             for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
-                batch = Batch(*item)
-                x, y = batch.x.to(device), batch.y.to(device)
-                stop, flops = self._mine(x)
+                batch = Batch(*item).to(device)
+                stop, flops = self._mine(batch.x, batch.layout)
                 self.flops += flops
-                confidence = torch.ones(x.shape, dtype=stop.confidence.dtype, device=device)
-                confidence[stop.arrived] = stop.confidence
-                scored = y != IGNORE
-                total += int(scored.sum())
-                quantile.add(confidence[stop.arrived & scored])
+                confidence = spread(stop)
+                total += int(batch.scored.sum())
+                quantile.add(confidence[stop.arrived & batch.scored])
                 size = stop.state.numel() * stop.state.element_size()
                 state = stop.state if kept + size <= budget else None
                 kept += size if state is not None else 0
-                found.append((x, y, stop.arrived, confidence, state))
+                found.append((batch._replace(active=stop.arrived, state=state), confidence))
         # The share is of all tokens, the quantile over those still running.
         share = min(1.0, ratio * total / max(1, quantile.count))
         self.threshold = quantile(share) if share < 1 else 1.0
-        if share == 1.0:
-            self.batches = [Batch(x, y, arrived, state) for x, y, arrived, _, state in found]
-        else:
-            self.batches = [
-                Batch(x, y, arrived & (confidence < self.threshold), state)
-                for x, y, arrived, confidence, state in found
-            ]
-        self.hard = sum(int((b.active & (b.y != IGNORE)).sum()) for b in self.batches if b.active is not None)
+        self.batches = [
+            batch if share == 1.0 else batch._replace(active=batch.running & (confidence < self.threshold))
+            for batch, confidence in found
+        ]
+        self.hard = sum(int(batch.scored.sum()) for batch in self.batches)
         self.total = total
         if not self.hard:
             raise EaseError(no_hard_token(self.threshold))
 
     @torch.no_grad()
-    def _mine(self, x: Tensor) -> tuple[Stop, float]:
+    def _mine(self, x: Tensor, layout: Layout | None) -> tuple[Stop, float]:
         """The stop at the mined exit and the FLOPs to get there; tokens that left before are not in `arrived`."""
         flops, config = 0.0, self.model.config
-        for stop in walk(self.model, x, self.policy, last=self.layer):
-            flops += run_flops(config, stop.layer - stop.first + 1, stop.arrived)
+        for stop in walk(self.model, x, self.policy, layout=layout, last=self.layer):
+            flops += run_flops(config, stop.layer - stop.first + 1, stop.arrived, layout)
             flops += head_flops(config, stop.confidence.shape[0])
         if stop.layer < self.layer:  # every token of the batch left earlier
             nobody = torch.zeros_like(stop.arrived)
@@ -216,11 +214,12 @@ class MinedBatches:
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
             batch = self.batches[i]
             if batch.state is None and self.policy.exits:
-                stop, flops = self._mine(batch.x)
+                stop, flops = self._mine(batch.x, batch.layout)
                 batch = batch._replace(state=stop.state, flops=flops)
             elif batch.state is None:  # no token left before, so no head needs to be asked again
                 with torch.no_grad():
-                    state = self.model.forward_to_layer(batch.x, self.layer)
-                everyone = torch.ones_like(batch.x, dtype=torch.bool)
-                batch = batch._replace(state=state, flops=run_flops(self.model.config, self.layer, everyone))
+                    state = self.model.run(self.model.embed(batch.x), 1, self.layer, layout=batch.layout)
+                everyone = batch._replace(active=None).running
+                flops = run_flops(self.model.config, self.layer, everyone, batch.layout)
+                batch = batch._replace(state=state, flops=flops)
             yield batch

@@ -1,8 +1,7 @@
 """The decoder whose every layer can be an exit, under two faces, and how it grows.
 
-- A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. A Llama
-  checkpoint maps onto the parameters one to one (`embedding` is `embed_tokens`, `layers.N.attention` is
-  `layers.N.self_attn`, the last of `exit_norms` is `norm`, `output_head` is `lm_head`).
+- A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
+  biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`hf.py`).
 - Exit k is `exit_norms[k - 1]` and then the one shared `output_head`.
 - Nothing outside this file and `modules/` reaches into a layer.
 """
@@ -13,14 +12,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.exits import Policy
-from ease.modules import Plan, TransformerBlock
+from ease.modules import Plan, RopeScaling, TransformerBlock
 from ease.seam import ExitModel, Layout
 
 
@@ -50,8 +49,18 @@ class ModelConfig:
     """Share of a branch's outputs zeroed in training."""
     tie_embeddings: bool = False
     """Use the embedding as the output head (experiments/tying.py measures both)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, as in Qwen2."""
+    qk_norm: bool = False
+    """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's stretched rotary positions (None: plain ones)."""
+    max_positions: int | None = None
+    """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # what JSON makes of it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -83,43 +92,19 @@ class StandardTransformer(ExitModel):
     """A decoder that runs at full depth.
 
     Every layer has an exit norm all the same, so weights move freely between the two faces.
-    Keyword arguments are those of `ModelConfig`.
+    `options` are the further fields of `ModelConfig`.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        dim: int = 64,
-        num_layers: int = 3,
-        num_heads: int = 4,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        hidden_dim: int | None = None,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-5,
-        dropout: float = 0.0,
-        tie_embeddings: bool = False,
+        self, vocab_size: int, dim: int = 64, num_layers: int = 3, num_heads: int = 4, **options: Any
     ) -> None:
         super().__init__()
-        self.config = ModelConfig(
-            vocab_size,
-            dim,
-            num_layers,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            hidden_dim,
-            rope_theta,
-            norm_eps,
-            dropout,
-            tie_embeddings,
-        )
+        self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
-        self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, norm_eps) for _ in range(num_layers))
+        self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, c.norm_eps) for _ in range(num_layers))
         self.output_head = nn.Linear(dim, vocab_size, bias=False)
-        if tie_embeddings:
+        if c.tie_embeddings:
             self.output_head.weight = self.embedding.weight
         nn.init.normal_(self.output_head.weight, std=0.02)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -143,7 +128,8 @@ class StandardTransformer(ExitModel):
     ) -> Tensor:
         if not 1 <= first <= last <= self.num_layers:
             raise EaseError(f"layers {first}..{last} asked of a model with layers 1..{self.num_layers}")
-        plan = Plan.make(state, self.config.head_size, self.config.rope_theta, layout, active)
+        c = self.config
+        plan = Plan.make(state, c.head_size, c.rope_theta, layout, active, c.rope_scaling)
         for layer in self.layers[first - 1 : last]:
             state = layer(state, plan)
         return state
@@ -193,10 +179,22 @@ class StandardTransformer(ExitModel):
 
     def _new_layer(self) -> TransformerBlock:
         c = self.config
-        layer = TransformerBlock(c.dim, c.num_heads, c.kv_heads, c.head_size, c.ffn_size, c.norm_eps, c.dropout)
+        layer = TransformerBlock(
+            c.dim,
+            c.num_heads,
+            c.kv_heads,
+            c.head_size,
+            c.ffn_size,
+            c.norm_eps,
+            c.dropout,
+            qkv_bias=c.qkv_bias,
+            qk_norm=c.qk_norm,
+        )
         for module in layer.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         # Each branch adds to the residual stream; scaled so that the sum does not grow with depth (GPT-2).
         for end in (layer.attention.o_proj, layer.ffn.down_proj):
             nn.init.normal_(end.weight, std=(2 * c.num_layers * end.in_features) ** -0.5)
@@ -220,8 +218,8 @@ class DeepSupervisionTransformer(StandardTransformer):
         num_heads: int = 4,
         exit_layer: int | Sequence[int] = 1,
         routing_threshold: float | Sequence[float] = 0.0,
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(vocab_size, dim, num_layers, num_heads, **options)  # type: ignore[arg-type]
+        super().__init__(vocab_size, dim, num_layers, num_heads, **options)
         Policy.of(exit_layer, routing_threshold).check(num_layers)
         self.exit_layer, self.routing_threshold = exit_layer, routing_threshold

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError
@@ -39,6 +40,9 @@ class Layout:
         real = mask.bool()
         return cls((real.long().cumsum(1) - 1).clamp(min=0), real.long() - 1)
 
+    def to(self, device: torch.device | str) -> Layout:
+        return Layout(self.positions.to(device), self.segments.to(device))
+
     @property
     def real(self) -> Tensor:
         """(B, T) true where a token is no padding."""
@@ -49,6 +53,41 @@ class Layout:
         segment, position = self.segments[rows, cols], self.positions[rows, cols]
         same = self.segments[rows] == segment[:, None]
         return same & (self.positions[rows] <= position[:, None])
+
+
+IGNORE = -100
+"""A target that is not scored."""
+
+
+class Batch(NamedTuple):
+    """x and y (B, T) integers; y is -100 where a token is not scored.
+
+    `active` (B, T) marks the tokens that still run in the layers that learn; only they are scored. `state`
+    (B, T, D) is what the frozen trunk made of x; `flops` is what making it cost just now. `layout` tells padding and
+    packed documents; padding is never scored.
+    """
+
+    x: Tensor
+    y: Tensor
+    active: Tensor | None = None
+    state: Tensor | None = None
+    flops: float = 0.0
+    layout: Layout | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (part.to(device) if isinstance(part, Tensor | Layout) else part for part in self)
+        return Batch._make(moved)
+
+    @property
+    def running(self) -> Tensor:
+        """(B, T) true for tokens that run in the layers that learn."""
+        running = torch.ones_like(self.x, dtype=torch.bool) if self.layout is None else self.layout.real
+        return running if self.active is None else running & self.active
+
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) true for tokens that count: those that run and have a target."""
+        return (self.y != IGNORE) & self.running
 
 
 class ExitModel(nn.Module, ABC):

@@ -21,8 +21,8 @@ from ease.errors import EaseError, check_choice
 from ease.evaluation import Scores, score
 from ease.exits import Policy
 from ease.flops import full_depth_flops, head_flops, run_flops
-from ease.losses import IGNORE, exit_loss
-from ease.seam import ExitModel, train_mode
+from ease.losses import exit_loss
+from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 
@@ -120,22 +120,8 @@ def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
     return TrainingConfig(stages=[StageConfig((k, k), 1 / num_layers) for k in range(1, num_layers + 1)])
 
 
-class Batch(NamedTuple):
-    """x and y (B, T) integers; y is -100 where a token is not scored.
-
-    `active` (B, T) marks the tokens that still run in the layers that learn; only they are scored. `state`
-    (B, T, D) is what the frozen trunk made of x; `flops` is what making it cost just now.
-    """
-
-    x: Tensor
-    y: Tensor
-    active: Tensor | None = None
-    state: Tensor | None = None
-    flops: float = 0.0
-
-
 class Batches(Protocol):
-    """A re-iterable of (x, y) or (x, y, active); one iteration is one epoch."""
+    """A re-iterable of (x, y), (x, y, active) or `Batch`; one iteration is one epoch."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
@@ -317,6 +303,7 @@ class Trainer:
         active: Tensor | None = None,
         *,
         state: Tensor | None = None,
+        layout: Layout | None = None,
         first: int = 1,
     ) -> Tensor:
         """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
@@ -325,6 +312,7 @@ class Trainer:
             x, y: (B, T) integers; targets of -100 are not scored.
             active: (B, T) tokens that run from layer `first` on and are scored; all by default.
             state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
+            layout: positions and segments; padding is never scored.
         """
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -333,24 +321,24 @@ class Trainer:
             raise EaseError(
                 f"the loss at layer {min(self.config.weights)} lies below layer {first}, where learning starts"
             )
-        x, y = x.to(self.device), y.to(self.device).long()
-        model.check_ids(y[y != IGNORE], model.config.vocab_size)
-        active = None if active is None else active.to(self.device)
+        batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
+        model.check_ids(batch.y[batch.y != IGNORE], model.config.vocab_size)
+        state = batch.state
         if state is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and first == 1):
-                state = model.embed(x) if first == 1 else model.forward_to_layer(x, first - 1)
-        state = state.to(self.device)
-        scored = scored_tokens(y, active)
+                state = model.embed(batch.x)
+                state = state if first == 1 else model.run(state, 1, first - 1, layout=batch.layout)
+        scored = batch.scored
         # Indexing copies every state; with nothing to leave out, a view does.
         pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
         exits = []
         for layer in self.config.weights:
-            state = model.run(state, first, layer, active=active)
+            state = model.run(state, first, layer, layout=batch.layout, active=batch.active)
             exits.append(model.exit_norm(pick(state), layer))
             first = layer + 1
         if torch.is_grad_enabled():
             model.trained_exits |= set(self.config.weights)
-        return exit_loss(model.output_head.weight, pick(y), exits, list(self.config.weights.values()))
+        return exit_loss(model.output_head.weight, pick(batch.y), exits, list(self.config.weights.values()))
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -501,10 +489,10 @@ class Trainer:
         train_mode(model)
         for item in re_iterable(batches):
             batch = Batch(*item)
-            scored = int(scored_tokens(batch.y, batch.active).sum())
+            scored = int(batch.scored.sum())
             if not scored:
                 continue
-            loss = self.compute_loss(model, *batch[:3], state=batch.state, first=first)
+            loss = self.compute_loss(model, *batch[:3], state=batch.state, layout=batch.layout, first=first)
             if not bool(loss.isfinite()):
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
@@ -519,14 +507,13 @@ class Trainer:
 
     def step_flops(self, model: ExitModel, batch: Batch, scored: int, first: int = 1) -> dict[str, float]:
         """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once."""
-        everyone = torch.ones_like(batch.x, dtype=torch.bool)
-        active = everyone if batch.active is None else batch.active
+        everyone = batch._replace(active=None).running
         deepest = max(self.config.weights)
         heads = len(self.config.weights) * head_flops(model.config, scored)
         # A frozen head hands a gradient through but needs none of its own.
         head_factor = 3 if model.output_head.weight.requires_grad else 2
-        trunk = run_flops(model.config, first - 1, everyone) if batch.state is None else batch.flops
-        training = 3 * run_flops(model.config, deepest - first + 1, active) + head_factor * heads
+        trunk = run_flops(model.config, first - 1, everyone, batch.layout) if batch.state is None else batch.flops
+        training = 3 * run_flops(model.config, deepest - first + 1, batch.running, batch.layout) + head_factor * heads
         return {"training": training, "trunk": trunk}
 
 
@@ -536,12 +523,6 @@ LOWER_LR = "training stopped and the last good weights are kept; lower the learn
 def snapshot(model: ExitModel) -> dict[str, Tensor]:
     """A copy of the weights."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def scored_tokens(y: Tensor, active: Tensor | None = None) -> Tensor:
-    """(B, T) true for tokens that count: those with a target and, where `active` is given, still running."""
-    scored = y != IGNORE
-    return scored if active is None else scored & active
 
 
 def re_iterable(batches: Any) -> Any:

@@ -2,11 +2,13 @@
 
 - What a run's layers share (rotary factors, who sees whom, which tokens ask) is worked out once, in a `Plan`.
 - Every token gives keys and values; queries, mixing and the output projection are done for asking tokens only.
-- Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split convention of Llama checkpoints.
+- Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split convention of Llama checkpoints, with
+  Llama 3.1's scaling by choice. Biases on queries, keys and values are Qwen2's, norms on queries and keys Qwen3's.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +37,22 @@ class Plan:
     width: int = 0
 
     @classmethod
-    def make(cls, state: Tensor, head_dim: int, theta: float, layout: Layout | None, active: Tensor | None) -> Plan:
+    def make(
+        cls,
+        state: Tensor,
+        head_dim: int,
+        theta: float,
+        layout: Layout | None,
+        active: Tensor | None,
+        scaling: RopeScaling | None = None,
+    ) -> Plan:
         B, T, _ = state.shape
         if layout is not None and not bool(layout.real.all()):
             active = layout.real if active is None else active & layout.real
         if active is not None and bool(active.all()):
             active = None
         default = torch.arange(T, device=state.device)[None]
-        rope = rotary(default if layout is None else layout.positions, head_dim, theta, state.dtype)
+        rope = rotary(default if layout is None else layout.positions, head_dim, theta, state.dtype, scaling)
         if active is None:
             mask = None
             if layout is not None:
@@ -84,12 +94,38 @@ class Plan:
         return padded if self.rows is None else padded[self.rows, self.slots]
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches rotary positions to a longer context (`rope_type` "llama3" of a config.json).
+
+    A pair of dimensions that turns more than `high_freq_factor` times within `original_max_position` tokens keeps
+    its frequency, one that turns less than `low_freq_factor` times turns `factor` times slower, and between the two
+    the frequency moves linearly in the number of turns.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_max_position / (2 * math.pi / frequencies)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
+
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """positions (B, T) -> cos and sin (B, 1, T, head_dim)."""
     # Angles need at least float32: bfloat16 cannot tell position 257 from 256.
     precise = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(precise)
-    angles = positions[:, None, :, None].to(precise) * theta ** (-steps / head_dim)
+    # Written as Llama's own code has it: at position 100,000 one rounding more shows in the angle.
+    frequencies = 1.0 / theta ** (steps / head_dim)
+    if scaling is not None:
+        frequencies = scaling(frequencies)
+    angles = positions[:, None, :, None].to(precise) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -125,14 +161,25 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """h (B, T, dim) -> (B, T, dim), or (N, dim) for the N asking tokens of the plan."""
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.grouped = num_kv_heads != num_heads
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, qk_norm_eps)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
@@ -140,8 +187,8 @@ class Attention(nn.Module):
         return split.transpose(1, 2)
 
     def forward(self, h: Tensor, plan: Plan) -> Tensor:
-        q = rotate(self.heads(plan.pad(self.q_proj(plan.gather(h)))), plan.query_rope)
-        k = rotate(self.heads(self.k_proj(h)), plan.rope)
+        q = rotate(self.q_norm(self.heads(plan.pad(self.q_proj(plan.gather(h))))), plan.query_rope)
+        k = rotate(self.k_norm(self.heads(self.k_proj(h))), plan.rope)
         v = self.heads(self.v_proj(h))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=plan.mask, is_causal=plan.mask is None, enable_gqa=self.grouped

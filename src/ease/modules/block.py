@@ -19,10 +19,15 @@ class TransformerBlock(nn.Module):
         hidden_dim: int,
         norm_eps: float,
         dropout: float,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(dim, norm_eps)
-        self.attention = Attention(dim, num_heads, num_kv_heads, head_dim)
+        self.attention = Attention(
+            dim, num_heads, num_kv_heads, head_dim, qkv_bias=qkv_bias, qk_norm_eps=norm_eps if qk_norm else None
+        )
         self.ffn_norm = nn.RMSNorm(dim, norm_eps)
         self.ffn = FFN(dim, hidden_dim)
         self.dropout = dropout
