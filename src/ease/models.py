@@ -59,8 +59,9 @@ class ModelConfig:
     """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, dict):  # what JSON makes of it
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        scaling: object = self.rope_scaling
+        if isinstance(scaling, dict):  # what JSON makes of it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -95,9 +96,7 @@ class StandardTransformer(ExitModel):
     `options` are the further fields of `ModelConfig`.
     """
 
-    def __init__(
-        self, vocab_size: int, dim: int = 64, num_layers: int = 3, num_heads: int = 4, **options: Any
-    ) -> None:
+    def __init__(self, vocab_size: int, dim: int = 64, num_layers: int = 3, num_heads: int = 4, **options: Any) -> None:
         super().__init__()
         self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
