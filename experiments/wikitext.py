@@ -35,7 +35,7 @@ def lab(data: Path) -> Lab:
         lrs=(3e-3, 1e-2),
         dim=64,
         seq=32,
-        batch=64,
+        batch=16,
         dropout=0.15,
     )
 
