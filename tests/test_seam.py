@@ -1,6 +1,6 @@
 """Layouts, and what every model of the seam has for free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ class Cumulative(ExitModel):
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         return state / exit
 
-    def freeze_below(self, first: int, *, head: bool = True) -> None:
+    def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
         self.table.requires_grad_(first == 1)
         self.output_head.requires_grad_(first == 1 or not head)
 

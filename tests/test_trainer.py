@@ -385,7 +385,7 @@ def script(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[st
     """Validation says what the script says; returns the weights of every epoch as they come."""
     epochs: list[dict[str, Tensor]] = []
 
-    def scores(_: Trainer, model: StandardTransformer, batches: object) -> SimpleNamespace:
+    def scores(_: Trainer, model: StandardTransformer, batches: object, last: int) -> SimpleNamespace:
         epochs.append(snapshot(model))
         loss = losses[len(epochs) - 1]
         return SimpleNamespace(flops=7.0, figures=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.exits import Policy, walk
-from ease.flops import head_flops, run_flops
+from ease.flops import exit_flops, run_flops
 from ease.seam import IGNORE, Batch, ExitModel, eval_mode
 
 
@@ -135,7 +135,7 @@ def score(
             for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
                 assert stop.read is not None
                 flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
-                flops += head_flops(model.config, stop.confidence.numel())
+                flops += exit_flops(model.config, stop.confidence.numel(), stop.layer)
                 exits = torch.full_like(stop.confidence, stop.layer)
                 row = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)
                 columns[stop.left] = row[stop.leaves].float()

@@ -37,6 +37,12 @@ def head_flops(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * config.dim * config.vocab_size
 
 
+def exit_flops(config: ModelConfig, tokens: int, exit: int) -> int:
+    """Exit `exit` evaluated for `tokens` tokens: its adapter, if it has one, and the head."""
+    adapter = 4 * tokens * config.dim * config.adapter_dim if exit in config.adapter_exits else 0
+    return head_flops(config, tokens) + adapter
+
+
 def full_depth_flops(config: ModelConfig, seq_len: int) -> float:
     """Forward FLOPs per token of a plain pass over sequences of `seq_len` tokens: every layer and one head."""
     pairs = seq_len * (seq_len + 1) // 2

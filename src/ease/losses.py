@@ -2,17 +2,21 @@
 
 Each exit's logits live only while that exit's share of the gradient is worked out, and the shared head's
 gradients are summed in one buffer as they come: memory is that of one exit, whatever their number.
+
+What a token's loss is, is an objective: cross entropy against the text, distillation from the last exit, or both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ease.errors import EaseError
 from ease.seam import IGNORE
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
@@ -28,24 +32,88 @@ def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
 
 
+class Objective(Protocol):
+    """What a token's loss is."""
+
+    @property
+    def teacher(self) -> bool:
+        """Whether it asks the last exit, so that the whole model runs."""
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        """Summed losses (nats) of parts of the tokens, each small enough for its logits to exist at once.
+
+        Args:
+            states, teacher: (N, D) normed states at the exit and at the last one.
+            head: (V, D).
+            targets: (N,), -100 where not scored.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The text is what is to be predicted."""
+
+    teacher = False
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        yield token_loss_sum(states, head, targets)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The last exit's distribution is what is to be predicted (Hinton et al. 2015, arXiv:1503.02531).
+
+    The loss is share * temperature^2 * KL(last exit || exit), both softened, + (1 - share) * cross entropy.
+    """
+
+    temperature: float = 1.0
+    share: float = 1.0
+    teacher = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise EaseError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.share <= 1:
+            raise EaseError(f"the share of distillation must lie in (0, 1], got {self.share}: use cross entropy for 0")
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        assert teacher is not None
+        tau, rows = self.temperature, max(128, CHUNK // head.shape[0])
+        for h, t, y in zip(states.split(rows), teacher.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(h, head)
+            with torch.no_grad():
+                goal = F.log_softmax(F.linear(t, head) / tau, -1)
+            apart = F.kl_div(F.log_softmax(logits / tau, -1), goal, reduction="none", log_target=True).sum(-1)
+            loss = self.share * tau**2 * apart[y != IGNORE].sum()
+            if self.share < 1:
+                loss = loss + (1 - self.share) * F.cross_entropy(logits, y, reduction="sum")
+            yield loss
+
+
 class _ExitLosses(torch.autograd.Function):
     """Sum over exits of weight * loss, with the gradients worked out exit by exit in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, head: Tensor, targets: Tensor, weights: Sequence[float], *exits: Tensor) -> Tensor:
-        head_grad = torch.zeros_like(head) if ctx.needs_input_grad[0] else None
+    def forward(
+        ctx: Any,
+        head: Tensor,
+        targets: Tensor,
+        weights: Sequence[float],
+        objectives: Sequence[Objective],
+        teacher: Tensor | None,
+        *exits: Tensor,
+    ) -> Tensor:
         total, grads = head.new_zeros(()), []
-        for states, weight in zip(exits, weights, strict=True):
+        w = head.detach().requires_grad_(ctx.needs_input_grad[0])
+        for states, weight, objective in zip(exits, weights, objectives, strict=True):
+            h = states.detach().requires_grad_()
             with torch.enable_grad():
-                h = states.detach().requires_grad_()
-                w = head.detach().requires_grad_(head_grad is not None)
-                loss = weight * token_loss_sum(h, w, targets)
-                grad, *rest = torch.autograd.grad(loss, (h, w) if head_grad is not None else (h,))
-            total += loss.detach()
-            grads.append(grad)
-            if head_grad is not None:
-                head_grad += rest[0]
-        ctx.grads = (head_grad, grads)
+                for loss in objective.parts(h, w, targets, teacher):
+                    # Into .grad, which sums over parts and exits; the logits of one part are gone before the next.
+                    (weight * loss).backward()
+                    total += weight * loss.detach()
+            grads.append(h.grad)
+        ctx.grads = (w.grad, grads)
         return total
 
     @staticmethod
@@ -53,22 +121,33 @@ class _ExitLosses(torch.autograd.Function):
         (scale,) = upstream
         head_grad, grads = ctx.grads
         ctx.grads = None
-        return None if head_grad is None else head_grad * scale, None, None, *(g * scale for g in grads)
+        none = (None, None, None, None)
+        return None if head_grad is None else head_grad * scale, *none, *(g * scale for g in grads)
 
 
-def exit_loss(head: Tensor, targets: Tensor, exits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum over exits of weight * mean cross entropy (nats) over the scored tokens.
+def exit_loss(
+    head: Tensor,
+    targets: Tensor,
+    exits: Sequence[Tensor],
+    weights: Sequence[float],
+    objectives: Sequence[Objective] = (),
+    teacher: Tensor | None = None,
+) -> Tensor:
+    """Sum over exits of weight * mean loss (nats) over the scored tokens.
 
     Args:
         head: (V, D), the shared output head.
         targets: (N,) token ids; -100 is not scored. With nothing scored the loss is 0.
         exits: per exit its normed states (N, D).
         weights: per exit the weight of its loss.
+        objectives: per exit what a token's loss is; cross entropy by default.
+        teacher: (N, D) normed states of the last exit, for an objective that asks it; no gradient goes there.
     """
     scored = max(1, int((targets != IGNORE).sum()))
-    shares = [weight / scored for weight in weights]
+    shares, objectives = [weight / scored for weight in weights], objectives or [CrossEntropy()] * len(exits)
     if torch.is_grad_enabled():
-        loss: Tensor = _ExitLosses.apply(head, targets, shares, *exits)  # type: ignore[no-untyped-call]
+        loss: Tensor = _ExitLosses.apply(head, targets, shares, objectives, teacher, *exits)  # type: ignore[no-untyped-call]
         return loss
-    losses = [w * token_loss_sum(h, head, targets) for h, w in zip(exits, shares, strict=True)]
-    return torch.stack(losses).sum()
+    plan = zip(exits, shares, objectives, strict=True)
+    parts = [w * part for h, w, objective in plan for part in objective.parts(h, head, targets, teacher)]
+    return torch.stack(parts).sum()

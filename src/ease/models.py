@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.exits import Policy
-from ease.modules import Plan, RopeScaling, TransformerBlock
+from ease.modules import Adapter, Plan, RopeScaling, TransformerBlock
 from ease.seam import ExitModel, Layout
 
 
@@ -55,6 +55,10 @@ class ModelConfig:
     """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1's stretched rotary positions (None: plain ones)."""
+    adapter_exits: tuple[int, ...] = ()
+    """Exits below the last one that have an adapter between their norm and the head."""
+    adapter_dim: int = 0
+    """Units of an adapter."""
     max_positions: int | None = None
     """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
 
@@ -62,6 +66,14 @@ class ModelConfig:
         scaling: object = self.rope_scaling
         if isinstance(scaling, dict):  # what JSON makes of it
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        object.__setattr__(self, "adapter_exits", tuple(self.adapter_exits))
+        if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
+            bool(self.adapter_exits) != (self.adapter_dim > 0)
+        ):
+            raise EaseError(
+                f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
+                "name exits below the last layer, and a width above 0"
+            )
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -102,6 +114,7 @@ class StandardTransformer(ExitModel):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
         self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, c.norm_eps) for _ in range(num_layers))
+        self.exit_adapters = nn.ModuleDict({str(e): Adapter(dim, c.adapter_dim) for e in c.adapter_exits})
         self.output_head = nn.Linear(dim, vocab_size, bias=False)
         if c.tie_embeddings:
             self.output_head.weight = self.embedding.weight
@@ -137,7 +150,13 @@ class StandardTransformer(ExitModel):
         if not 1 <= exit <= self.num_layers:
             raise EaseError(f"exit {exit} asked of a model with exits 1..{self.num_layers}")
         normed: Tensor = self.exit_norms[exit - 1](state)
-        return normed
+        return self.exit_adapters[str(exit)](normed) if str(exit) in self.exit_adapters else normed
+
+    def add_adapters(self, exits: Sequence[int], dim: int) -> None:
+        """Gives exits below the last one an adapter of `dim` units, which changes nothing until it has learned."""
+        self.config = replace(self.config, adapter_exits=tuple(exits), adapter_dim=dim)
+        adapters = {str(e): Adapter(self.config.dim, dim).to(self.embedding.weight) for e in exits}
+        self.exit_adapters = nn.ModuleDict(adapters).train(self.training)
 
     def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
         """Grows to `num_layers` layers in place and returns the model; no existing exit changes by a bit.
@@ -164,7 +183,7 @@ class StandardTransformer(ExitModel):
         self.config = replace(self.config, num_layers=num_layers)
         return self
 
-    def freeze_below(self, first: int, *, head: bool = True) -> None:
+    def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
         if first > 1 and not head and self.config.tie_embeddings:
             raise EaseError(
                 "a head that learns on a frozen trunk would move the embedding that it is tied to: "
@@ -174,6 +193,10 @@ class StandardTransformer(ExitModel):
         if first > 1:
             for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)
+            for name, adapter in self.exit_adapters.items():
+                adapter.requires_grad_(int(name) >= first or int(name) in exits)
+            for exit in exits:
+                self.exit_norms[exit - 1].requires_grad_(True)
             self.output_head.requires_grad_(not head)
 
     def _new_layer(self) -> TransformerBlock:

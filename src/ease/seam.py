@@ -136,8 +136,11 @@ class ExitModel(nn.Module, ABC):
         """The state (..., D) as exit `exit` hands it to the shared head."""
 
     @abstractmethod
-    def freeze_below(self, first: int, *, head: bool = True) -> None:
-        """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head."""
+    def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
+        """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.
+
+        `exits` names exits below `first` that learn all the same.
+        """
 
     def logits(self, state: Tensor, exit: int) -> Tensor:
         """State (..., D) -> logits (..., V) of the exit after layer `exit`: its own norm, then the shared head."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from ease.errors import EaseError, check_choice
 from ease.evaluation import Scores, score
 from ease.exits import Policy
-from ease.flops import full_depth_flops, head_flops, run_flops
-from ease.losses import exit_loss
+from ease.flops import exit_flops, full_depth_flops, run_flops
+from ease.losses import CrossEntropy, Objective, exit_loss
 from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -57,12 +57,14 @@ class TrainingConfig:
             is then ignored. For N exits, a sequence as long as `exit_layer`.
         exit_layer: the exit, or a sequence of exits from shallow to deep.
         layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
+        objective: what a token's loss is at the exits below the last one; there it is always cross entropy.
     """
 
     stages: Sequence[StageConfig] | None = None
     routing_threshold: float | Sequence[float] = 0.0
     exit_layer: int | Sequence[int] = 1
     layer_weights: Mapping[int, float] | None = None
+    objective: Objective = field(default=CrossEntropy())
     _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,6 +212,15 @@ class PhaseOptions:
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class Step(NamedTuple):
+    """What one optimizer step is made of, where a phase changes it on the way."""
+
+    weights: Mapping[int, float]
+    """Layer -> weight of its loss."""
+    skip: Mapping[int, float] = {}
+    """Layer -> chance in [0, 1] that a sequence skips it (layer dropout)."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One training round of a strategy: which layers learn, from which tokens, until when.
@@ -218,10 +229,14 @@ class Phase:
         config: where the loss is, and the routing under which validation runs.
         train, val: re-iterable batches.
         options: how it learns, and when it ends.
-        first: the first layer that runs and learns; everything below is the frozen trunk.
+        first: the first layer that learns; everything below is the frozen trunk. One more than the model has layers
+            means that no layer learns.
+        exits: exits in the frozen trunk that learn all the same.
         freeze_head: whether a phase with a trunk freezes the shared head too, so that no exit moves.
         restore_best: whether the weights of the best epoch are restored at the end.
         spent: FLOPs of what was done to prepare the phase, by kind.
+        step: what a step is made of, from the steps done and the share of the phase that is done; by default always
+            what `config` says.
     """
 
     name: str
@@ -230,9 +245,19 @@ class Phase:
     val: Batches
     options: PhaseOptions = field(default_factory=PhaseOptions)
     first: int = 1
+    exits: Sequence[int] = ()
     freeze_head: bool = True
     restore_best: bool = True
     spent: Mapping[str, float] = field(default_factory=dict)
+    step: Callable[[int, float], Step] | None = None
+
+    def __post_init__(self) -> None:
+        dead = [layer for layer in self.config.weights if layer < self.first and layer not in self.exits]
+        if dead:
+            raise EaseError(
+                f"the loss at layer {dead[0]} lies below layer {self.first}, where learning starts: "
+                "move it up, or name the exit among those that learn"
+            )
 
 
 class Strategy(Protocol):
@@ -305,6 +330,7 @@ class Trainer:
         state: Tensor | None = None,
         layout: Layout | None = None,
         first: int = 1,
+        step: Step | None = None,
     ) -> Tensor:
         """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
 
@@ -313,32 +339,40 @@ class Trainer:
             active: (B, T) tokens that run from layer `first` on and are scored; all by default.
             state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
             layout: positions and segments; padding is never scored.
+            step: loss weights and layer dropout of this step, instead of the configuration's.
         """
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers)
-        if min(self.config.weights) < first:
-            raise EaseError(
-                f"the loss at layer {min(self.config.weights)} lies below layer {first}, where learning starts"
-            )
         batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.vocab_size)
-        state = batch.state
-        if state is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and first == 1):
-                state = model.embed(batch.x)
-                state = state if first == 1 else model.run(state, 1, first - 1, layout=batch.layout)
+        weights, skip = step or Step(self.config.weights)
+        last, objective = model.num_layers, self.config.objective
         scored = batch.scored
         # Indexing copies every state; with nothing to leave out, a view does.
         pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
+        learns = torch.is_grad_enabled()
+        at = 0 if batch.state is None else first - 1
+        with torch.set_grad_enabled(learns and first == 1):
+            state = model.embed(batch.x) if batch.state is None else batch.state
         exits = []
-        for layer in self.config.weights:
-            state = model.run(state, first, layer, layout=batch.layout, active=batch.active)
-            exits.append(model.exit_norm(pick(state), layer))
-            first = layer + 1
-        if torch.is_grad_enabled():
-            model.trained_exits |= set(self.config.weights)
-        return exit_loss(model.output_head.weight, pick(batch.y), exits, list(self.config.weights.values()))
+        for stop in stops(at, first, [*weights, last] if objective.teacher else weights, skip):
+            running = batch.active if stop >= first else None  # in the trunk everyone runs
+            if stop in skip:
+                stays = (torch.rand(len(batch.x)) >= skip[stop]).to(batch.x.device)[:, None]
+                running = stays.expand_as(batch.x) if running is None else running & stays
+            with torch.set_grad_enabled(learns and stop >= first):
+                state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
+            at = stop
+            if stop in weights:
+                exits.append(model.exit_norm(pick(state), stop))
+        if learns:
+            model.trained_exits |= set(weights)
+        with torch.no_grad():
+            teacher = model.exit_norm(pick(state), last) if objective.teacher else None
+        objectives = [objective if layer < last else CrossEntropy() for layer in sorted(weights)]
+        shares = [weights[layer] for layer in sorted(weights)]
+        return exit_loss(model.output_head.weight, pick(batch.y), exits, shares, objectives, teacher)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -347,8 +381,8 @@ class Trainer:
             total, tokens = total + loss * scored, tokens + scored
         return total / max(1, tokens)
 
-    def scores(self, model: ExitModel, batches: Batches) -> Scores:
-        """Per-token scores under this configuration's policy; routing really runs."""
+    def scores(self, model: ExitModel, batches: Batches, last: int | None = None) -> Scores:
+        """Per-token scores under this configuration's policy, up to layer `last`; routing really runs."""
         policy = self.config.policy
         untrained = set(policy.exits) - set(self.config.weights) - model.trained_exits
         if untrained and not self._warned:
@@ -357,7 +391,7 @@ class Trainer:
                 f"routing at exit {sorted(untrained)}, which no loss has trained: give its layer a loss weight",
                 stacklevel=3,
             )
-        return score(model.to(self.device), re_iterable(batches), policy, device=self.device)
+        return score(model.to(self.device), re_iterable(batches), policy, last=last, device=self.device)
 
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
         """ppl, acc, loss, shallow_ratio, compute_cost, exit_shares, flops_per_token, seconds and tokens."""
@@ -401,7 +435,7 @@ class Trainer:
 
     def run(self, model: ExitModel, phase: Phase, watch: Watch | None = None) -> History:
         """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again."""
-        model.freeze_below(phase.first, head=phase.freeze_head)
+        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits)
         try:
             optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
             return self.fit(model, phase, optimizer, watch or Watch())
@@ -427,6 +461,9 @@ class Trainer:
             by_flops = spent / options.max_flops if options.max_flops else 0.0
             return min(1.0, max(history.steps / total_steps, by_flops))
 
+        def step() -> Step | None:
+            return phase.step and phase.step(history.steps, progress())
+
         def set_lr() -> None:
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * options.lr_factor(progress())
@@ -435,7 +472,7 @@ class Trainer:
             set_lr()
             for epoch in range(1, options.max_epochs + 1):
                 total, tokens = 0.0, 0
-                for loss, scored, flops in self._steps(model, train, optimizer, phase.first):
+                for loss, scored, flops in self._steps(model, train, optimizer, phase.first, step):
                     total, tokens = total + loss * scored, tokens + scored
                     for kind, count in flops.items():
                         history.flops[kind] = history.flops.get(kind, 0.0) + count
@@ -444,7 +481,8 @@ class Trainer:
                     watch.step(progress(), loss)
                     if progress() >= 1:
                         break
-                scores = self.scores(model, val)
+                # As deep as the loss: where only exits learn, the layers above them would say the same every time.
+                scores = self.scores(model, val, last=max(phase.config.weights))
                 validation = scores.flops
                 history.flops["validation"] = history.flops.get("validation", 0.0) + validation
                 figures = scores.figures()
@@ -478,11 +516,16 @@ class Trainer:
         finally:
             # On the way out of an error or an interrupt, too: the last good weights are what is kept.
             if failed or phase.restore_best:
-                model.load_state_dict(best)
+                model.load_state_dict(best, strict=False)  # what is frozen is as it was
         return history
 
     def _steps(
-        self, model: ExitModel, batches: Batches, optimizer: torch.optim.Optimizer, first: int = 1
+        self,
+        model: ExitModel,
+        batches: Batches,
+        optimizer: torch.optim.Optimizer,
+        first: int = 1,
+        next_step: Callable[[], Step | None] = lambda: None,
     ) -> Iterator[tuple[float, int, dict[str, float]]]:
         """Takes one optimizer step per batch; yields its loss, its scored tokens and its FLOPs by kind."""
         model.to(self.device)
@@ -492,7 +535,8 @@ class Trainer:
             scored = int(batch.scored.sum())
             if not scored:
                 continue
-            loss = self.compute_loss(model, *batch[:3], state=batch.state, layout=batch.layout, first=first)
+            step = next_step()
+            loss = self.compute_loss(model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step)
             if not bool(loss.isfinite()):
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
@@ -503,26 +547,40 @@ class Trainer:
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
-            yield loss.item(), scored, self.step_flops(model, batch, scored, first)
+            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step)
 
-    def step_flops(self, model: ExitModel, batch: Batch, scored: int, first: int = 1) -> dict[str, float]:
+    def step_flops(
+        self, model: ExitModel, batch: Batch, scored: int, first: int = 1, step: Step | None = None
+    ) -> dict[str, float]:
         """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once."""
+        weights, skip = step or Step(self.config.weights)
         everyone = batch._replace(active=None).running
-        deepest = max(self.config.weights)
-        heads = len(self.config.weights) * head_flops(model.config, scored)
-        # A frozen head hands a gradient through but needs none of its own.
-        head_factor = 3 if model.output_head.weight.requires_grad else 2
-        trunk = run_flops(model.config, first - 1, everyone, batch.layout) if batch.state is None else batch.flops
-        training = 3 * run_flops(model.config, deepest - first + 1, batch.running, batch.layout) + head_factor * heads
-        return {"training": training, "trunk": trunk}
+        deepest = model.num_layers if self.config.objective.teacher else max(weights)
+        # A frozen head hands a gradient through but needs none of its own; a teacher is asked beside each exit.
+        factor = (3 if model.output_head.weight.requires_grad else 2) + self.config.objective.teacher
+        heads = sum(exit_flops(model.config, scored, layer) for layer in weights)
+        trunk = run_flops(model.config, min(first - 1, deepest), everyone, batch.layout)
+        layers = sum(1 - skip.get(layer, 0.0) for layer in range(first, deepest + 1))
+        training = 3 * layers * run_flops(model.config, 1, batch.running, batch.layout) + factor * heads
+        return {"training": training, "trunk": trunk if batch.state is None else batch.flops}
 
 
 LOWER_LR = "training stopped and the last good weights are kept; lower the learning rate"
 
 
 def snapshot(model: ExitModel) -> dict[str, Tensor]:
-    """A copy of the weights."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of the weights that learn."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> list[int]:
+    """The layers above `at` after which a forward pauses, the deepest exit the last of them.
+
+    It pauses at exits, at the end of the trunk below layer `first`, and before and after layers that may be skipped.
+    """
+    exits, skip = set(exits), set(skip)
+    pauses = exits | skip | {layer - 1 for layer in skip} | {first - 1}
+    return sorted(layer for layer in pauses if at < layer <= max(exits))
 
 
 def re_iterable(batches: Any) -> Any:

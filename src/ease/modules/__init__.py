@@ -1,7 +1,8 @@
 """The parts of a transformer layer, one idea a file."""
 
+from ease.modules.adapter import Adapter
 from ease.modules.attention import Attention, Plan, RopeScaling
 from ease.modules.block import TransformerBlock
 from ease.modules.ffn import FFN
 
-__all__ = ["FFN", "Attention", "Plan", "RopeScaling", "TransformerBlock"]
+__all__ = ["FFN", "Adapter", "Attention", "Plan", "RopeScaling", "TransformerBlock"]
