@@ -8,6 +8,7 @@ from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
 from ease.evaluation import Scores, score
 from ease.exits import Policy, Routed, route
+from ease.hf import from_pretrained, save_pretrained
 from ease.mining import (
     MinedBatches,
     collect_hard_examples,
@@ -73,8 +74,10 @@ __all__ = [
     "compute_confidence_threshold",
     "create_deep_supervision_config",
     "create_standard_config",
+    "from_pretrained",
     "load_corpus",
     "route",
+    "save_pretrained",
     "score",
     "train",
 ]

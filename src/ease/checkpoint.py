@@ -31,25 +31,31 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
-    """Refuses to write over what is there, unless it is a run and `overwrite` is set."""
+    """Refuses to write over what is there, unless it is a run or a checkpoint and `overwrite` is set."""
     if not out.exists():
         return
     if not overwrite:
-        raise EaseError(f"{out} exists already: choose another --out, or pass --overwrite to replace it")
+        raise EaseError(f"{out} exists already: choose another folder, or overwrite it (--overwrite)")
     if not (out / CONFIG).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise EaseError(f"{out} is no run folder, so it is not overwritten: choose another --out")
+        raise EaseError(f"{out} is no run folder and no checkpoint, so it is not overwritten: choose another")
 
 
 @contextmanager
 def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write a run into; it becomes `out` when the block ends well and is gone when it does not."""
+    """A folder to write into; it becomes `out` when the block ends well and is gone when it does not.
+
+    Raises:
+        EaseError: `out` may not be overwritten or cannot be written, for want of room or right.
+    """
+    from safetensors import SafetensorError
+
     check_folder(out, overwrite)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another --out") from error
+        raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
     try:
         yield partial
         check_folder(out, overwrite)
@@ -58,6 +64,8 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             out.rename(old)
         partial.rename(out)
         shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
