@@ -32,10 +32,10 @@ def lab(data: Path) -> Lab:
         depth=4,
         budget=1.4e13,  # six epochs of two layers
         shares=(0.3,),
-        lrs=(3e-3, 1e-2),
+        lrs=(1e-2,),
         dim=64,
         seq=32,
-        batch=16,
+        batch=32,
         dropout=0.15,
     )
 

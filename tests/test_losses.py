@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import losses
-from ease.losses import IGNORE, exit_loss, token_loss_sum
+from ease.losses import Distillation, exit_loss, token_loss_sum
+from ease.seam import IGNORE
 
 
 def naive(head: Tensor, targets: Tensor, exits: list[Tensor], weights: list[float]) -> Tensor:
@@ -78,3 +79,23 @@ def test_a_frozen_head_gets_no_gradient_and_costs_no_buffer() -> None:
     loss.backward()
     assert head.grad is None
     assert states.grad is not None
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 1.0), (2.0, 0.5)])
+def test_distillation_is_the_divergence_from_the_last_exit(
+    temperature: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 1)  # so that the tokens come in several parts
+    head = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(300, 6, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(300, 6, dtype=torch.float64)
+    targets = torch.randint(13, (300,)).masked_fill(torch.rand(300) < 0.3, IGNORE)
+    scored = targets != IGNORE
+    goal = ((teacher @ head.detach().T) / temperature).softmax(-1)
+    student = ((states @ head.T) / temperature).log_softmax(-1)
+    divergence = (goal * (goal.log() - student)).sum(-1)[scored].mean()
+    expected = share * temperature**2 * divergence + (1 - share) * naive(head, targets, [states], [1.0])
+    found = exit_loss(head, targets, [states], [1.0], [Distillation(temperature, share)], teacher)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, (head, states)) for loss in (expected, found))):
+        torch.testing.assert_close(one, other)

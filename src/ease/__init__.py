@@ -9,6 +9,7 @@ from ease.errors import EaseError
 from ease.evaluation import Scores, score
 from ease.exits import Policy, Routed, route
 from ease.hf import from_pretrained, save_pretrained
+from ease.layerskip import LayerSkipConfig
 from ease.mining import (
     MinedBatches,
     collect_hard_examples,
@@ -31,6 +32,7 @@ from ease.trainer import (
     create_standard_config,
     train,
 )
+from ease.tune import TuneConfig
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,8 @@ STRATEGIES = {
     "deep-supervision": DeepSupervisionConfig,
     "ashem": ASHEMConfig,
     "staged": StagedConfig,
+    "tune": TuneConfig,
+    "layerskip": LayerSkipConfig,
 }
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "DeepSupervisionTransformer",
     "EaseError",
     "ExitModel",
+    "LayerSkipConfig",
     "Layout",
     "MinedBatches",
     "ModelConfig",
@@ -69,6 +74,7 @@ __all__ = [
     "TokenBatches",
     "Trainer",
     "TrainingConfig",
+    "TuneConfig",
     "collect_hard_examples",
     "compute_confidence",
     "compute_confidence_threshold",

@@ -65,6 +65,8 @@ class ASHEMConfig:
     """Bytes of the frozen trunk's states to keep in memory."""
     seed: int = 0
     """Of the order of mined batches."""
+    pretrained: bool = False
+    """The model that comes in is phase 1's, finished; training starts with phase 2."""
 
     def __post_init__(self) -> None:
         if self.phase2_layers <= self.phase1_layers:
@@ -73,6 +75,8 @@ class ASHEMConfig:
             )
         check_ratio(self.hard_example_ratio)
         check_choice("protocol", self.protocol, ("held-out", "seed"))
+        if self.pretrained and self.protocol == "seed":
+            raise EaseError("the seed protocol trains its own phase 1: use protocol held-out with a pretrained model")
         self.staged()  # which refuses what is wrong with either phase
 
     @property
@@ -104,10 +108,10 @@ class ASHEMConfig:
             mine_epochs=self.mine_epochs,
             grow_init=self.grow_init,
         )
-        return StagedConfig((shallow, deep), self.trunk_budget, self.seed)
+        return StagedConfig((shallow, deep), self.trunk_budget, self.seed, self.pretrained)
 
     def strategy(self) -> Staged:
-        return Staged(self.staged()) if self.protocol == "held-out" else SeedProtocol(self)
+        return self.staged().strategy() if self.protocol == "held-out" else SeedProtocol(self)
 
 
 class SeedProtocol(Staged):

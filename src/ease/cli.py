@@ -1,11 +1,11 @@
-"""`ease`: run a recipe, evaluate a run, write a report."""
+"""`ease`: run a recipe, evaluate a run, write a report, hand a model over to transformers."""
 
 import importlib.util
 import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,8 +15,10 @@ USAGE = """\
 usage: ease COMMAND ...
 
   ease run RECIPE [--data D] [--out DIR] [overrides]   train, compare, score, write a run folder
+  ease tune CHECKPOINT --exits 8,16 [--data D] [--out DIR]   give exits to a finished model, whose backbone stays
   ease eval RUN [--threshold T ...]                    score a run's model on its test split, routed at T
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
+  ease export RUN DIR [--overwrite]                    write a run's model as stock transformers loads it
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
 """
@@ -25,7 +27,13 @@ usage: ease COMMAND ...
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Bad input is one sentence on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"run": run, "eval": evaluate, "report": report}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": run,
+        "tune": tune,
+        "eval": evaluate,
+        "report": report,
+        "export": export,
+    }
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -38,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.showwarning = lambda message, *_: print(f"ease: note: {message}", file=sys.stderr)
                 commands[args[0]](args[1:])
         else:
-            raise EaseError(f"unknown command {args[0]!r}: use run, eval or report (ease --help)")
+            raise EaseError(f"unknown command {args[0]!r}: use {', '.join(commands)} (ease --help)")
     except EaseError as error:
         print(f"ease: {error}", file=sys.stderr)
         return 2
@@ -100,7 +108,7 @@ def run(args: list[str]) -> None:
         """Replace the folder if it holds a run already."""
 
     # `--data D` is short for the option that is wanted most.
-    rest = ["--data.source" if a == "--data" else a.replace("--data=", "--data.source=", 1) for a in args[1:]]
+    rest = spell_out(args[1:], {"--data": "--data.source"})
     default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
     out = given.out or Path("runs") / given.config.name
@@ -115,6 +123,45 @@ def run(args: list[str]) -> None:
     if summary["note"]:
         shown.print(summary["note"], markup=False)
     shown.print(f"The report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def spell_out(args: list[str], short: Mapping[str, str]) -> list[str]:
+    """The arguments with short names of options replaced, also where `=` follows."""
+    parts = (arg.partition("=") for arg in args)
+    return [short.get(name, name) + equals + value for name, equals, value in parts]
+
+
+def tune(args: list[str]) -> None:
+    """`ease run tune` with a checkpoint to start from and the strategy's options under short names."""
+    from dataclasses import fields
+
+    from ease.tune import TuneConfig
+
+    if args[:1] in ([], ["-h"], ["--help"]):
+        print(TUNE_USAGE, end="")
+        return
+    if args[0].startswith("-"):
+        raise EaseError("name the checkpoint first: ease tune CHECKPOINT --exits 8,16")
+    rest = spell_out(args[1:], {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)})
+    if "--strategy.exits" in rest:
+        at = rest.index("--strategy.exits") + 1
+        rest[at : at + 1] = rest[at].split(",") if at < len(rest) else []
+    run(["tune", "--start", args[0], *rest])
+
+
+TUNE_USAGE = """\
+usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
+
+  CHECKPOINT    a Llama-family checkpoint (a folder, or a name on the Hugging Face hub) or the folder of a run
+  --exits       layers after which a token may leave (at a third and two thirds of the depth by default)
+  --data        text to learn from: a folder with train.txt and valid.txt, a text file, stdlib, hf:NAME/CONFIG
+  --adapter     none or mlp: what learns beside each exit's norm
+  --objective   cross-entropy, distillation or both
+  --tokens      all, hard or kept: the tokens that the exits learn from
+
+The backbone stays as it is, bit for bit. `ease run tune --help` shows every option; those of the strategy may be
+given without their prefix here.
+"""
 
 
 class Progress:
@@ -165,7 +212,7 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# ease eval, ease report
+# ease eval, ease report, ease export
 
 
 def evaluate(args: list[str]) -> None:
@@ -222,6 +269,33 @@ def report(args: list[str]) -> None:
         raise EaseError("no run given: ease report RUN [RUN ...]")
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     print(f"The report: {write_report(folders, out or default)}")
+
+
+def export(args: list[str]) -> None:
+    import tyro
+
+    from ease.checkpoint import load_model
+    from ease.data import load_tokenizer
+    from ease.hf import save_pretrained
+
+    def export_(
+        run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], overwrite: bool = False
+    ) -> tuple[Path, Path, bool]:
+        """Write a run's model and tokenizer as a folder that stock transformers loads.
+
+        Args:
+            run: the run's folder.
+            folder: where to write; exits and policy lie in its subfolder ease/.
+            overwrite: replace the folder if it holds a checkpoint or a run already.
+        """
+        return run, folder, overwrite
+
+    run, folder, overwrite = tyro.cli(export_, args=args, prog="ease export")
+    model, config = load_model(run)
+    if model.config.max_positions is None:
+        model.config = replace(model.config, max_positions=config["run"]["data"]["seq_len"])
+    save_pretrained(model, folder, tokenizer=load_tokenizer(run / "tokenizer.json"), overwrite=overwrite)
+    print(f"The checkpoint: {folder}")
 
 
 if __name__ == "__main__":

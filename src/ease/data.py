@@ -76,13 +76,15 @@ class Corpus:
 
 def load_corpus(
     source: str | os.PathLike[str] = "stdlib",
-    tokenizer: str = "bpe:2048",
+    tokenizer: str | Tokenizer = "bpe:2048",
     *,
+    eos: int | None = None,
     max_tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Corpus:
     """Read `source` (`read_splits`), train `tokenizer` on its train split (`train_tokenizer`), encode it all.
 
+    A `tokenizers.Tokenizer` is taken as it is, and `eos` is then the id that ends a text (none by default).
     Only the first `max_tokens` tokens of train are kept; of a hub data set no more is read than they take.
     The result is cached in `cache_dir`, by default `$EASE_CACHE` or `~/.cache/ease`. A data set on the hub is
     fetched once, then taken from the cache; any other source is read every time, so its changes are seen.
@@ -90,14 +92,16 @@ def load_corpus(
     Raises EaseError for an unknown source or tokenizer, missing or empty text, and a hub out of reach.
     """
     source = os.fspath(source)
-    _bpe_size(tokenizer)  # a wrong spec should not wait for the reading
+    given, spec = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, "given")
+    if given is None:
+        _bpe_size(spec)  # a wrong spec should not wait for the reading
     if max_tokens is not None and max_tokens < 1:
         raise EaseError(f"max_tokens is {max_tokens}: give at least 1, or None for all of train")
 
     hub = _hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()
     splits = None if remote else read_splits(source, max_tokens)
-    identity = [f"{CACHE_VERSION} {tokenizer} {max_tokens}"]
+    identity = [f"{CACHE_VERSION} {spec} {max_tokens}", *([given.to_str(), str(eos)] if given else [])]
     key = _digest([*identity, source] if splits is None else identity + _flat(splits))
     folder = Path(cache_dir or os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
     path = folder / f"{key}.npz"
@@ -105,9 +109,10 @@ def load_corpus(
     stored = _read_cache(path)
     if stored is None:
         splits = splits or read_splits(source, max_tokens)
-        with _spinner(f"tokenizing {source} ({tokenizer})"):
-            trained = train_tokenizer(tokenizer, splits["train"])
-            stored = {split: _encode(trained, splits[split]) for split in SPLITS}
+        with _spinner(f"tokenizing {source} ({spec})"):
+            trained = given or train_tokenizer(spec, splits["train"])
+            end = eos if given else trained.token_to_id(EOS)
+            stored = {split: _encode(trained, splits[split], end) for split in SPLITS}
         stored["train"] = stored["train"][:max_tokens]
         stored["tokenizer"] = np.array(trained.to_str())
         stored["hash"] = np.array(_digest(identity + _flat(splits)))
@@ -116,7 +121,7 @@ def load_corpus(
     tok = _tokenizer_from(str(stored["tokenizer"]))
     return Corpus(
         name=_display_name(source),
-        tokenizer_spec=tokenizer,
+        tokenizer_spec=spec,
         tokenizer=tok,
         vocab_size=tok.get_vocab_size(),
         hash=str(stored["hash"]),
@@ -441,15 +446,17 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
-def _encode(tok: Tokenizer, texts: list[str]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """All texts in one row of ids, `<eos>` after each."""
-    eos = np.array([tok.token_to_id(EOS)], np.int32)
+def _encode(tok: Tokenizer, texts: list[str], eos: int | None) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """All texts in one row of ids, `eos` after each."""
+    end = np.array([] if eos is None else [eos], np.int32)
     parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []
     for text in texts:
         chunks = list(_chunks(text))
         for i in range(0, len(chunks), 256):  # not all at once: an encoding takes some 100 bytes a token
-            parts += [np.array(e.ids, np.int32) for e in tok.encode_batch_fast(chunks[i : i + 256])]
-        parts.append(eos)
+            parts += [
+                np.array(e.ids, np.int32) for e in tok.encode_batch_fast(chunks[i : i + 256], add_special_tokens=False)
+            ]
+        parts.append(end)
     return np.concatenate(parts)
 
 

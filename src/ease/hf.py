@@ -269,6 +269,12 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text(name_or_path: str | os.PathLike[str]) -> int | None:
+    """The id that ends a text for a checkpoint, if it has one."""
+    ids = _read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
+    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 

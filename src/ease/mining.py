@@ -66,7 +66,9 @@ def check_ratio(ratio: float) -> None:
         raise EaseError(f"the share of hard tokens must lie in (0, 1], got {ratio}")
 
 
-def _states(model: ExitModel, batches: Any, device: Any, exit: int | None) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def read_states(
+    model: ExitModel, batches: Any, device: Any, exit: int | None
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Every batch with its states (B, T, D) and confidences (B, T) at `exit`, at full depth up to there."""
     device = device or next(model.parameters()).device
     with eval_mode(model):
@@ -98,7 +100,7 @@ def compute_confidence_threshold(
     """
     check_ratio(target_ratio)
     quantile = Quantile()
-    for batch, _, confidence in _states(model, batches, device, exit):
+    for batch, _, confidence in read_states(model, batches, device, exit):
         quantile.add(confidence[batch.scored])
     return quantile(target_ratio)
 
@@ -126,7 +128,7 @@ def collect_hard_examples(
 ) -> HardExamples:
     """All scored tokens whose confidence at the exit is below the threshold; raises `EaseError` if there are none."""
     parts: list[tuple[Tensor, ...]] = []
-    for batch, state, confidence in _states(model, batches, device, exit):
+    for batch, state, confidence in read_states(model, batches, device, exit):
         hard = (confidence < threshold) & batch.scored
         parts.append((batch.x[hard], state[hard], batch.y[hard], confidence[hard]))
     if not sum(len(part[0]) for part in parts):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Perplexities closer than this (relative) are called even: a single seed cannot order them.
 EVEN = 0.01
+# What follows the name of a line where the same model is scored without routing.
+UNROUTED = ", no routing"
 # Training FLOPs closer than this (relative) are called equal: a budget ends on a whole step.
 EQUAL_FLOPS = 0.02
 
@@ -61,6 +63,8 @@ class Verdict:
 def verdict(summary: dict[str, Any]) -> Verdict:
     """Judge the last phase against the line named "... continued", which got the same training FLOPs.
 
+    Where a line stands beside the same model "no routing", what routing saves and costs is judged instead.
+
     Better or worse means a perplexity at least 1% apart; training FLOPs more than 2% apart, or not
     recorded, are no fair comparison and get no verdict.
 
@@ -68,6 +72,10 @@ def verdict(summary: dict[str, Any]) -> Verdict:
         summary: what a run's `summary.json` holds.
     """
     lines = summary["lines"]
+    names = {line["name"]: line for line in lines}
+    routed = next((line for line in lines if f"{line['name']}{UNROUTED}" in names), None)
+    if routed is not None:
+        return _judge_routing(routed, names[f"{routed['name']}{UNROUTED}"])
     # The first line is where phase 1 ended: it is what later phases build on, never the one judged.
     later = [line for line in lines[1:] if re.fullmatch(r"phase \d+", line["name"].lower())]
     continued = [line for line in lines if line["name"].lower().endswith("continued")]
@@ -102,6 +110,24 @@ def verdict(summary: dict[str, Any]) -> Verdict:
         detail.append(f"The lowest perplexity of all lines is that of {best['name']}: {_ppl(best[split]['ppl'])}.")
     detail.append("One seed: differences under 1% count as even.")
     return Verdict(tone, _capital(sentence), " ".join(detail), line["name"], against["name"], split)
+
+
+def _judge_routing(line: dict[str, Any], bare: dict[str, Any]) -> Verdict:
+    """What routing saves, and what it costs in perplexity."""
+    split = next((s for s in SPLITS if all(_number(each, s, "ppl") for each in (line, bare))), None)
+    flops, ppl = (_relative(line, bare, split, key) for key in ("flops_per_token", "ppl"))
+    if split is None or flops is None or ppl is None:
+        return Verdict("none", "No figures were recorded.", "", line["name"], bare["name"], split)
+    saved = f"saves {-flops:.1%} of the FLOPs per token" if flops < 0 else f"costs {flops:.1%} more FLOPs per token"
+    higher = f"at {abs(ppl):.1%} {'higher' if ppl > 0 else 'lower'} perplexity"
+    quality = "at even perplexity" if abs(ppl) < EVEN else higher
+    tone = "worse" if flops >= 0 else "better" if ppl < EVEN else "mixed"
+    detail = (
+        f"{_share(_leaving_early(line, split))} of the tokens leave early. "
+        f"{_compared('Perplexity', line, bare, split, 'ppl')}, on {SPLITS[split]}; every head is counted in the FLOPs. "
+        "Other thresholds stand in the report."
+    )
+    return Verdict(tone, f"Routing {saved}, {quality}.", detail, line["name"], bare["name"], split)
 
 
 def _judge(line: str, against: str, overall: float | None, hard: float | None, flops: float | None) -> tuple[str, str]:

@@ -15,23 +15,26 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
 import ease
 from ease.checkpoint import load_model, run_folder, save_model, write_json
-from ease.data import Corpus, TokenBatches, load_corpus, token_strings
+from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer, token_strings
 from ease.errors import EaseError
 from ease.evaluation import Scores, perplexity, score
 from ease.exits import Policy, route
 from ease.flops import head_flops, layer_flops
 from ease.mining import Quantile
 from ease.models import StandardTransformer
-from ease.report import write_report
+from ease.report import UNROUTED, write_report
 from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, Watched, train
 
-Baseline = Literal["continued", "standard", "deep-supervision"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Baseline = Literal["full-depth", "continued", "standard", "deep-supervision"]
 SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
 EXPLORER_TOKENS = 384
 MATCH = 3  # likeliest tokens that the explorer shows
@@ -99,11 +102,16 @@ class RunConfig(Generic[S]):
     data: DataConfig = field(default_factory=DataConfig)
     """Text, tokenizer and batches."""
     compare: tuple[Baseline, ...] = ("continued", "standard", "deep-supervision")
-    """Lines trained beside it for the same FLOPs."""
+    """Lines beside it: the same model without routing, and others trained for the same FLOPs."""
     seed: int = 0
     """Of weights, order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    start: str | None = None
+    """A finished model to start from: the folder of a run, or a checkpoint's folder or name on the Hugging Face hub. It
+    brings its shape and its tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights of a checkpoint that is started from."""
     note: str = ""
     """Said in the report: how to take these figures."""
 
@@ -161,6 +169,7 @@ class Workshop:
     corpus: Corpus
     device: str
     watch: Callable[[str], Watch]
+    start: StandardTransformer | None = None
 
     @property
     def in_sample(self) -> bool:
@@ -186,15 +195,22 @@ class Workshop:
 
     def new_model(self, num_layers: int) -> StandardTransformer:
         torch.manual_seed(self.config.seed)
-        shape = asdict(self.config.model)
-        return StandardTransformer(self.corpus.vocab_size, num_layers=num_layers, **shape).to(self.device)
+        if self.start is None:
+            shape = {"vocab_size": self.corpus.vocab_size, **asdict(self.config.model)}
+        else:
+            shape = asdict(replace(self.start.config, adapter_exits=(), adapter_dim=0))
+        return StandardTransformer(**{**shape, "num_layers": num_layers}).to(self.device)
 
     def strategy_lines(self) -> tuple[list[Line], list[Phase], Strategy]:
         """A line per phase of the strategy, the phases, and the strategy as it ended."""
-        model = self.new_model(self.config.strategy.num_layers)
+        model = self.new_model(self.config.strategy.num_layers) if self.start is None else self.start.to(self.device)
+        torch.manual_seed(self.config.seed)
         strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"), self.watch)
         line = Line("start", model, Policy(), [], {}, 0.0)
         lines: list[Line] = []
+        if self.start is not None:
+            line = line._replace(name="as it came")
+            lines.append(line._replace(model=copy.deepcopy(model)))
         phases: list[Phase] = []
         suffix = ", in-sample" if self.in_sample else ""
         watch = lambda phase: self.watching(phase.name, phase.name + suffix)  # noqa: E731
@@ -207,13 +223,21 @@ class Workshop:
     def baselines(self, lines: list[Line], phases: list[Phase]) -> Iterator[Line]:
         """The lines to compare with, at the training FLOPs of the strategy's last line."""
         final, options = lines[-1], phases[0].options
+        if "full-depth" in self.config.compare and final.policy.exits:
+            yield final._replace(name=f"{final.name}{UNROUTED}", policy=Policy())
         depth, start = final.model.num_layers, Line("start", final.model, Policy(), [], {}, 0.0)
         if "continued" in self.config.compare and len(lines) > 1:
             model = copy.deepcopy(lines[0].model)
             train_batches = self.batches("train")
             train_batches.epoch = len(lines[0].curve)
             yield self.trained_on(
-                f"{lines[0].name} continued", lines[0], model, phases[0].config, options, final.total, train_batches
+                f"{lines[0].name} continued",
+                lines[0],
+                model,
+                phases[0].config if self.start is None else ease.create_standard_config(model.num_layers),
+                options,
+                final.total,
+                train_batches,
             )
         plans = {
             "standard": ease.create_standard_config(depth),
@@ -272,8 +296,9 @@ def run(
     device = choose_device(config.device)
     with run_folder(out, overwrite) as folder:
         data = config.data
-        corpus = load_corpus(data.source, data.tokenizer, max_tokens=data.max_tokens)
-        shop = Workshop(config, folder, corpus, device, watch)
+        start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
+        corpus = load_corpus(data.source, tokenizer, eos=eos, max_tokens=data.max_tokens)
+        shop = Workshop(config, folder, corpus, device, watch, start)
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
         final = lines[-1]
@@ -282,13 +307,26 @@ def run(
         summary = describe(config, corpus, final.model, shop.device)
         summary |= figures(shop, lines, final, strategy)
         local = Path(data.source).exists()
-        source = {"source": str(Path(data.source).resolve()) if local else data.source, "hash": corpus.hash}
+        source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
+        source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
         save_model(folder, final.model, final.policy, ease_version=ease.__version__, run=summary["config"], data=source)
         corpus.tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "summary.json", summary)
         write_json(folder / "explorer.json", explorer(final, corpus, shop.batches("test"), summary["sweep"]["points"]))
         write_report([folder], folder / "report.html")
     return summary
+
+
+def load_start(name: str, dtype: str) -> tuple[StandardTransformer, Tokenizer, int | None]:
+    """The model to start from, its tokenizer, and the id that ends a text."""
+    folder = Path(name)
+    if (folder / "summary.json").is_file():
+        model, _ = load_model(folder)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        return model, tokenizer, tokenizer.token_to_id(EOS)
+    from ease import hf
+
+    return hf.from_pretrained(name, dtype=getattr(torch, dtype)), hf.load_tokenizer(name), hf.end_of_text(name)
 
 
 def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
@@ -315,6 +353,7 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
             "data": asdict(replace(data, source=corpus.name)),
             "compare": config.compare,
             "seed": config.seed,
+            "start": config.start and Path(config.start).name,
         },
     }
 
@@ -465,7 +504,8 @@ def evaluate(
         corpus_hash, source = config["data"]["hash"], config["data"]["source"]
     except (KeyError, TypeError) as error:
         raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
-    corpus = load_corpus(source, data.tokenizer, max_tokens=data.max_tokens)
+    given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
+    corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
     test = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)

@@ -57,6 +57,8 @@ class StagedConfig:
     """Bytes of the frozen trunk's states to keep in memory; what does not fit is computed again."""
     seed: int = 0
     """Of the order of mined batches."""
+    pretrained: bool = False
+    """The model that comes in is phase 1's, finished; training starts with phase 2."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -71,7 +73,7 @@ class StagedConfig:
                 )
 
     def strategy(self) -> Staged:
-        return Staged(self)
+        return Staged(self, done=int(self.pretrained))
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +99,12 @@ class Staged:
         assert isinstance(model, StandardTransformer)
         if self.done == len(self.config.phases):
             return None
-        plan, first, batches, spent = self.config.phases[self.done], 1, data.train, {}
+        below, plan = self.config.phases[max(0, self.done - 1)], self.config.phases[self.done]
+        if model.num_layers != below.layers:
+            raise EaseError(
+                f"phase {self.done + 1} starts from {below.layers} layers but the model has {model.num_layers}"
+            )
+        first, batches, spent = 1, data.train, {}
         if self.done:
             first = model.num_layers + 1
             mined = MinedBatches(
@@ -114,8 +121,6 @@ class Staged:
             self.mined.append({"threshold": mined.threshold, "count": mined.hard, "of": mined.total})
             model.grow(plan.layers, plan.grow_init)
             batches, spent = mined, {"mining": mined.flops}
-        elif model.num_layers != plan.layers:
-            raise EaseError(f"phase 1 trains {plan.layers} layers but the model has {model.num_layers}")
         return self._phase(plan, first, batches, data, spent=spent)
 
     def _phase(self, plan: PhaseConfig, first: int, batches: Batches, data: Data, **options: Any) -> Phase:

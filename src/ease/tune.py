@@ -1,0 +1,131 @@
+"""Exit tuning: exits for a finished model, whose backbone stays as it is bit for bit.
+
+What learns per exit is its norm and, by choice, a small adapter in front of the shared head. The backbone runs once per
+batch for all exits, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ease.errors import EaseError, check_choice
+from ease.exits import Policy
+from ease.flops import exit_flops, run_flops
+from ease.losses import CrossEntropy, Distillation, Objective
+from ease.mining import Quantile, check_ratio, read_states
+from ease.models import StandardTransformer
+from ease.seam import IGNORE, Batch, ExitModel
+from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig, Watched
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(PhaseOptions):
+    """Exits to be tuned, and on what."""
+
+    exits: tuple[int, ...] = ()
+    """Layers after which a token may leave, from shallow to deep (a third and two thirds of the depth by default)."""
+    adapter: Literal["none", "mlp"] = "none"
+    """What learns beside an exit's norm: nothing, or a residual network in front of the head."""
+    adapter_dim: int | None = None
+    """Units of the adapter (a quarter of the model's width by default)."""
+    objective: Literal["cross-entropy", "distillation", "both"] = "cross-entropy"
+    """Learn from the text, from the last exit's distribution, or from both in equal parts."""
+    temperature: float = 1.0
+    """At which distillation compares distributions."""
+    tokens: Literal["all", "hard", "kept"] = "all"
+    """Learn from all tokens, from those that `select_exit` is unsure of, or from those that it would keep."""
+    select_exit: int | None = None
+    """The exit whose confidence selects (the model's last by default)."""
+    hard_ratio: float = 0.5
+    """Hard tokens as a share of all; the rest is kept."""
+    select_epochs: int = 1
+    """Epochs of training batches that are selected from; where an epoch is a slice of the text, more bring more."""
+    routing_threshold: float = 0.9
+    """Confidence in [0, 1] at which a token leaves, at every exit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("adapter", ("none", "mlp")),
+            ("objective", ("cross-entropy", "distillation", "both")),
+            ("tokens", ("all", "hard", "kept")),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        check_ratio(self.hard_ratio)
+        if self.select_epochs < 1:
+            raise EaseError(f"select_epochs must be at least 1, got {self.select_epochs}")
+        Policy.of(self.exits, (self.routing_threshold,) * len(self.exits))
+        self.loss()
+
+    @property
+    def num_layers(self) -> int:
+        raise EaseError("exit tuning needs a finished model: name a checkpoint to start from")
+
+    def loss(self) -> Objective:
+        """What a token's loss is."""
+        if self.objective == "cross-entropy":
+            return CrossEntropy()
+        return Distillation(self.temperature, 1.0 if self.objective == "distillation" else 0.5)
+
+    def strategy(self) -> Tune:
+        return Tune(self)
+
+
+@dataclass
+class Tune:
+    """The strategy: one phase in which exits learn."""
+
+    config: TuneConfig
+    exits: tuple[int, ...] = ()
+
+    def policy(self) -> Policy:
+        """Every exit at the same threshold."""
+        return Policy.of(self.exits, (self.config.routing_threshold,) * len(self.exits))
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        assert isinstance(model, StandardTransformer)
+        if self.exits:
+            return None
+        c, last = self.config, model.num_layers
+        self.exits = c.exits or tuple(sorted({max(1, last // 3), max(1, 2 * last // 3)}))
+        self.policy().check(last)
+        train, spent = data.train, 0.0
+        if c.tokens != "all":
+            watched = Watched(data.train, data.watch("selecting"), c.select_epochs)
+            train, spent = select(model, [watched] * c.select_epochs, c.select_exit or last, c.hard_ratio, c.tokens)
+        if c.adapter == "mlp":
+            model.add_adapters(self.exits, c.adapter_dim or max(1, model.config.dim // 4))
+        config = TrainingConfig(
+            layer_weights={exit: 1 / len(self.exits) for exit in self.exits},
+            exit_layer=self.exits,
+            routing_threshold=(c.routing_threshold,) * len(self.exits),
+            objective=c.loss(),
+        )
+        spent_on = {"selecting": spent}
+        return Phase("exit tuning", config, train, data.val, c, first=last + 1, exits=self.exits, spent=spent_on)
+
+
+@torch.no_grad()
+def select(
+    model: ExitModel, epochs: Sequence[Batches], exit: int, ratio: float, tokens: Literal["hard", "kept"]
+) -> tuple[list[Batch], float]:
+    """The batches with targets left for the tokens wanted alone, and the FLOPs that it took.
+
+    Hard is the share `ratio` of all scored tokens that `exit` is least sure of; kept are the others.
+    """
+    found, quantile, flops = [], Quantile(), 0.0
+    for batches in epochs:
+        for batch, _, confidence in read_states(model, batches, None, exit):
+            quantile.add(confidence[batch.scored])
+            found.append((batch, confidence))
+            flops += run_flops(model.config, exit, batch.running, batch.layout)
+            flops += exit_flops(model.config, int(batch.running.sum()), exit)
+    threshold = quantile(ratio)
+    return [
+        batch._replace(y=batch.y.masked_fill((confidence < threshold) != (tokens == "hard"), IGNORE))
+        for batch, confidence in found
+    ], flops
