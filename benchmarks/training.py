@@ -82,6 +82,7 @@ class Shape:
 
 A = Shape("a", vocab=16_384, dim=64, layers=4, heads=4, seq=32, batch=64)
 B = Shape("b", vocab=4_096, dim=256, layers=8, heads=4, seq=256, batch=8)
+C = Shape("c", vocab=131_072, dim=128, layers=4, heads=4, seq=128, batch=8)
 LONG = replace(B, name="b512", seq=512, batch=4)
 
 
@@ -342,7 +343,7 @@ def routed(repeats: int) -> Iterator[Row]:
 
 def memory(repeats: int) -> Iterator[Row]:
     """3. Peak memory with all layers supervised against the last only: each measured in processes of their own."""
-    for shape in (A, B):
+    for shape in (A, B, C):
         peaks = {kind: [child(shape, kind) for _ in range(3)] for kind in ("last", "every", "naive", "naive last")}
         for other, ours, bound, target in (("last", "every", False, 1.15), ("naive", "every", True, 1.0)):
             for measure, index in (("above the start", 1), ("whole process", 0)):
@@ -419,7 +420,7 @@ def caption(about: dict[str, Any]) -> str:
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s) used, torch {about['torch']}, "
         f"load {about['busy']} at the start, malloc {malloc or 'as it comes'}. "
-        f"{A}; {B}; b512: the same with sequence {LONG.seq}, batch {LONG.batch}."
+        f"{A}; {B}; {C}; b512: the same with sequence {LONG.seq}, batch {LONG.batch}."
     )
 
 
@@ -456,7 +457,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.child:
         name, kind = options.child
-        print(json.dumps(measure_peak({"a": A, "b": B}[name], kind)))
+        print(json.dumps(measure_peak({"a": A, "b": B, "c": C}[name], kind)))
         return
     about, rows = machine(), []
     for name in options.only or COMPARISONS:

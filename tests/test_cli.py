@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import ease
 from ease import STRATEGIES, runs
+from ease.checkpoint import load_model
 from ease.cli import load_recipe, main, recipes
 
 TINY = [
@@ -45,7 +49,7 @@ def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged"])
+@pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"])
 def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.__doc__
@@ -57,7 +61,7 @@ def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> N
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(recipes()) == {"demo", "standard", "deep-supervision", "ashem", "staged"}
+    assert set(recipes()) == {"demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
 
 
 def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
@@ -124,6 +128,78 @@ def test_report_of_several_runs(made: Path, tmp_path: Path) -> None:
     assert out.stat().st_size > 10_000
 
 
+def test_export_writes_what_transformers_loads_and_ease_reads_back(made: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert main(["export", str(made), str(out)]) == 0
+    assert main(["export", str(made), str(out)]) == 2
+    assert main(["export", str(made), str(out), "--overwrite"]) == 0
+    model, back = load_model(made)[0], ease.from_pretrained(out)
+    assert back.config == replace(model.config, max_positions=16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokens = transformers.AutoTokenizer.from_pretrained(out)("import json", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**tokens).logits, model(tokens["input_ids"]), rtol=1e-4, atol=1e-4)
+    assert (stock.config.max_position_embeddings, stock.config.eos_token_id) == (16, 1)
+
+
+SHORT = ["--data.seq-len", "16", "--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"]
+
+
+def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
+    made: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "tuned"
+    assert main(["export", str(made), str(checkpoint)]) == 0
+    data = ["--data", str(text), "--out", str(out), *SHORT]
+    options = ["--exits", "1,2", "--adapter", "mlp", "--objective", "both", "--tokens", "kept", "--max-epochs", "1"]
+    assert main(["tune", str(checkpoint), *options, *data]) == 0
+    assert "Routing" in capsys.readouterr().out
+    tuned, config = load_model(out)
+    assert config["policy"] == {"exits": [1, 2], "thresholds": [0.9, 0.9]}
+    assert (tuned.config.adapter_exits, tuned.trained_exits) == ((1, 2), {1, 2, 3})
+    came = ease.from_pretrained(checkpoint)
+    changed = {n for n, p in came.named_parameters() if not torch.equal(p, tuned.get_parameter(n))}
+    assert changed == {"exit_norms.0.weight", "exit_norms.1.weight"}
+    summary = json.loads((out / "summary.json").read_text())
+    lines = {line["name"]: line for line in summary["lines"]}
+    assert set(lines) == {"as it came", "exit tuning", "exit tuning, no routing"}
+    assert lines["as it came"]["test"]["ppl"] == lines["exit tuning, no routing"]["test"]["ppl"]
+    assert lines["exit tuning"]["flops_by"]["selecting"] > 0
+    assert str(tmp_path) not in (out / "summary.json").read_text()
+    # The run is one like any other: it is scored again, tuned again, and handed back.
+    assert main(["eval", str(out), "--threshold", "0.5"]) == 0
+    assert main(["tune", str(out), "--exits", "2", *data, "--overwrite", "--max-epochs", "1"]) == 0
+    assert main(["export", str(out), str(tmp_path / "back")]) == 0
+    assert ease.from_pretrained(tmp_path / "back").exit_layer == [2]
+
+
+def test_ashem_grows_on_a_checkpoint(made: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out, plan = tmp_path / "grown", ["--strategy.pretrained", "--strategy.phase1-layers", "3"]
+    limits = [
+        "--strategy.phase2-layers",
+        "4",
+        "--strategy.phase2-max-flops",
+        "6e7",
+        "--compare",
+        "continued",
+        "standard",
+    ]
+    args = ["run", "ashem", "--start", str(made), "--data", str(text), "--out", str(out), *SHORT, *plan, *limits]
+    assert main(args) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == [
+        *("as it came", "phase 2", "as it came continued", "standard, 4 layers")
+    ]
+    assert summary["hard"]["fixed_by"] == "as it came's final model"
+    came, grown = load_model(made)[0], load_model(out)[0]
+    assert grown.num_layers == 4
+    assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "ease run RECIPE" in capsys.readouterr().out
@@ -147,6 +223,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "no/such/run"], "no run folder"),
         (["report", "no/such/run"], "no/such/run"),
         (["report"], "no run given"),
+        (["export", "no/such/run", "out"], "no run folder"),
+        (["tune", "--exits", "1"], "name the checkpoint first"),
+        (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
+        (["run", "tune", "--out", "new"], "name a checkpoint with --start"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path: Path, monkeypatch) -> None:

@@ -147,7 +147,6 @@ def test_exits_stand_at_thirds_by_default(finished: Any) -> None:
         (lambda m, d: TuneConfig(temperature=0.0, objective="both"), "temperature must be above 0"),
         (lambda m, d: TuneConfig(hard_ratio=0.0), r"must lie in \(0, 1\]"),
         (lambda m, d: TuneConfig(select_epochs=0), "select_epochs must be at least 1"),
-        (lambda m, d: TuneConfig().num_layers, "name a checkpoint to start from"),
         (lambda m, d: m.add_adapters((4,), 8), "name exits below the last layer"),
     ],
 )

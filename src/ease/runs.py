@@ -82,7 +82,7 @@ class StrategyConfig(Protocol):
     """What `ease.STRATEGIES` lists: a dataclass that knows the depth to start with and makes its strategy."""
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int | None: ...  # None: it starts from a finished model
     def strategy(self) -> Strategy: ...
 
 
@@ -203,7 +203,10 @@ class Workshop:
 
     def strategy_lines(self) -> tuple[list[Line], list[Phase], Strategy]:
         """A line per phase of the strategy, the phases, and the strategy as it ended."""
-        model = self.new_model(self.config.strategy.num_layers) if self.start is None else self.start.to(self.device)
+        depth = self.config.strategy.num_layers
+        if self.start is None and depth is None:
+            raise EaseError("this strategy needs a finished model: name a checkpoint with --start")
+        model = self.start.to(self.device) if self.start is not None else self.new_model(depth or 0)
         torch.manual_seed(self.config.seed)
         strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"), self.watch)
         line = Line("start", model, Policy(), [], {}, 0.0)

@@ -74,7 +74,7 @@ def test_all_public_names_exist() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_listed_strategy_starts_from_its_defaults(name: str, tiny: Callable[..., StandardTransformer]) -> None:
     config = STRATEGIES[name]()
-    strategy, model = config.strategy(), tiny(config.num_layers)
+    strategy, model = config.strategy(), tiny(config.num_layers or 4)
     ids = torch.zeros(1, 2, dtype=torch.long)
     phase = strategy.next_phase(model, Data([(ids, ids)], [(ids, ids)]))
     assert phase is not None

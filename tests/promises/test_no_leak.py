@@ -71,7 +71,7 @@ def test_no_strategy_asks_for_more_than_train_and_val(name: str, tiny: Make) -> 
     """What `next_phase` gets is all there is: strategies and configurations hold no data before it."""
     config = STRATEGIES[name]()
     data = poisoned()
-    phase = config.strategy().next_phase(tiny(config.num_layers), data)
+    phase = config.strategy().next_phase(tiny(config.num_layers or 4), data)
     assert phase is not None
     assert phase.train is data.train
     assert phase.val is data.val
