@@ -130,7 +130,7 @@ def score(
                 raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
             batch = batch._replace(active=None, y=batch.y.long()).to(device)
             x, y, layout = batch.x, batch.y, batch.layout
-            model.check_ids(y[y != IGNORE], model.config.vocab_size)
+            model.check_ids(y[y != IGNORE], model.config.outputs)
             columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
             for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
                 assert stop.read is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,27 @@ def max_probability(logits: Tensor) -> Tensor:
     return logits.softmax(-1).amax(-1)
 
 
+class Agreement:
+    """Confidence: the exits in a row, up to this one, that name the same likeliest output, as a share of `patience`.
+
+    Zhou et al. 2020 (arXiv:2006.04152), whose counter starts at 0 where this one starts at 1.
+
+    Args:
+        size: tokens of the batch.
+    """
+
+    def __init__(self, patience: int, size: int) -> None:
+        self.patience = patience
+        self.named, self.times = torch.full((size,), -1), torch.zeros(size, dtype=torch.long)
+
+    def __call__(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Logits (n, V) of the tokens at `places` (n,) -> (n,) in [0, 1]."""
+        best, at = logits.argmax(-1).cpu(), places.cpu()
+        self.times[at] = torch.where(best == self.named[at], self.times[at] + 1, 1)
+        self.named[at] = best
+        return (self.times[at] / self.patience).clamp(max=1).to(logits)
+
+
 @dataclass(frozen=True)
 class Policy:
     """Which exits tokens may take, and the confidence that each asks for.
@@ -31,10 +52,23 @@ class Policy:
     Args:
         exits: layers, from shallow to deep, all below the last one.
         thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that.
+        patience: confidence is the agreement of that many exits; 0 means the largest probability.
     """
 
     exits: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
+    patience: int = 0
+
+    @classmethod
+    def patient(cls, exits: Sequence[int], patience: int) -> Self:
+        """A token leaves when `patience` exits in a row agree on the likeliest output."""
+        if patience < 1:
+            raise EaseError(f"patience is {patience}: give at least 1 exit that has to agree")
+        return cls(tuple(exits), (1.0,) * len(exits), patience)
+
+    def measure(self, ids: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """For a walk over ids (B, T): logits (n, V) and their places (n,) in `ids.flatten()` -> confidences (n,)."""
+        return Agreement(self.patience, ids.numel()) if self.patience else lambda logits, _: max_probability(logits)
 
     @classmethod
     def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float]) -> Policy:
@@ -70,7 +104,7 @@ class Policy:
 
 
 class Stop(NamedTuple):
-    """What happened at one exit of a routed forward. N tokens arrived, in the order of `arrived.nonzero()`."""
+    """What happened at one exit of a routed forward. N tokens were asked, in the order of `asked.nonzero()`."""
 
     first: int
     """The first of the layers run since the exit before."""
@@ -80,6 +114,10 @@ class Stop(NamedTuple):
     """(B, T, D) with every token's state, those that left earlier included."""
     arrived: Tensor
     """(B, T) true for tokens that were on their way."""
+    asked: Tensor
+    """(B, T) true for those that the head was asked for: all, or the last of each row where it decides for the row."""
+    by_row: bool
+    """Whether one token decides for its row."""
     confidence: Tensor
     """(N,)."""
     leaves: Tensor
@@ -89,8 +127,13 @@ class Stop(NamedTuple):
 
     @property
     def left(self) -> Tensor:
-        """(B, T) true for tokens that leave here."""
-        return self.arrived.masked_scatter(self.arrived, self.leaves)
+        """(B, T) true for tokens that were asked and leave here."""
+        return self.asked.masked_scatter(self.asked, self.leaves)
+
+    @property
+    def stays(self) -> Tensor:
+        """(B, T) true for tokens that go on."""
+        return self.arrived & ~(self.left.any(1, keepdim=True) if self.by_row else self.left)
 
 
 def walk(
@@ -104,6 +147,8 @@ def walk(
 ) -> Iterator[Stop]:
     """Runs ids (B, T) through the model, stop by stop, until every token has left or layer `last` is done.
 
+    Where the model classifies sequences, the last real token of a row is asked and the row leaves with it.
+
     Args:
         read: called with the logits (n, V) of some tokens and their places (n,) in `ids.flatten()`; what it
             returns (n, ...) is joined in `Stop.read`. `walk` itself never holds the logits of all tokens at once.
@@ -111,23 +156,27 @@ def walk(
     last = model.num_layers if last is None else last
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
     arrived = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+    by_row, measure = model.config.num_labels is not None, policy.measure(ids)
+    # Counted from the right, the last real token of a row is the first.
+    decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
     state, first = model.embed(ids), 1
     for layer, threshold in [*steps, (last, 0.0)]:
         if not bool(arrived.any()):
             return
         state = model.run(state, first, layer, layout=layout, active=arrived)
-        confidences, readings = [], []
-        for places in arrived.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
+        confidences, readings, asked = [], [], arrived & decides
+        for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
             logits = model.logits(state.flatten(0, 1)[places], layer)
-            confidences.append(max_probability(logits))
+            confidences.append(measure(logits, places))
             if read is not None:
                 readings.append(read(logits, places))
         confidence = torch.cat(confidences)
         # At the end all leave, also those whose confidence is NaN.
         leaves = confidence >= threshold if layer < last else torch.ones_like(confidence, dtype=torch.bool)
-        stop = Stop(first, layer, state, arrived, confidence, leaves, torch.cat(readings) if readings else None)
+        reading = torch.cat(readings) if readings else None
+        stop = Stop(first, layer, state, arrived, asked, by_row, confidence, leaves, reading)
         yield stop
-        arrived, first = arrived & ~stop.left, layer + 1
+        arrived, first = stop.stays, layer + 1
 
 
 class Routed(NamedTuple):

@@ -34,7 +34,7 @@ def run_flops(config: ModelConfig, layers: int, active: Tensor, layout: Layout |
 
 def head_flops(config: ModelConfig, tokens: int) -> int:
     """One head evaluated for `tokens` tokens."""
-    return 2 * tokens * config.dim * config.vocab_size
+    return 2 * tokens * config.dim * config.outputs
 
 
 def exit_flops(config: ModelConfig, tokens: int, exit: int) -> int:

@@ -186,6 +186,8 @@ def _unfit(what: str) -> EaseError:
 
 def write_config(config: ModelConfig, token_ids: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The config.json under which stock transformers, 4 or 5, computes what a model of this shape does."""
+    if config.num_labels is not None:
+        raise EaseError("no stock model has a classification head at every exit: export a model that predicts tokens")
     if config.qkv_bias and config.qk_norm:
         raise EaseError("no stock model has both biases and norms on q and k: set qkv_bias or qk_norm to False")
     # Stock Llama is alone in refusing heads whose widths do not add up to the model's.

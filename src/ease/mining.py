@@ -79,9 +79,10 @@ def read_states(
 
 
 def spread(stop: Stop) -> Tensor:
-    """(B, T) the confidences of those that arrived; 1 elsewhere."""
-    everywhere = torch.ones(stop.arrived.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
-    return everywhere.masked_scatter(stop.arrived, stop.confidence)
+    """(B, T) the confidences of those that arrived, of a row where one token decides for it; 1 elsewhere."""
+    everywhere = torch.ones(stop.asked.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
+    everywhere = everywhere.masked_scatter(stop.asked, stop.confidence)
+    return everywhere.amin(1, keepdim=True).expand_as(everywhere) if stop.by_row else everywhere
 
 
 @torch.no_grad()
@@ -206,7 +207,7 @@ class MinedBatches:
             flops += exit_flops(config, stop.confidence.numel(), stop.layer)
         if stop.layer < self.layer:  # every token of the batch left earlier
             nobody = torch.zeros_like(stop.arrived)
-            stop = stop._replace(layer=self.layer, arrived=nobody, confidence=stop.confidence[:0])
+            stop = stop._replace(layer=self.layer, arrived=nobody, asked=nobody, confidence=stop.confidence[:0])
         return stop, flops
 
     def __len__(self) -> int:

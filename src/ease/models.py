@@ -59,6 +59,8 @@ class ModelConfig:
     """Exits below the last one that have an adapter between their norm and the head."""
     adapter_dim: int = 0
     """Units of an adapter."""
+    num_labels: int | None = None
+    """Classes of a model that classifies sequences: the head's rows, and one decision a sequence (None: tokens)."""
     max_positions: int | None = None
     """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
 
@@ -74,6 +76,11 @@ class ModelConfig:
                 f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
                 "name exits below the last layer, and a width above 0"
             )
+        if self.num_labels is not None and (self.num_labels < 2 or self.tie_embeddings):
+            raise EaseError(
+                f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
+                "a classifier needs at least 2 labels and a head of its own"
+            )
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -87,6 +94,11 @@ class ModelConfig:
             raise EaseError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.num_heads})")
         if not 0 <= self.dropout < 1:
             raise EaseError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def outputs(self) -> int:
+        """V, the rows of the head: tokens, or labels."""
+        return self.num_labels or self.vocab_size
 
     @property
     def head_size(self) -> int:
@@ -115,7 +127,7 @@ class StandardTransformer(ExitModel):
         self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
         self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, c.norm_eps) for _ in range(num_layers))
         self.exit_adapters = nn.ModuleDict({str(e): Adapter(dim, c.adapter_dim) for e in c.adapter_exits})
-        self.output_head = nn.Linear(dim, vocab_size, bias=False)
+        self.output_head = nn.Linear(dim, c.outputs, bias=False)
         if c.tie_embeddings:
             self.output_head.weight = self.embedding.weight
         nn.init.normal_(self.output_head.weight, std=0.02)

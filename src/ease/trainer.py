@@ -292,7 +292,7 @@ class Trainer:
 
     Args:
         config: the two core options.
-        vocab_size: of the models to come; another one is refused.
+        vocab_size: of the models to come, or the labels of a classifier; another number is refused.
         device: where training happens; models are moved there. By default the CPU.
     """
 
@@ -307,9 +307,9 @@ class Trainer:
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
         """AdamW over the parameters that learn; norms and other vectors are not decayed."""
         self.config.check(model.num_layers)
-        if model.config.vocab_size != self.vocab_size:
+        if model.config.outputs != self.vocab_size:
             raise EaseError(
-                f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.vocab_size}: "
+                f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.outputs}: "
                 "give both the vocabulary of your tokenizer"
             )
         learning = [p for p in model.parameters() if p.requires_grad]
@@ -345,7 +345,7 @@ class Trainer:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers)
         batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
-        model.check_ids(batch.y[batch.y != IGNORE], model.config.vocab_size)
+        model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         weights, skip = step or Step(self.config.weights)
         last, objective = model.num_layers, self.config.objective
         scored = batch.scored
