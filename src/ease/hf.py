@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FORMAT = 1
+NATIVE = "ease"  # the model type under which `hf_model.py` writes
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OWN, EXITS, POLICY = "ease", "exits.safetensors", "policy.json"
 TOKENIZER_FILES = (
@@ -180,7 +181,7 @@ def from_pretrained(
 
     Args:
         name_or_path: a folder with config.json and safetensors, in one file or in shards, or a name on the hub.
-        dtype: of the weights; as the embedding is stored by default.
+        dtype: of the weights; as they are stored by default.
         device: where the weights go; the CPU by default.
 
     Returns:
@@ -190,17 +191,11 @@ def from_pretrained(
         EaseError: for a folder that is missing or damaged, and for anything that the model cannot hold exactly.
     """
     folder = checkpoint_folder(name_or_path)
-    config, own = read_config(_read_json(folder / CONFIG)), None
-    if (folder / OWN).is_dir():
-        own = _read_json(folder / OWN / POLICY)
-        if own.get("format") != FORMAT:
-            raise EaseError(f"{folder / OWN} has format {own.get('format')} and this ease reads {FORMAT}: update ease")
-    stored = _needed(_stored(_weight_files(folder)), config.tie_embeddings)
-    if dtype is None and EMBEDDING in stored:
-        dtype = DTYPES.get(_read(stored[EMBEDDING], lambda opened: opened.get_slice(EMBEDDING).get_dtype()))
-
+    raw = read_json(folder / CONFIG)
+    native = raw.get("model_type") == NATIVE
+    own = raw if native else _read_own(folder)
     try:
-        options = asdict(config)
+        options = {} if native else asdict(read_config(raw))
         if own:
             options |= own["model"]
             options |= {"exit_layer": own["exits"] or 1, "routing_threshold": own["thresholds"] or 0.0}
@@ -208,13 +203,20 @@ def from_pretrained(
             model = DeepSupervisionTransformer(**options)
         model.trained_exits = set(own["trained_exits"]) if own else {model.num_layers}
     except (KeyError, TypeError) as error:
-        raise EaseError(f"{folder / OWN / POLICY} is damaged ({error}): fetch it again, or remove {OWN}/") from error
-    model = model.to(dtype).to_empty(device=device or "cpu").eval()
-    if config.tie_embeddings:  # allotting memory has parted them
-        model.output_head.weight = model.embedding.weight
+        raise EaseError(f"the configuration in {folder} is damaged ({error}): fetch the checkpoint again") from error
 
+    stored = _needed(_stored(_weight_files(folder)), model.config.tie_embeddings)
+    if dtype is None and stored:
+        name, file = next(iter(stored.items()))
+        dtype = DTYPES.get(_read(file, lambda opened: opened.get_slice(name).get_dtype()))
+    model = model.to(dtype).to_empty(device=device or "cpu").eval()
+    if model.config.tie_embeddings:  # allotting memory has parted them
+        model.output_head.weight = model.embedding.weight
     with torch.no_grad():
         stock, exits = _split(model)
+        if native:
+            _fill({f"model.{name}": parameter for name, parameter in model.named_parameters()}, stored, folder)
+            return model
         _fill(stock, stored, folder)
         if own:
             _fill(exits, _stored([folder / OWN / EXITS]), folder / OWN)
@@ -224,11 +226,21 @@ def from_pretrained(
     return model
 
 
+def _read_own(folder: Path) -> dict[str, Any] | None:
+    """What ease wrote about exits beside a stock checkpoint, if it did."""
+    if not (folder / OWN).is_dir():
+        return None
+    own = read_json(folder / OWN / POLICY)
+    if own.get("format") != FORMAT:
+        raise EaseError(f"{folder / OWN} has format {own.get('format')} and this ease reads {FORMAT}: update ease")
+    return own
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map")
+        shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise EaseError(f"{folder / INDEX} names no shards (weight_map): fetch it again")
         return sorted({folder / shard for shard in shards.values()})
@@ -240,7 +252,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise EaseError(f"{folder} has no weights: it needs {WEIGHTS}, or {INDEX} and the shards it names")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -260,7 +272,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """
     folder = checkpoint_folder(name_or_path)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    needed, vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1, _read_json(folder / CONFIG)["vocab_size"]
+    needed, vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1, read_json(folder / CONFIG)["vocab_size"]
     if needed > vocab_size:
         raise EaseError(
             f"the tokenizer in {folder} has ids up to {needed - 1} and the model's embedding {vocab_size} rows: use "
@@ -271,7 +283,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
 def end_of_text(name_or_path: str | os.PathLike[str]) -> int | None:
     """The id that ends a text for a checkpoint, if it has one."""
-    ids = _read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
+    ids = read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
     return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
 
 
@@ -332,7 +344,7 @@ def _write_tokenizer(
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
-        raw = _read_json(source / CONFIG)
+        raw = read_json(source / CONFIG)
         return {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
 
     token_ids: dict[str, Any] = {}

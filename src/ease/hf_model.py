@@ -1,0 +1,266 @@
+"""The native model as a citizen of transformers: `generate`, `Trainer`, pipelines, saving and LoRA work on it.
+
+- Importing this module registers `EaseForCausalLM` with the Auto classes, under the model type "ease".
+- A folder that `save_pretrained` of this class writes holds the native names, so a `Trainer` resumes from it; for
+  one that stock transformers loads, `ease.save_pretrained(model.model, folder)`.
+- Depth and policy are the model's own. The config tells them, and changing the config changes neither.
+- There is no key-value cache: every step of `generate` runs the whole text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ease.errors import EaseError
+from ease.exits import Policy, walk
+from ease.hf import NATIVE, checkpoint_folder, from_pretrained, read_json
+from ease.models import DeepSupervisionTransformer
+from ease.seam import Layout
+
+
+class EaseConfig(PreTrainedConfig):
+    """What config.json of an `EaseForCausalLM` says.
+
+    Args:
+        model: the fields of `ease.ModelConfig`.
+        exits: layers after which tokens may leave.
+        thresholds: one per exit, 0 where it does not route.
+        trained_exits: exits that a loss has trained.
+    """
+
+    model_type = NATIVE
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits"]
+
+    model: dict[str, Any] | None = None
+    exits: list[int] | tuple[int, ...] = ()
+    thresholds: list[float] | tuple[float, ...] = ()
+    trained_exits: list[int] | tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    # Read by tools that know nothing of ease. Read-only: what builds the model is `model`.
+    vocab_size = property(lambda self: (self.model or {}).get("vocab_size"))
+    hidden_size = property(lambda self: (self.model or {}).get("dim"))
+    num_hidden_layers = property(lambda self: (self.model or {}).get("num_layers"))
+    num_attention_heads = property(lambda self: (self.model or {}).get("num_heads"))
+    max_position_embeddings = property(lambda self: (self.model or {}).get("max_positions"))
+    tie_word_embeddings = property(lambda self: bool((self.model or {}).get("tie_embeddings")))
+
+
+@dataclass
+class EaseOutput(CausalLMOutputWithPast):
+    """As transformers' own, and of a routed pass also `exits` (B, T): where each token left, 0 for padding."""
+
+    exits: Tensor | None = None
+
+
+class EaseForCausalLM(PreTrainedModel, GenerationMixin):
+    """A native model (`.model`) in the clothes of transformers.
+
+    In evaluation mode it is routed as `set_routing` says; in training mode it runs at full depth, and the loss is
+    the final exit's.
+    """
+
+    config_class = EaseConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"model.output_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    model: DeepSupervisionTransformer
+
+    def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
+        super().__init__(config)
+        if model is None:
+            policy: dict[str, Any] = {"exit_layer": config.exits or 1, "routing_threshold": config.thresholds or 0.0}
+            model = DeepSupervisionTransformer(**(config.model or {}), **policy)
+            model.trained_exits = set(config.trained_exits)
+        self.model = model
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The native model has its initial values from its own constructor."""
+
+    @classmethod
+    def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
+        """A native model, shared and not copied; `token_ids` are bos_token_id, eos_token_id and pad_token_id."""
+        policy = Policy.of(model.exit_layer, model.routing_threshold)
+        config = EaseConfig(
+            model=asdict(model.config),
+            exits=policy.exits,
+            thresholds=policy.thresholds,
+            trained_exits=sorted(model.trained_exits),
+            dtype=next(model.parameters()).dtype,
+            **token_ids,
+        )
+        wrapped = cls(config, model)
+        wrapped.train(model.training)
+        return wrapped
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Reads a folder of this class as transformers does, and any checkpoint that `ease.from_pretrained` reads.
+
+        Of the latter the arguments are `dtype` and `device`.
+        """
+        folder = checkpoint_folder(pretrained_model_name_or_path)
+        raw = read_json(folder / "config.json")
+        if raw.get("model_type") == NATIVE:
+            loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
+            return loaded
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model = cls.wrap(from_pretrained(folder, **kwargs), **{name: raw.get(name) for name in names})
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    @property
+    def policy(self) -> Policy:
+        """Where tokens leave in evaluation mode."""
+        return Policy.of(self.model.exit_layer, self.model.routing_threshold)
+
+    def set_routing(self, threshold: float | Sequence[float], exits: int | Sequence[int] | None = None) -> None:
+        """Turns early exit on for everything that runs this model in evaluation mode.
+
+        Args:
+            threshold: confidence in [0, 1] at which a token leaves, one for all exits or one each; 0 turns it off.
+            exits: layers after which tokens may leave; those set before by default, then those that are trained.
+
+        Raises:
+            EaseError: for a policy that the model cannot follow.
+        """
+        trained = sorted(e for e in self.model.trained_exits if e < self.model.num_layers)
+        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or trained)
+        if not chosen:
+            raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
+        thresholds = [float(threshold)] * len(chosen) if isinstance(threshold, int | float) else list(threshold)
+        Policy.of(chosen, thresholds).check(self.model.num_layers)
+        self.model.exit_layer, self.model.routing_threshold = chosen, thresholds
+        self.config.exits, self.config.thresholds = list(chosen), thresholds
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        raise EaseError("the vocabulary of this model is fixed: resize the checkpoint with stock transformers first")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.output_head
+
+    set_output_embeddings = set_input_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EaseOutput | tuple[Any, ...]:
+        """ids (B, T) -> logits (B, T, V), or those of the places in `logits_to_keep`.
+
+        Args:
+            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side.
+            position_ids: (B, T); each 0 begins a document, and none attends to another.
+            labels: (B, T), the ids themselves; -100 is not scored.
+            logits_to_keep: the last so many places, 0 for all, or a 1-D tensor of places.
+            use_cache: without effect; there is no cache yet.
+        """
+        asked = ("inputs_embeds", "past_key_values", "output_attentions", "output_hidden_states")
+        if refused := [name for name in asked if kwargs.pop(name, None)]:
+            raise EaseError(f"{', '.join(refused)} is not to be had of this model: leave it out")
+        if input_ids is None:
+            raise EaseError("input_ids are missing: this model reads token ids")
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = torch.arange(input_ids.shape[1], device=input_ids.device)[keep]
+        layout = make_layout(input_ids, attention_mask, position_ids)
+        exits = None
+        if self.policy.exits and not self.training:
+            logits, exits = self._routed(input_ids, layout, kept)
+        else:
+            logits = self.model.logits(self._full_depth(input_ids, layout)[:, kept], self.model.num_layers)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        output = EaseOutput(loss=loss, logits=logits, exits=exits)
+        return output.to_tuple() if return_dict is False else output
+
+    def _full_depth(self, ids: Tensor, layout: Layout | None) -> Tensor:
+        state: Tensor = self.model.embed(ids)
+        if not (self.gradient_checkpointing and self.training):
+            return self.model.run(state, 1, self.model.num_layers, layout=layout)
+        for layer in range(1, self.model.num_layers + 1):
+            one = partial(self.model.run, first=layer, last=layer, layout=layout)
+            state = self._gradient_checkpointing_func(one, state)
+        return state
+
+    @torch.no_grad()
+    def _routed(self, ids: Tensor, layout: Layout | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the kept places, each of the exit that the token took, and the exits (B, T)."""
+        (B, T), V, K = ids.shape, self.model.output_head.weight.shape[0], len(kept)
+        logits = self.model.output_head.weight.new_zeros(B * K, V)
+        rows = torch.full((B, T), -1, device=ids.device)
+        rows[:, kept] = torch.arange(B * K, device=ids.device).view(B, K)
+
+        def read(chunk: Tensor, places: Tensor) -> Tensor:
+            # A token is read at every exit that it comes to, and the last of these is the one it takes.
+            row = rows.flatten()[places]
+            logits[row[row >= 0]] = chunk[row >= 0]
+            return chunk[:, :0]
+
+        exits = torch.zeros_like(ids)
+        for stop in walk(self.model, ids, self.policy, layout=layout, read=read):
+            exits[stop.left] = stop.layer
+        return logits.view(B, K, V), exits
+
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' own, without a key-value cache."""
+        if any(
+            getattr(source, "assistant_early_exit", None) is not None
+            for source in (generation_config, self.generation_config)
+        ) or kwargs.get("assistant_early_exit"):
+            raise EaseError(
+                "assistant_early_exit is for stock models (ease.save_pretrained writes one): here, early exit is "
+                "model.set_routing(threshold, exits)"
+            )
+        kwargs["use_cache"] = False
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+
+def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:
+    """Positions and segments from what transformers passes; None for plain rows, which run fastest."""
+    if attention_mask is None and position_ids is None:
+        return None
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    if mask.shape != ids.shape:
+        raise EaseError(f"attention_mask has shape {tuple(mask.shape)}: give one of {tuple(ids.shape)}, as the ids")
+    layout = Layout.from_attention_mask(mask)
+    if position_ids is not None:
+        positions = position_ids.expand_as(ids)
+        documents = (layout.real & (positions == 0)).cumsum(1)
+        layout = Layout(positions, torch.where(layout.real, documents, -1))
+    plain = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return None if bool(layout.real.all()) and torch.equal(layout.positions, plain) else layout
+
+
+AutoConfig.register(NATIVE, EaseConfig, exist_ok=True)
+AutoModelForCausalLM.register(EaseConfig, EaseForCausalLM, exist_ok=True)

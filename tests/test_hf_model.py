@@ -1,0 +1,332 @@
+"""The native model under transformers' own tools: what they compute is what the model computes, routed or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ease
+from ease.data import train_tokenizer
+from ease.errors import EaseError
+from ease.exits import Policy, route
+from ease.models import DeepSupervisionTransformer
+
+transformers = pytest.importorskip("transformers")
+
+from ease.hf_model import EaseConfig, EaseForCausalLM  # noqa: E402
+
+V, L = 97, 3
+
+
+@pytest.fixture
+def native() -> DeepSupervisionTransformer:
+    model = DeepSupervisionTransformer(V, 32, L, 4, num_kv_heads=2, max_positions=64).eval()
+    with torch.no_grad():
+        model.output_head.weight *= 20
+        for norm in model.exit_norms:
+            norm.weight.uniform_(0.5, 1.5)
+    model.trained_exits = {1, 2, 3}
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, V, (3, 12))
+
+
+@pytest.fixture
+def routed(
+    native: DeepSupervisionTransformer, ids: torch.Tensor, even_policy: Callable[..., Policy]
+) -> EaseForCausalLM:
+    """A third of the tokens of `ids` leave at each exit."""
+    model = EaseForCausalLM.wrap(native, eos_token_id=None, pad_token_id=0)
+    policy = even_policy(native, ids, (1, 2))
+    model.set_routing(policy.thresholds, policy.exits)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Forward
+
+
+def test_forward_is_the_models_own_and_routes_only_in_evaluation(
+    routed: EaseForCausalLM, native: DeepSupervisionTransformer, ids: torch.Tensor
+) -> None:
+    expected = route(native, ids)
+    out = routed(ids)
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.exits, expected.exits)
+    assert len(expected.exits.unique()) == 3
+    assert torch.equal(routed(ids, logits_to_keep=2).logits, expected.logits[:, -2:])
+    assert torch.equal(routed(ids, logits_to_keep=torch.tensor([0, 5])).logits, expected.logits[:, [0, 5]])
+    full = native(ids)
+    assert torch.equal(routed.train()(ids).logits, full), "training is at full depth"
+    routed.eval().set_routing(0.0)
+    assert routed(ids).exits is None
+    assert torch.equal(routed(ids, logits_to_keep=2).logits, full[:, -2:])
+    assert routed(ids, return_dict=False)[0].shape == full.shape
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_padding_and_packed_documents_are_kept_apart(routed: EaseForCausalLM, ids: torch.Tensor, routing: bool) -> None:
+    if not routing:
+        routed.set_routing(0.0)
+    plain = routed(ids).logits
+    mask = torch.ones(3, 16)
+    mask[:, :4] = 0
+    left = routed(torch.cat([torch.zeros(3, 4).long(), ids], 1), attention_mask=mask).logits[:, 4:]
+    right = routed(torch.cat([ids, torch.zeros(3, 4).long()], 1), attention_mask=mask.flip(1)).logits[:, :12]
+    packed = routed(ids.view(1, -1), position_ids=torch.arange(12).repeat(1, 3)).logits.view(3, 12, V)
+    for other in (left, right, packed):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_that_of_a_stock_model(routed: EaseForCausalLM, ids: torch.Tensor, tmp_path: Path) -> None:
+    ease.save_pretrained(routed.model, tmp_path / "stock")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").train()
+    labels = ids.clone()
+    labels[0, :5] = -100
+    routed.train()
+    for more in ({}, {"num_items_in_batch": 50}):
+        ours, theirs = routed(ids, labels=labels, **more).loss, stock(input_ids=ids, labels=labels, **more).loss
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
+    routed.train()
+
+    def gradients() -> list[torch.Tensor]:
+        routed.zero_grad()
+        routed(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in routed.parameters() if p.grad is not None]
+
+    plain, runs = gradients(), []
+    run = routed.model.run
+    routed.model.run = lambda *args, **options: runs.append(torch.is_grad_enabled()) or run(*args, **options)
+    routed.activation_checkpointing_enable()
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(runs) == 2 * L, "every layer runs again in the backward pass"
+
+
+@pytest.mark.parametrize("what", ["inputs_embeds", "past_key_values", "output_hidden_states"])
+def test_what_forward_cannot_do_is_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
+    with pytest.raises(EaseError, match=what):
+        routed(ids, **{what: torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [((0.9, [1, 3]), "exit_layer 3"), ((1.5, [1]), "routing_threshold"), (([0.1, 0.2], [1]), "one threshold per exit")],
+)
+def test_a_policy_that_the_model_cannot_follow_is_refused(
+    routed: EaseForCausalLM, arguments: tuple[Any, ...], says: str
+) -> None:
+    before = routed.policy
+    with pytest.raises(EaseError, match=says):
+        routed.set_routing(*arguments)
+    assert routed.policy == before
+
+
+def test_exits_are_those_set_before_then_those_trained(native: DeepSupervisionTransformer) -> None:
+    model = EaseForCausalLM.wrap(native)
+    model.set_routing(0.5)
+    assert model.policy == Policy((1, 2), (0.5, 0.5))
+    model.set_routing(0.5, 2)
+    model.set_routing(0.0)
+    model.set_routing(0.7)
+    assert model.policy == Policy((2,), (0.7,))
+    native.trained_exits, model.config.exits = {3}, []
+    with pytest.raises(EaseError, match="name the exits"):
+        model.set_routing(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Generate
+
+
+def by_hand(native: DeepSupervisionTransformer, row: torch.Tensor, steps: int) -> list[int]:
+    for _ in range(steps):
+        row = torch.cat([row, route(native, row[None]).logits[0, -1].argmax()[None]])
+    return row.tolist()
+
+
+def test_generate_is_routed_greedy_decoding_for_every_row_of_a_padded_batch(
+    routed: EaseForCausalLM, native: DeepSupervisionTransformer, ids: torch.Tensor
+) -> None:
+    rows = [ids[0], ids[1][4:], ids[2][9:]]
+    padded = torch.stack([torch.cat([torch.zeros(12 - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([(torch.arange(12) >= 12 - len(r)).long() for r in rows])
+    out = routed.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
+    expected = [by_hand(native, row, 6) for row in rows]
+    assert [o[12 - len(r) :] for o, r in zip(out.tolist(), rows)] == expected
+    routed.set_routing(0.0)
+    assert routed.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False).tolist() != out.tolist()
+
+
+def test_beams_sampling_and_stopping_are_transformers_own(
+    routed: EaseForCausalLM, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    routed.set_routing(0.0)
+    ease.save_pretrained(routed.model, tmp_path / "stock")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    third = int(routed.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
+    for options in ({"num_beams": 3}, {"do_sample": True}, {"eos_token_id": third}):
+        results = []
+        for model in (routed, stock):
+            torch.manual_seed(0)  # of the sampling
+            results.append(model.generate(ids, max_new_tokens=6, pad_token_id=0, **options).tolist())
+        assert results[0] == results[1], options
+
+
+def test_stock_early_exit_works_on_an_export_and_is_refused_here(
+    routed: EaseForCausalLM, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    ease.save_pretrained(routed.model, tmp_path / "stock")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = stock.generate(ids[:1], **options)
+    assert torch.equal(stock.generate(ids[:1], assistant_early_exit=1, **options), plain), "it is exact"
+    with pytest.raises(EaseError, match="set_routing"):
+        routed.generate(ids[:1], assistant_early_exit=1, **options)
+    with pytest.raises(EaseError, match="set_routing"):
+        routed.generate(ids[:1], transformers.GenerationConfig(assistant_early_exit=1))
+    # Its way to shorten a model is to set this, and to leave it set after an error.
+    with pytest.raises(AttributeError):
+        routed.config.num_hidden_layers = 1
+    assert routed.config.num_hidden_layers == L
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Saving, the Auto classes, pipelines
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saving_and_loading_through_the_auto_classes_keeps_weights_and_policy(tmp_path: Path, tied: bool) -> None:
+    native = DeepSupervisionTransformer(V, 32, L, 4, tie_embeddings=tied).eval()
+    native.trained_exits = {1, 3}
+    model = EaseForCausalLM.wrap(native, eos_token_id=1)
+    model.set_routing(0.02, [1])
+    model.save_pretrained(tmp_path)
+    assert isinstance(transformers.AutoConfig.from_pretrained(tmp_path), EaseConfig)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(back) is EaseForCausalLM
+    assert (back.model.output_head.weight is back.model.embedding.weight) == tied
+    for other in (back.model, ease.from_pretrained(tmp_path), EaseForCausalLM.from_pretrained(tmp_path).model):
+        assert all(torch.equal(a, b) for a, b in zip(native.parameters(), other.parameters(), strict=True))
+        assert (other.config, other.trained_exits) == (native.config, {1, 3})
+        assert Policy.of(other.exit_layer, other.routing_threshold) == Policy((1,), (0.02,))
+    assert back.generation_config.eos_token_id == 1
+
+
+def test_a_fresh_config_makes_a_model_with_native_initial_values() -> None:
+    torch.manual_seed(0)
+    native = DeepSupervisionTransformer(V, 32, 2, 4)
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(EaseForCausalLM.wrap(native).config)
+    assert all(torch.equal(a, b) for a, b in zip(native.parameters(), made.model.parameters(), strict=True))
+
+
+def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForCausalLM, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer("byte", [])
+    native = DeepSupervisionTransformer(tokenizer.get_vocab_size(), 32, 2, 4, exit_layer=1, routing_threshold=0.5)
+    ease.save_pretrained(native, tmp_path / "out", tokenizer=tokenizer)
+    model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model.policy == Policy((1,), (0.5,))
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (1, 1, 0)
+
+    pipe = transformers.pipeline(
+        "text-generation", model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    )
+    text = pipe("import json", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("import json")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trainer and LoRA
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Eight rows that count upwards: learned in a few steps."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        row = torch.arange(i, i + 10)
+        return {"input_ids": row, "labels": row}
+
+
+def training(folder: Path, **options: Any) -> Any:
+    return transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        **{"max_steps": 20, "save_strategy": "no"} | options,
+    )
+
+
+def test_the_trainer_trains_evaluates_routed_and_resumes(
+    routed: EaseForCausalLM, native: DeepSupervisionTransformer, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "activation_checkpointing": True}
+    trainer = transformers.Trainer(routed, training(tmp_path, **options), train_dataset=Rows(), eval_dataset=Rows())
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    native.eval()
+    rows = torch.stack([Rows()[i]["input_ids"] for i in range(8)])
+    loss = torch.nn.functional.cross_entropy(route(native, rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    assert after == pytest.approx(loss.item(), rel=1e-4), "evaluation is routed"
+
+    saved = ease.from_pretrained(tmp_path / "checkpoint-4")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), native.parameters(), strict=True))
+    assert saved.routing_threshold == native.routing_threshold
+    fresh = EaseForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    resumed = transformers.Trainer(fresh, training(tmp_path, **options), train_dataset=Rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(fresh.parameters(), native.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# peft reads a name that transformers 5 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_lora_trains_saves_and_merges(
+    routed: EaseForCausalLM, native: DeepSupervisionTransformer, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    weights = {name: p.clone() for name, p in native.named_parameters()}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    model = peft.get_peft_model(routed, config)
+    rows = torch.stack([Rows()[i]["input_ids"] for i in range(8)])
+    before = model.eval()(rows, labels=rows).loss
+    transformers.Trainer(model, training(tmp_path), train_dataset=Rows()).train()
+    model.eval()
+    assert model(rows, labels=rows).loss < before
+    assert model(rows).exits is not None, "LoRA leaves the routing on"
+    assert all(
+        torch.equal(weights[n.replace(".base_layer", "")], p) for n, p in native.named_parameters() if "lora" not in n
+    )
+    logits, generated = model(rows).logits, model.generate(rows[:, :5], max_new_tokens=3)
+
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    assert type(merged) is EaseForCausalLM
+    torch.testing.assert_close(merged(rows).logits, logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(merged.generate(rows[:, :5], max_new_tokens=3), generated)
+    config_json = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config_json["target_modules"]) == {"q_proj", "v_proj"}
