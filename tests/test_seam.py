@@ -95,7 +95,14 @@ class Cumulative(ExitModel):
         return self.table(ids)
 
     def run(
-        self, state: Tensor, first: int, last: int, *, layout: Layout | None = None, active: Tensor | None = None
+        self,
+        state: Tensor,
+        first: int,
+        last: int,
+        *,
+        layout: Layout | None = None,
+        active: Tensor | None = None,
+        cache: None = None,
     ) -> Tensor:
         for _ in range(first, last + 1):
             new = state + state.cumsum(1) / torch.arange(1, state.shape[1] + 1)[:, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -144,6 +144,8 @@ def walk(
     layout: Layout | None = None,
     last: int | None = None,
     read: Callable[[Tensor, Tensor], Tensor] | None = None,
+    wanted: Tensor | None = None,
+    cache: Any = None,
 ) -> Iterator[Stop]:
     """Runs ids (B, T) through the model, stop by stop, until every token has left or layer `last` is done.
 
@@ -152,6 +154,8 @@ def walk(
     Args:
         read: called with the logits (n, V) of some tokens and their places (n,) in `ids.flatten()`; what it
             returns (n, ...) is joined in `Stop.read`. `walk` itself never holds the logits of all tokens at once.
+        wanted: (B, T) tokens whose prediction is wanted; the head of the last exit is asked for no others.
+        cache: what the rows have read before; `ids` are what comes next.
     """
     last = model.num_layers if last is None else last
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
@@ -163,14 +167,16 @@ def walk(
     for layer, threshold in [*steps, (last, 0.0)]:
         if not bool(arrived.any()):
             return
-        state = model.run(state, first, layer, layout=layout, active=arrived)
+        state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
         confidences, readings, asked = [], [], arrived & decides
+        if wanted is not None and layer == last:
+            asked = asked & wanted
         for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
             logits = model.logits(state.flatten(0, 1)[places], layer)
             confidences.append(measure(logits, places))
             if read is not None:
                 readings.append(read(logits, places))
-        confidence = torch.cat(confidences)
+        confidence = torch.cat(confidences) if confidences else state.new_zeros(0)
         # At the end all leave, also those whose confidence is NaN.
         leaves = confidence >= threshold if layer < last else torch.ones_like(confidence, dtype=torch.bool)
         reading = torch.cat(readings) if readings else None

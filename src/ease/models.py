@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.exits import Policy
-from ease.modules import Adapter, Plan, RopeScaling, TransformerBlock
+from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock
 from ease.seam import ExitModel, Layout
 
 
@@ -149,14 +150,38 @@ class StandardTransformer(ExitModel):
         *,
         layout: Layout | None = None,
         active: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         if not 1 <= first <= last <= self.num_layers:
             raise EaseError(f"layers {first}..{last} asked of a model with layers 1..{self.num_layers}")
         c = self.config
+        if cache is not None:
+            return self._run_cached(state, first, last, layout, active, cache)
         plan = Plan.make(state, c.head_size, c.rope_theta, layout, active, c.rope_scaling)
         for layer in self.layers[first - 1 : last]:
             state = layer(state, plan)
         return state
+
+    def _run_cached(
+        self, state: Tensor, first: int, last: int, layout: Layout | None, active: Tensor | None, cache: Cache
+    ) -> Tensor:
+        c = self.config
+        real = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if layout is None else layout.real
+        if first == 1:
+            cache.place(state, real)
+        active = real if active is None else active & real
+        if not bool(active.any()):
+            return state
+        plan = CachedPlan.of(cache, first, active, c.head_size, c.rope_theta, c.rope_scaling)
+        x = plan.start()
+        for number, layer in enumerate(self.layers[first - 1 : last], first):
+            x = layer(x, plan.at(number))
+        return plan.finish(x, state, first, last)
+
+    def new_cache(self, rows: int, capacity: int, key: object = None) -> Cache:
+        """Room for `capacity` tokens in each of `rows` rows; `key` says what for."""
+        c, like = self.config, self.embedding.weight
+        return Cache(c.num_layers, rows, capacity, c.kv_heads, c.head_size, c.dim, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:

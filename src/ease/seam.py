@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class ExitModel(nn.Module, ABC):
         *,
         layout: Layout | None = None,
         active: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Applies layers first..last to the active tokens; the others keep their state.
 
@@ -129,6 +130,8 @@ class ExitModel(nn.Module, ABC):
             layout: positions and segments; by default positions count up and there is one segment.
             active: (B, T), true for tokens still on their way; by default all. Padding is never active.
                 Every token gives keys and values; only active ones ask, mix and pass the feed-forward.
+            cache: what the rows have read before, from `new_cache`; positions then follow from it. The run that
+                starts at layer 1 gives the tokens their places in it.
         """
 
     @abstractmethod

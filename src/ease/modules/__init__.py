@@ -3,6 +3,7 @@
 from ease.modules.adapter import Adapter
 from ease.modules.attention import Attention, Plan, RopeScaling
 from ease.modules.block import TransformerBlock
+from ease.modules.cache import Cache, CachedPlan
 from ease.modules.ffn import FFN
 
-__all__ = ["FFN", "Adapter", "Attention", "Plan", "RopeScaling", "TransformerBlock"]
+__all__ = ["FFN", "Adapter", "Attention", "Cache", "CachedPlan", "Plan", "RopeScaling", "TransformerBlock"]

@@ -71,6 +71,19 @@ class Plan:
         query_rope = (plan.pad(t[:, 0].expand(B, T, head_dim)[rows, cols])[:, None] for t in rope)
         return cls(rope, (next(query_rope), next(query_rope)), mask, rows, cols, slots, width)
 
+    @property
+    def causal(self) -> bool:
+        """Whether every token asks and may look at itself and all before it."""
+        return self.mask is None
+
+    def at(self, layer: int) -> Plan:
+        """The plan for one layer."""
+        return self
+
+    def remember(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """From the keys and values (B, H, T, head_dim) just made, all that queries may look at."""
+        return keys, values
+
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D), the tokens that ask."""
         return x if self.rows is None else x[self.rows, self.cols]
@@ -189,9 +202,9 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, plan: Plan) -> Tensor:
         q = rotate(self.q_norm(self.heads(plan.pad(self.q_proj(plan.gather(h))))), plan.query_rope)
         k = rotate(self.k_norm(self.heads(self.k_proj(h))), plan.rope)
-        v = self.heads(self.v_proj(h))
+        k, v = plan.remember(k, self.heads(self.v_proj(h)))
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=plan.mask, is_causal=plan.mask is None, enable_gqa=self.grouped
+            q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=self.grouped
         )
         out: Tensor = self.o_proj(plan.unpad(mixed.transpose(1, 2).flatten(2)))
         return out

@@ -1,0 +1,439 @@
+"""Generation with a cache, in three ways: full, routed and exact.
+
+- full runs every layer for every token.
+- routed lets each row of the batch leave on its own; only rows still on their way run the deeper layers.
+- exact gives the tokens of full, faster: an exit drafts, then the remaining layers run once over the drafted states and
+  keep what they agree with (self-speculative decoding, Zhang et al. 2023, arXiv:2309.08168; the early layers' states
+  are shared as in LayerSkip, arXiv:2404.16710). No layer runs twice for a token, and rows accept independently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError, check_choice
+from ease.exits import Policy, max_probability, walk
+from ease.models import StandardTransformer
+from ease.seam import Layout, eval_mode
+
+Mode = Literal["full", "routed", "exact"]
+LONGEST_DRAFT = 16
+PROBE_SHARE = 0.02  # of a request's estimated time: what finding the fastest draft exit may waste
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token follows from logits.
+
+    Args:
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
+        top_k: draw among the k likeliest only.
+        top_p: draw among the likeliest that together have this probability (Holtzman et al. 2020).
+        repetition_penalty: logits of tokens seen before are divided by it, or multiplied where negative (Keskar
+            et al. 2019); 1 changes nothing.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, fine, rule in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not fine:
+                raise EaseError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    def penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits (n, V) after the penalty on tokens `seen` (n, V)."""
+        if seen is None:
+            return logits
+        penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, penalised, logits)
+
+    def distribution(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits (n, V) -> the probabilities (n, V) that a token is drawn from; greedy is one token with all of it."""
+        logits = self.penalise(logits, seen)
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None:
+            ordered, order = probabilities.sort(descending=True)
+            outside = ordered.cumsum(1) - ordered >= self.top_p
+            probabilities = probabilities.scatter(1, order, ordered.masked_fill(outside, 0.0))
+        return probabilities / probabilities.sum(1, keepdim=True)
+
+
+class Token(NamedTuple):
+    """What a stream is told of each token as it is decided."""
+
+    row: int
+    token: int
+    exit: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated for B rows, N new tokens at most."""
+
+    tokens: Tensor
+    """(B, N) ids; 0 after a row's stop."""
+    exits: Tensor
+    """(B, N) the exit that each token was predicted at, or in exact mode drafted at; 0 after a row's stop."""
+    confidences: Tensor
+    """(B, N) the confidence of that exit."""
+    stats: dict[str, Any]
+    """tokens, seconds, tokens_per_second, layers_per_token; exact: drafted, accepted, acceptance, draft_exit."""
+
+
+@dataclass
+class Request:
+    """A batch of rows on its way."""
+
+    model: StandardTransformer
+    sampling: Sampling
+    stop: frozenset[int]
+    limit: int
+    cache: Any
+    generator: torch.Generator | None
+    stream: Callable[[Token], None] | None
+    seen: Tensor | None  # (B, V) tokens of the prompt and the answer so far, where a penalty asks for them
+    found: list[list[Token]]
+    layers_run: int = 0
+    current: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) the last token of each row, not yet read
+    running: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) rows that want more
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """(n, V) -> (n,) ids."""
+        if self.sampling.temperature == 0:
+            return probabilities.argmax(1)
+        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+    def take(self, tokens: Tensor, exits: Tensor, confidences: Tensor, counts: Tensor) -> None:
+        """The first counts (B,) of tokens (B, K) belong to the answer; rows that stop are done."""
+        columns = (t.tolist() for t in (tokens, exits, confidences, counts))
+        running = self.running.tolist()
+        for row, (ids, outs, sure, count) in enumerate(zip(*columns, strict=True)):
+            for new in (Token(row, *each) for each in list(zip(ids, outs, sure, strict=True))[:count]):
+                if not running[row]:
+                    break
+                self.found[row].append(new)
+                if self.stream is not None:
+                    self.stream(new)
+                running[row] = new.token not in self.stop and len(self.found[row]) < self.limit
+        self.running = torch.tensor(running, device=tokens.device)
+        last = (counts - 1).clamp(min=0)[:, None]
+        self.current = torch.where(counts > 0, tokens.gather(1, last).squeeze(1), self.current)
+        if self.seen is not None:
+            taken = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+            rows, cols = taken.nonzero(as_tuple=True)
+            self.seen[rows, tokens[rows, cols]] = True
+
+    def step(self, ids: Tensor, real: Tensor, policy: Policy) -> None:
+        """Reads ids (B, T), routed by the policy, and takes the token that follows in each running row."""
+        B, T = ids.shape
+        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        logits = self.model.output_head.weight.new_zeros(B, self.model.output_head.weight.shape[0])
+        exits, confidences = torch.zeros(B, dtype=torch.long, device=ids.device), logits.new_zeros(B)
+        flat = last.flatten()
+
+        def read(chunk: Tensor, places: Tensor) -> Tensor:
+            mine = flat[places]
+            logits[places[mine] // T] = chunk[mine]
+            return mine  # nothing that is kept: a later exit writes over what an earlier one said
+
+        layout = Layout(torch.zeros_like(ids), real.long() - 1)
+        for at in walk(self.model, ids, policy, layout=layout, read=read, wanted=last, cache=self.cache):
+            self.layers_run += (at.layer - at.first + 1) * int(at.arrived.sum())
+            leaving = at.left & last
+            exits[leaving.any(1)] = at.layer
+            sure = logits.new_zeros(B, T).masked_scatter(at.asked, at.confidence)
+            confidences = torch.where(leaving.any(1), (sure * leaving).sum(1), confidences)
+        answers = last.any(1)
+        seen = None if self.seen is None else self.seen[answers]
+        tokens = torch.zeros_like(exits)
+        tokens[answers] = self.draw(self.sampling.distribution(logits[answers], seen))
+        self.take(tokens[:, None], exits[:, None], confidences[:, None], answers.long())
+
+    def draft_and_check(self, exit: int, length: int, patience: float) -> tuple[int, int]:
+        """One round of exact decoding: up to `length` tokens drafted at `exit`, then checked by the layers above.
+
+        A row stops drafting after a token less confident than `patience`. Returns tokens drafted and accepted.
+        """
+        model, sampling, start = self.model, self.sampling, self.cache.length.clone()
+        B, last, drafting, tokens = len(start), model.num_layers, self.running.clone(), self.current
+        seen = None if self.seen is None else self.seen.clone()
+        states, drafts, beliefs, sure, read = [], [], [], [], []
+        for _ in range(length):
+            layout = Layout(torch.zeros(B, 1, dtype=torch.long, device=start.device), drafting.long()[:, None] - 1)
+            state = model.run(model.embed(tokens[:, None]), 1, exit, layout=layout, cache=self.cache)
+            logits = model.logits(state[drafting, 0], exit)
+            belief = sampling.distribution(logits, None if seen is None else seen[drafting])
+            draft, confidence = tokens.clone(), start.new_zeros(B, dtype=logits.dtype)
+            draft[drafting], confidence[drafting] = self.draw(belief), max_probability(logits)
+            states.append(state)
+            drafts.append(draft)
+            sure.append(confidence)
+            read.append(drafting)
+            beliefs.append(belief)
+            tokens = draft
+            if seen is not None:
+                seen = seen.clone()
+                seen[drafting, draft[drafting]] = True
+            drafting = drafting & (confidence >= patience)
+            if not bool(drafting.any()):
+                break
+        K, mine = len(drafts), torch.stack(read, 1)
+        self.layers_run += exit * int(mine.sum()) + (last - exit) * int(mine.sum())
+
+        self.cache.slots = start[:, None] + torch.arange(K, device=start.device)
+        deep = model.run(torch.cat(states, 1), exit + 1, last, active=mine, cache=self.cache)
+        logits = model.logits(deep[mine], last)
+        offered = torch.stack(drafts, 1)
+        truth = sampling.distribution(logits, self._seen_on_the_way(offered, mine))
+        believed = torch.zeros(B, K, truth.shape[1], dtype=truth.dtype, device=truth.device)
+        for k, belief in enumerate(beliefs):
+            believed[read[k], k] = belief
+        settled, agrees = self._settle(offered[mine], believed[mine], truth)
+        answer, accepted = offered.clone(), torch.zeros_like(mine)
+        answer[mine], accepted[mine] = settled, agrees
+        # Agreement counts up to the first token that differs, which is replaced by what full decoding says.
+        leading = accepted.long().cumprod(1).sum(1)
+        counts = torch.minimum(leading + 1, mine.sum(1))
+        self.cache.cut(start + counts)
+        self.take(answer, torch.full_like(answer, exit), torch.stack(sure, 1), counts)
+        return int(mine.sum()), int(leading.sum())
+
+    def _seen_on_the_way(self, offered: Tensor, mine: Tensor) -> Tensor | None:
+        """(M, V) for each drafted token, the tokens seen before it."""
+        if self.seen is None:
+            return None
+        seen, parts = self.seen.clone(), []
+        for k in range(offered.shape[1]):
+            parts.append(seen.clone())
+            seen[mine[:, k], offered[mine[:, k], k]] = True
+        return torch.stack(parts, 1)[mine]
+
+    def _settle(self, offered: Tensor, believed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (M,) that are distributed as `truth` (M, V), and where they are the ones offered.
+
+        An offered token is kept with probability min(1, truth / believed), else one is drawn from what truth has more
+        (Leviathan et al. 2023, arXiv:2211.17192). Greedy is the case of one token with all of the probability.
+        """
+        p, q = (t.gather(1, offered[:, None]).squeeze(1) for t in (truth, believed))
+        if self.sampling.temperature == 0:
+            keep = p > 0
+        else:
+            keep = torch.rand(p.shape, generator=self.generator, device=p.device, dtype=p.dtype) * q < p
+        rest = (truth - believed).clamp(min=0)
+        # Where nothing is left the two are equal, and the offer is kept.
+        instead = self.draw(torch.where(rest.sum(1, keepdim=True) > 0, rest, truth))
+        return torch.where(keep, offered, instead), keep
+
+
+@torch.no_grad()
+def generate(
+    model: StandardTransformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    mode: Mode = "full",
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: int | Sequence[int] = (),
+    seed: int | None = None,
+    stream: Callable[[Token], None] | None = None,
+    draft_exit: int | Literal["auto"] = "auto",
+    draft_confidence: float = 0.3,
+    max_memory: float | None = None,
+) -> Generation:
+    """Continues each of B prompts by up to `max_new_tokens` tokens.
+
+    Args:
+        ids: (B, T) prompts.
+        mode: "full", "routed" by the model's own policy, or "exact".
+        attention_mask: (B, T), true (or 1) for real tokens, on either side of the padding.
+        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`.
+        stop: ids that end a row; they belong to the answer.
+        stream: called with each `Token` as it is decided.
+        draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
+            decoding included.
+        draft_confidence: in exact mode, a row stops drafting after a token less confident than this.
+        max_memory: bytes that the cache may take; a request beyond is refused before it starts.
+
+    Raises:
+        EaseError: for prompts without a token, ids outside the vocabulary, settings out of range, an exit that the
+            model does not have, or a cache that does not fit.
+    """
+    check_choice("mode", mode, ("full", "routed", "exact"))
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    if max_new_tokens < 1:
+        raise EaseError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if real.shape != ids.shape or not bool(real.any(1).all()):
+        raise EaseError("every prompt needs at least one real token, and the mask the shape of the ids")
+    policy = Policy.of(model.exit_layer, model.routing_threshold) if mode == "routed" else Policy()
+    policy.check(model.num_layers)
+    if mode == "exact" and draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
+        raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
+    capacity = int(real.sum(1).max()) + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
+    needed = bytes_per_token(model) * capacity * len(ids)
+    if max_memory is not None and needed > max_memory:
+        raise EaseError(
+            f"a cache for {len(ids)} rows of {capacity} tokens takes {needed / 1e6:.0f} MB, more than the "
+            f"{max_memory / 1e6:.0f} MB allowed: use fewer rows, or fewer tokens"
+        )
+    device = next(model.parameters()).device
+    ids, real = ids.to(device), real.to(device)
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
+        rows, cols = real.nonzero(as_tuple=True)
+        seen[rows, ids[rows, cols]] = True
+    request = Request(
+        model,
+        sampling,
+        frozenset([stop] if isinstance(stop, int) else stop),
+        max_new_tokens,
+        model.new_cache(len(ids), capacity, key=policy),
+        None if seed is None else torch.Generator(device).manual_seed(seed),
+        stream,
+        seen,
+        [[] for _ in ids],
+    )
+    request.running = torch.ones(len(ids), dtype=torch.bool, device=device)
+    request.current = ids[:, -1]
+    start = time.perf_counter()
+    with eval_mode(model):
+        request.step(ids, real, policy)
+        begun = time.perf_counter()
+        drafted = Drafts()
+        if mode == "exact":
+            drafted = exact(request, draft_exit, draft_confidence)
+        while bool(request.running.any()):
+            request.step(request.current[:, None], request.running[:, None], policy)
+    return finish(request, mode, start, begun, drafted)
+
+
+def bytes_per_token(model: StandardTransformer) -> int:
+    """What a cache takes per token: keys and values of every layer, and the state that the token left with."""
+    c = model.config
+    return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
+
+
+@dataclass
+class Drafts:
+    """What exact decoding did."""
+
+    exit: int | None = None  # None: full decoding was the fastest, or nothing was left to draft
+    drafted: int = 0
+    accepted: int = 0
+
+
+def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) -> Drafts:
+    """Drafts and checks until every row is done, or until full decoding is faster."""
+    counts = Drafts()
+    if draft_exit != "auto":
+        counts.exit, length = draft_exit, 4
+        while bool(request.running.any()):
+            length = _round(request, counts, draft_exit, length, patience)
+        return counts
+
+    last = request.model.num_layers
+    exits = [e for e in sorted(request.model.trained_exits) if e < last]
+    full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
+    allowance, pace = PROBE_SHARE * full * request.limit, {}
+    for exit in exits:
+        before, spent, length = _count(request), 0.0, 4
+        for _ in range(3):
+            if not bool(request.running.any()):
+                return counts
+            at = time.perf_counter()
+            length = _round(request, counts, exit, length, patience)
+            spent += time.perf_counter() - at
+            made = _count(request) - before
+            if spent - full * made > allowance:  # what this exit has cost beyond full decoding
+                break
+        pace[exit] = spent / max(1e-9, made)
+        allowance -= max(0.0, spent - full * made)
+        if allowance <= 0:
+            break
+    best = min(pace, key=lambda e: pace[e], default=None)
+    if best is None or pace[best] >= full:
+        return counts
+    counts.exit, length = best, 4
+    before, at = _count(request), time.perf_counter()
+    while bool(request.running.any()):
+        length = _round(request, counts, best, length, patience)
+        spent, made = time.perf_counter() - at, _count(request) - before
+        if spent - full * made > PROBE_SHARE * full * request.limit:  # the text has become harder to draft
+            counts.exit = None
+            break
+    return counts
+
+
+def _round(request: Request, counts: Drafts, exit: int, length: int, patience: float) -> int:
+    """One round; the draft length to go on with: longer while all is accepted, about what is accepted otherwise."""
+    rows = max(1, int(request.running.sum()))
+    drafted, accepted = request.draft_and_check(exit, length, patience)
+    counts.drafted, counts.accepted = counts.drafted + drafted, counts.accepted + accepted
+    return min(LONGEST_DRAFT, length + 1) if accepted == drafted else max(1, round(accepted / rows) + 1)
+
+
+def _count(request: Request) -> float:
+    """New tokens per row that ran, so far."""
+    return sum(map(len, request.found)) / len(request.found)
+
+
+def _pace(request: Request, step: Callable[[], object], steps: int) -> float:
+    """Seconds per step, the fastest of a few."""
+    seconds = []
+    for _ in range(steps):
+        if bool(request.running.any()):
+            at = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - at)
+    return min(seconds, default=0.0)
+
+
+def finish(request: Request, mode: str, start: float, begun: float, drafted: Drafts) -> Generation:
+    """The answers as tensors, with what they took."""
+    end, rows = time.perf_counter(), request.found
+    width = max(map(len, rows))
+    tokens, exits = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    confidences = torch.zeros(len(rows), width)
+    for row, found in enumerate(rows):
+        for column, token in enumerate(found):
+            tokens[row, column], exits[row, column], confidences[row, column] = token[1:]
+    made = sum(map(len, rows))
+    stats: dict[str, Any] = {
+        "tokens": made,
+        "seconds": end - start,
+        "prefill_seconds": begun - start,
+        "tokens_per_second": made / (end - start),
+        "layers_per_token": request.layers_run / max(1, int(request.cache.length.sum())),
+    }
+    if mode == "exact":
+        rate = drafted.accepted / drafted.drafted if drafted.drafted else None
+        stats |= {"draft_exit": drafted.exit, "drafted": drafted.drafted, "accepted": drafted.accepted}
+        stats["acceptance"] = rate
+    return Generation(tokens, exits, confidences, stats)
