@@ -8,6 +8,7 @@ from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
 from ease.evaluation import Scores, score
 from ease.exits import Policy, Routed, route
+from ease.generation import Generation, generate
 from ease.hf import from_pretrained, save_pretrained
 from ease.layerskip import LayerSkipConfig
 from ease.mining import (
@@ -56,6 +57,7 @@ __all__ = [
     "DeepSupervisionTransformer",
     "EaseError",
     "ExitModel",
+    "Generation",
     "LayerSkipConfig",
     "Layout",
     "MinedBatches",
@@ -81,6 +83,7 @@ __all__ = [
     "create_deep_supervision_config",
     "create_standard_config",
     "from_pretrained",
+    "generate",
     "load_corpus",
     "route",
     "save_pretrained",

@@ -1,0 +1,223 @@
+"""Generation: what a batch with a cache gives is what each row alone gives without one, in all three ways."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ease import EaseError, StandardTransformer, generate, route
+from ease.generation import Sampling, Token, bytes_per_token
+
+Make = Callable[..., StandardTransformer]
+PROMPTS, LENGTH = 5, 12
+
+
+def prompts(vocab: int = 256, rows: int = PROMPTS) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths, some padded on the left, some on the right."""
+    ids, mask = torch.randint(vocab, (rows, 9)), torch.ones(rows, 9, dtype=torch.bool)
+    for row in range(rows):
+        missing = int(torch.randint(8, ()))
+        mask[row, : missing if row % 2 else 0] = False
+        mask[row, 9 - missing if row % 2 == 0 else 9 :] = False
+    return ids, mask
+
+
+def alone(model: StandardTransformer, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Full decoding row by row without a cache."""
+    rows = []
+    for row, real in zip(ids, mask):
+        text = row[real][None]
+        for _ in range(steps):
+            text = torch.cat([text, model(text)[:, -1].argmax(-1, keepdim=True)], 1)
+        rows.append(text[0, -steps:])
+    return torch.stack(rows)
+
+
+def test_full_decoding_in_a_batch_is_each_row_on_its_own(tiny: Make) -> None:
+    model, (ids, mask) = tiny(3, sharp=True, num_kv_heads=2).double(), prompts()
+    found = generate(model, ids, LENGTH, attention_mask=mask)
+    assert torch.equal(found.tokens, alone(model, ids, mask, LENGTH))
+    assert found.exits.eq(3).all()
+    assert found.stats["layers_per_token"] == 3
+
+
+@pytest.mark.parametrize("exit", [1, 2, 3])
+@pytest.mark.parametrize("patience", [0.0, 0.2])
+def test_exact_decoding_emits_the_tokens_of_full_decoding(exit: int, patience: float, tiny: Make) -> None:
+    agreed = 0
+    for seed in range(10):
+        model, (ids, mask) = tiny(4, seed=seed, sharp=True).double(), prompts()
+        full = generate(model, ids, LENGTH, attention_mask=mask)
+        found = generate(model, ids, LENGTH, "exact", attention_mask=mask, draft_exit=exit, draft_confidence=patience)
+        assert torch.equal(found.tokens, full.tokens)
+        agreed += found.stats["accepted"]
+    assert agreed, "drafts that are never accepted prove little"
+
+
+def test_auto_is_exact_too_and_says_what_it_chose(trained: StandardTransformer, text: Tensor) -> None:
+    trained, ids = trained.double(), text[:200].long().view(5, 40)
+    full, found = (generate(trained, ids, 60, mode) for mode in ("full", "exact"))
+    assert torch.equal(found.tokens, full.tokens)
+    assert found.stats["draft_exit"] in (None, 1)
+
+
+def test_routed_decoding_is_the_routed_forward(tiny: Make, even_policy: Any) -> None:
+    """Logits' argmax, exits and confidences of every step are those of `route` over the whole sequence."""
+    for seed in range(6):
+        model, (ids, mask) = tiny(5, seed=seed, sharp=True, num_kv_heads=2).double(), prompts()
+        policy = even_policy(model, torch.randint(256, (8, 20)), (1, 3))
+        model.exit_layer, model.routing_threshold = policy.exits, policy.thresholds
+        found = generate(model, ids, LENGTH, "routed", attention_mask=mask)
+        shares = [found.exits.eq(layer).double().mean().item() for layer in (1, 3, 5)]
+        assert min(shares) > 0, f"an exit that no token takes proves nothing: {shares}"
+        for row in range(PROMPTS):
+            text = torch.cat([ids[row][mask[row]], found.tokens[row]])[None]
+            whole = route(model, text[:, :-1])
+            assert torch.equal(whole.exits[0, -LENGTH:], found.exits[row])
+            assert torch.equal(whole.logits[0, -LENGTH:].argmax(-1), found.tokens[row])
+            torch.testing.assert_close(whole.confidences[0, -LENGTH:].float(), found.confidences[row])
+
+
+def test_a_row_does_not_wait_for_another(tiny: Make) -> None:
+    """Only rows still on their way enter the deeper layers' feed-forward."""
+    model, (ids, mask) = tiny(4, sharp=True), prompts()
+    model.exit_layer, model.routing_threshold = 2, 0.3
+    entered: list[int] = []
+    model.layers[3].ffn.register_forward_hook(lambda m, i, out: entered.append(i[0].shape[-2]))
+    found = generate(model, ids, LENGTH, "routed", attention_mask=mask)
+    deep = int(found.exits[:, 1:].eq(4).sum())
+    assert 0 < deep < found.exits[:, 1:].numel()
+    steps = entered[1:] if len(entered) > deep or entered[0] > PROMPTS else entered
+    assert max(steps) <= PROMPTS
+    assert found.stats["layers_per_token"] < 4
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_the_cache_gives_what_the_whole_sequence_gives(data: st.DataObject) -> None:
+    """Any pattern of active tokens, cut into any parts, with padding between them, and tokens taken back."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    B, T = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 14))
+    model = StandardTransformer(11, 16, 5, 4, num_kv_heads=2).double().eval()
+    ids = torch.randint(11, (B, T))
+    active = [torch.ones(B, T, dtype=torch.bool)]
+    for _ in range(2):
+        active.append(active[-1] & (torch.rand(B, T) < data.draw(st.floats(0.1, 0.9))))
+    stages = [(1, 2), (3, 3), (4, 5)]
+    with torch.no_grad():
+        whole = model.embed(ids)
+        for (first, last), mine in zip(stages, active):
+            whole = model.run(whole, first, last, active=mine)
+        cache, at, parts = model.new_cache(B, T), 0, []
+        while at < T:
+            end = data.draw(st.integers(at + 1, T))
+            state = model.embed(ids[:, at:end])
+            for (first, last), mine in zip(stages, active):
+                state = model.run(state, first, last, active=mine[:, at:end], cache=cache)
+            if data.draw(st.booleans()):  # read again what was just read
+                cache.cut(torch.full((B,), at))
+                continue
+            parts.append(state)
+            at = end
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        assert int(cache.filled.max()) <= T
+
+
+@pytest.mark.parametrize("mode", ["full", "routed", "exact"])
+def test_a_row_ends_at_its_stop_and_the_others_go_on(mode: Any, tiny: Make) -> None:
+    model, (ids, mask) = tiny(3, sharp=True).double(), prompts()
+    model.exit_layer, model.routing_threshold = 1, 0.2
+    options = {"attention_mask": mask, "draft_exit": 1}
+    free = generate(model, ids, LENGTH, mode, **options)
+    stop = int(free.tokens[0, 3])
+    told: list[Token] = []
+    found = generate(model, ids, LENGTH, mode, stop=stop, stream=told.append, **options)
+    for row in range(PROMPTS):
+        hits = free.tokens[row].eq(stop).nonzero().flatten().tolist()
+        length = hits[0] + 1 if hits else LENGTH
+        assert torch.equal(found.tokens[row, :length], free.tokens[row, :length])
+        assert not found.tokens[row, length:].any()
+        assert not found.exits[row, length:].any()
+        assert [t.token for t in told if t.row == row] == found.tokens[row, :length].tolist()
+
+
+@pytest.mark.parametrize("mode", ["full", "exact"])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 3}, {"temperature": 1, "top_p": 0.5}]
+)
+def test_sampling_has_the_distribution_of_the_model(mode: Any, options: dict[str, Any], tiny: Make) -> None:
+    """Of 3,000 draws of two tokens, the second's frequencies are the model's given the first: within 5 sigma each."""
+    model = tiny(3, vocab_size=7, sharp=True)
+    ids = torch.tensor([[1, 4, 2]]).expand(3000, 3)
+    found = generate(model, ids, 2, mode, seed=3, draft_exit=1, draft_confidence=0.0, **options).tokens
+    sampling = Sampling(**options)
+    expected = sampling.distribution(model(ids[:1])[:, -1], None)[0]
+    pairs = torch.zeros(7, 7)
+    for first in range(7):
+        if expected[first] > 0:
+            text = torch.tensor([[1, 4, 2, first]])
+            pairs[first] = expected[first] * sampling.distribution(model(text)[:, -1], None)[0]
+    counted = torch.zeros(7, 7).index_put((found[:, 0], found[:, 1]), torch.ones(3000), accumulate=True)
+    sigma = (3000 * pairs * (1 - pairs)).sqrt()
+    assert ((counted - 3000 * pairs).abs() <= 5 * sigma + 3).all()  # 3 for the rare ones
+
+
+def test_sampled_tokens_follow_their_seed(tiny: Make) -> None:
+    model, (ids, _) = tiny(2, sharp=True), prompts()
+    draw = lambda seed: generate(model, ids, 8, temperature=1.0, seed=seed).tokens  # noqa: E731
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_a_penalty_keeps_tokens_from_coming_again(mode: Any, tiny: Make) -> None:
+    model, (ids, mask) = tiny(3, sharp=True).double(), prompts()
+    options = {"attention_mask": mask, "repetition_penalty": 1e9, "draft_exit": 1}
+    found = generate(model, ids, LENGTH, mode, **options)
+    for row in range(PROMPTS):
+        text = [*ids[row][mask[row]].tolist(), *found.tokens[row].tolist()]
+        assert len(set(found.tokens[row].tolist())) == LENGTH
+        assert not set(found.tokens[row].tolist()) & set(text[:-LENGTH])
+    assert torch.equal(found.tokens, generate(model, ids, LENGTH, **options).tokens)
+
+
+def test_top_p_keeps_the_token_that_crosses_it() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    assert torch.allclose(Sampling(1.0, top_p=0.6).distribution(logits, None), torch.tensor([[0.625, 0.375, 0.0]]))
+    assert torch.allclose(Sampling(1.0, top_p=0.5).distribution(logits, None), torch.tensor([[1.0, 0.0, 0.0]]))
+
+
+def test_a_cache_says_what_it_takes_and_is_refused_for_another_use(tiny: Make) -> None:
+    model = tiny(3, num_kv_heads=2)
+    cache = model.new_cache(2, 10, key="routed at 1")
+    stored = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values, cache.states))
+    assert stored == 2 * 10 * bytes_per_token(model)
+    with pytest.raises(EaseError, match="made for routed at 1, not for full"):
+        cache.check("full")
+    with pytest.raises(EaseError, match="room for 10 tokens a row and 11 came"):
+        model.run(model.embed(torch.zeros(2, 11, dtype=torch.long)), 1, 3, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"mode": "fast"}, "mode must be full or routed or exact"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"mode": "exact", "draft_exit": 3}, r"draft_exit must lie in 1\.\.2, got 3"),
+        ({"max_memory": 10.0}, "use fewer rows, or fewer tokens"),
+        ({"attention_mask": torch.zeros(1, 4)}, "at least one real token"),
+        ({"ids": torch.full((1, 4), 999)}, "token ids must lie in"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_sentence(options: dict[str, Any], fix: str, tiny: Make) -> None:
+    with pytest.raises(EaseError, match=fix) as error:
+        generate(tiny(3), **{"ids": torch.zeros(1, 4, dtype=torch.long), "max_new_tokens": 2} | options)
+    assert "\n" not in str(error.value)
