@@ -14,8 +14,8 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -419,3 +419,20 @@ def rouge_l(written: Sequence[str], wanted: Sequence[str]) -> float:
     scorer = RougeScorer(["rougeL"])
     pairs = zip(wanted, written, strict=True)
     return float(np.mean([scorer.score(target, prediction)["rougeL"].fmeasure for target, prediction in pairs]))
+
+
+def cheapest(
+    measure: Callable[[Policy], dict[str, Any]], policies: Iterable[Policy], quality: str = "acc"
+) -> tuple[Policy, list[dict[str, Any]]]:
+    """The policy of fewest FLOPs a token whose `quality` is no worse than without routing; none is one of them, too.
+
+    Args:
+        measure: the figures of a policy, on validation.
+
+    Returns:
+        The policy, and the figures of each that was tried, with the policy's fields as `policy`.
+    """
+    tried = [(policy, measure(policy)) for policy in (Policy(), *policies)]
+    good = [(policy, f) for policy, f in tried if f[quality] >= tried[0][1][quality]]
+    best, _ = min(good, key=lambda pair: pair[1]["flops_per_token"])
+    return best, [{"policy": asdict(policy), **figures} for policy, figures in tried]

@@ -1,0 +1,87 @@
+"""Learn to complete prompts (instructions, summaries): python recipes/tasks/complete.py --data FOLDER --out DIR
+
+FOLDER has train.jsonl, valid.jsonl and test.jsonl with a record {"prompt": ..., "completion": ...} a line. Every exit
+learns the completion's tokens. Validation chooses the cheapest threshold that costs no accuracy; test is scored once,
+by that choice, beside no routing.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+import ease
+from ease import Data, DeepSupervisionConfig, EaseError, Policy, StandardTransformer, score, train
+from ease.checkpoint import run_folder, save_model, write_json
+from ease.runs import choose_device
+from ease.tasks import ExampleBatches, cheapest, completion_figures, load_completion
+from ease.trainer import PrintWatch
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+
+
+def main(
+    data: Path,
+    out: Path = Path("runs/complete"),
+    *,
+    num_layers: int = 6,
+    dim: int = 128,
+    num_heads: int = 4,
+    tokenizer: str = "bpe:2048",
+    seq_len: int = 256,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    max_epochs: int = 30,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train, choose on validation, score the test split; write the run's folder and return its summary.
+
+    Args:
+        data: folder with train.jsonl, valid.jsonl and test.jsonl.
+        out: the run's folder.
+        max_new_tokens: tokens that are written after a prompt at most, where ROUGE-L is measured.
+        overwrite: replace the folder if it holds a run already.
+    """
+    with run_folder(out, overwrite) as folder:
+        task = load_completion(data, tokenizer, seq_len=seq_len)
+        learn = ExampleBatches(task.train, batch_size, shuffle=True, bucket=True, seed=seed)
+        val = ExampleBatches(task.val, batch_size)
+        torch.manual_seed(seed)
+        model = StandardTransformer(task.tokenizer.get_vocab_size(), dim, num_layers, num_heads)
+        config = DeepSupervisionConfig(num_layers=num_layers, lr=lr, max_epochs=max_epochs)
+        where = choose_device(device)
+        for _ in train(model, config.strategy(), Data(learn, val), device=where, watch=lambda _: PrintWatch()):
+            pass
+
+        exits = tuple(range(1, num_layers))
+        policies = [Policy(exits, (threshold,) * len(exits)) for threshold in THRESHOLDS]
+        chosen, tried = cheapest(lambda policy: score(model, val, policy).figures(), policies)
+        summary = {
+            "validation": tried,
+            "test": {
+                name: completion_figures(model, task, task.test, batch_size, policy, max_new_tokens=max_new_tokens)
+                for name, policy in {"no routing": Policy(), "confidence": chosen}.items()
+            },
+        }
+        save_model(folder, model, chosen, ease_version=ease.__version__)
+        task.tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "summary.json", summary)
+    print(f"\ntest split; confidence {chosen.thresholds[0] if chosen.exits else 'is not used'}, chosen on validation")
+    for name, figures in summary["test"].items():
+        print(
+            f"{name:12} ROUGE-L {figures['rouge_l']:.4f}  PPL {figures['ppl']:.3f}  accuracy {figures['acc']:.2%}  "
+            f"leave early {figures['shallow_ratio']:.1%}  FLOPs/token {figures['flops_per_token']:,.0f}"
+        )
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except EaseError as error:
+        sys.exit(f"ease: {error}")
