@@ -1,0 +1,168 @@
+"""lm-evaluation-harness on routed models, with what they cost beside the score.
+
+    python -m ease.lm_eval --model ease --model_args pretrained=DIR,routing_threshold=0.9 --tasks ...
+
+- This registers the model "ease" and hands over to the harness's own command line; every other option is its.
+- Log-likelihoods come from `ease.score`, so padding is never run and no more logits exist than a chunk of tokens has.
+- Generation is that of `EaseForCausalLM`: without a cache each step runs the whole text, and its cost says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ease.errors import EaseError
+from ease.evaluation import score
+from ease.flops import exit_flops, run_flops
+from ease.hf_model import EaseForCausalLM
+from ease.seam import IGNORE, Batch, Layout
+
+Request = tuple[Any, list[int], list[int]]  # what was asked in words, the context's ids, the continuation's ids
+MADE: list[EaseLM] = []
+
+
+@register_model("ease")
+class EaseLM(HFLM):  # type: ignore[misc]
+    """A model of ease for the harness.
+
+    Args:
+        pretrained: a folder or hub name that `EaseForCausalLM.from_pretrained` reads.
+        routing_threshold: confidence at which a token leaves; the model's own policy by default, 0 for no routing.
+        exits: layers after which it may leave, several as "4+8"; the model's own by default.
+        dtype: of the weights, such as "bfloat16"; as they are stored by default.
+        device: where the model runs; the GPU by default, if there is one.
+        options: the further ones of the harness's `hf` model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        routing_threshold: float | None = None,
+        exits: int | str | Sequence[int] | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        weights = getattr(torch, dtype) if dtype not in (None, "auto") else None
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = EaseForCausalLM.from_pretrained(pretrained, dtype=weights)
+        model.to(device)  # type: ignore[arg-type]
+        if routing_threshold is not None:
+            layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
+            model.set_routing(routing_threshold, layers)
+        super().__init__(model, backend="causal", tokenizer=pretrained, **options)
+        self.flops, self.processed, self.predicted, self.layers = 0.0, 0, 0, 0
+        MADE.append(self)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Per request the log-likelihood of its continuation, and whether greedy decoding would write it."""
+        size = override_bs or (self._detect_batch_size() if self.batch_size == "auto" else self.batch_size)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
+        batches = [[requests[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
+        model = self.model.model
+        scores = score(
+            model, tqdm(map(self.batch, batches), total=len(batches), disable=disable_tqdm), self.model.policy
+        )
+        self.flops += scores.flops
+        self.processed += scores.processed
+        self.predicted += len(scores.exits)
+        self.layers += int(scores.exits.sum())
+        lengths = [len(requests[i][2]) for i in order]
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for i, losses, correct in zip(order, scores.losses.split(lengths), scores.correct.split(lengths), strict=True):
+            answers[i] = (-losses.sum().item(), bool(correct.all()))
+            if requests[i][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def batch(self, requests: Sequence[Request]) -> Batch:
+        """The requests as padded rows, in which only continuations are scored."""
+        width = max(len(context) + len(continuation) for _, context, continuation in requests) - 1
+        width = min(width, self.max_length)
+        x = torch.zeros(len(requests), width, dtype=torch.long)
+        y, mask = torch.full_like(x, IGNORE), torch.zeros_like(x)
+        for row, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise EaseError(
+                    f"a continuation of {len(continuation)} tokens does not fit: it must have 1 to {self.max_length} "
+                    "(max_length), so change the task or max_length"
+                )
+            ids = torch.tensor((context + continuation)[-(width + 1) :])
+            x[row, : len(ids) - 1], mask[row, : len(ids) - 1] = ids[:-1], 1
+            y[row, len(ids) - 1 - len(continuation) : len(ids) - 1] = ids[-len(continuation) :]
+        return Batch(x, y, layout=Layout.from_attention_mask(mask))
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.model.register_forward_hook(self.count, with_kwargs=True)
+        try:
+            return super()._model_generate(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    def count(self, model: EaseForCausalLM, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Adds up what one step of generation cost; a row that has ended still waits, and costs, with its batch."""
+        ids = kwargs["input_ids"]
+        mask = kwargs.get("attention_mask")
+        layout = Layout.from_attention_mask(torch.ones_like(ids) if mask is None else mask)
+        config, done = model.model.config, 0
+        exits = layout.real * model.model.num_layers if output.exits is None else output.exits
+        for layer in (*model.policy.exits, model.model.num_layers):
+            arrived = exits >= layer
+            if not bool(arrived.any()):
+                break
+            self.flops += run_flops(config, layer - done, arrived, layout)
+            # Routed, every token is asked at every exit; at full depth only the one whose successor is wanted.
+            heads = output.logits.shape[:2].numel() if output.exits is None else int(arrived.sum())
+            self.flops += exit_flops(config, heads, layer)
+            done = layer
+        self.processed += int(layout.real.sum())
+        self.predicted += len(ids)
+        self.layers += int(exits[:, -1].sum())
+
+    @property
+    def compute(self) -> dict[str, float]:
+        """FLOPs per token that ran, every head included, and the share of the layers that predicted tokens ran."""
+        return {
+            "flops_per_token": self.flops / max(1, self.processed),
+            "layers_run": self.layers / max(1, self.predicted) / self.model.model.num_layers,
+            "tokens_run": self.processed,
+            "tokens_predicted": self.predicted,
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Goes into the harness's results, under `config`."""
+        policy = self.model.policy
+        routing = {"exits": policy.exits, "thresholds": policy.thresholds}
+        return {**super().get_model_info(), "routing": routing, "compute": self.compute}
+
+
+def main() -> int:
+    """The harness's command line; bad input of ease is one sentence on stderr and exit code 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except EaseError as error:
+        print(f"ease: {error}", file=sys.stderr)
+        return 2
+    for lm in MADE:
+        compute, policy = lm.compute, lm.model.policy
+        routed = f"exits {policy.exits} at {policy.thresholds}" if policy.exits else "no routing"
+        print(
+            f"compute ({routed}): {compute['flops_per_token']:,.0f} FLOPs per token, heads included; predicted tokens "
+            f"ran {compute['layers_run']:.1%} of the layers"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
