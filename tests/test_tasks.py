@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ease.checkpoint import load_model
 from ease.data import EOS, load_tokenizer
 from ease.exits import walk
 from ease.flops import head_flops, run_flops
+from ease.generation import generate
 from ease.tasks import (
     Example,
     ExampleBatches,
@@ -34,7 +36,6 @@ from ease.tasks import (
     load_classification,
     load_completion,
     macro_f1,
-    pad,
     predict,
     read_jsonl,
     rouge_l,
@@ -325,23 +326,21 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
     assert rouge_l(["a b", "c"], ["a b", "d"]) == pytest.approx(0.5)
 
 
-@torch.no_grad()
-def test_completions_are_those_of_each_prompt_alone(tiny: Make, even_policy: Callable[..., Policy]) -> None:
-    model = tiny(3, sharp=True).double()
-    prompts = [torch.randint(256, (n,)) for n in (3, 9, 1)]
-    x, layout = pad(prompts)
-    policy = even_policy(model, x, (1, 2), layout)
-    alone = []
-    for prompt in prompts:
-        ids = prompt
-        for _ in range(6):
-            likeliest, _ = predict(model, ids[None], policy=policy)
-            ids = torch.cat([ids, likeliest[0, -1:]])
-        alone.append(ids[len(prompt) :].tolist())
-    assert [end.tolist() for end in complete(model, prompts, max_new_tokens=6, policy=policy)] == alone
-    eos = alone[1][3]
-    cut = [end[: end.index(eos)] if eos in end else end for end in alone]
-    assert [end.tolist() for end in complete(model, prompts, eos=eos, max_new_tokens=6, policy=policy)] == cut
+def test_completions_are_those_of_each_prompt_alone(tiny: Make, write: Write) -> None:
+    record = {"prompt": "a", "completion": "b"}
+    folder = write(train=[record], valid=[{**record, "prompt": "c"}], test=[{**record, "prompt": "d"}])
+    task = load_completion(folder, "byte")
+    model = tiny(3, sharp=True, vocab_size=258).double()
+    model.exit_layer, model.routing_threshold = (1, 2), (0.5, 0.5)
+    prompts = [torch.randint(2, 258, (n,)) for n in (3, 9, 1)]
+    for mode in ("full", "routed"):
+        together = complete(model, task, prompts, mode=mode, max_new_tokens=6)
+        alone = [complete(model, task, [prompt], mode=mode, max_new_tokens=6)[0] for prompt in prompts]
+        assert together == alone
+    # The token that ends a text ends it and is no part of it.
+    first = generate(model, prompts[0][None], 6).tokens[0].tolist()
+    ended = complete(model, replace(task, eos=first[2]), prompts[:1], max_new_tokens=6)
+    assert ended == [task.tokenizer.decode(first[: first.index(first[2])])]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -417,9 +416,10 @@ def test_completions_from_file_to_figure(write: Write, tmp_path: Path) -> None:
     ]
     options = {"num_layers": 3, "dim": 32, "tokenizer": "word", "lr": 5e-3, "max_epochs": 12, "device": "cpu"}
     test = recipe("complete").main(split(write, records), tmp_path / "run", max_new_tokens=8, **options)["test"]
-    assert test["no routing"]["rouge_l"] > 0.95
-    assert test["confidence"]["rouge_l"] > 0.95
-    assert test["confidence"]["shallow_ratio"] > 0.3
+    assert test["full"]["rouge_l"] > 0.95
+    assert test["full"]["shallow_ratio"] == 0
+    assert test["routed"]["rouge_l"] > 0.95
+    assert test["routed"]["shallow_ratio"] > 0.3
     assert load_model(tmp_path / "run")[0].num_layers == 3
 
 

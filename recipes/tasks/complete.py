@@ -61,20 +61,19 @@ def main(
         exits = tuple(range(1, num_layers))
         policies = [Policy(exits, (threshold,) * len(exits)) for threshold in THRESHOLDS]
         chosen, tried = cheapest(lambda policy: score(model, val, policy).figures(), policies)
-        summary = {
-            "validation": tried,
-            "test": {
-                name: completion_figures(model, task, task.test, batch_size, policy, max_new_tokens=max_new_tokens)
-                for name, policy in {"no routing": Policy(), "confidence": chosen}.items()
-            },
+        model.exit_layer, model.routing_threshold = chosen.exits or 1, chosen.thresholds or 0.0
+        test = {
+            mode: completion_figures(model, task, task.test, batch_size, mode=mode, max_new_tokens=max_new_tokens)
+            for mode in ("full", "routed")
         }
+        summary = {"validation": tried, "test": test}
         save_model(folder, model, chosen, ease_version=ease.__version__)
         task.tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "summary.json", summary)
     print(f"\ntest split; confidence {chosen.thresholds[0] if chosen.exits else 'is not used'}, chosen on validation")
     for name, figures in summary["test"].items():
         print(
-            f"{name:12} ROUGE-L {figures['rouge_l']:.4f}  PPL {figures['ppl']:.3f}  accuracy {figures['acc']:.2%}  "
+            f"{name:6}  ROUGE-L {figures['rouge_l']:.4f}  PPL {figures['ppl']:.3f}  accuracy {figures['acc']:.2%}  "
             f"leave early {figures['shallow_ratio']:.1%}  FLOPs/token {figures['flops_per_token']:,.0f}"
         )
     return summary

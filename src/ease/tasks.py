@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from ease.data import EOS, train_tokenizer
 from ease.errors import EaseError
 from ease.evaluation import score
 from ease.exits import Policy, walk
+from ease.generation import generate
+from ease.models import StandardTransformer
 from ease.seam import IGNORE, Batch, ExitModel, Layout, eval_mode
 
 if TYPE_CHECKING:
@@ -364,48 +366,41 @@ def classification_figures(model: ExitModel, batches: ExampleBatches, policy: Po
 
 
 def complete(
-    model: ExitModel,
+    model: StandardTransformer,
+    task: Task,
     prompts: Sequence[Tensor],
     *,
-    eos: int | None = None,
+    mode: Literal["full", "routed"] = "full",
     max_new_tokens: int = 64,
-    policy: Policy | None = None,
-) -> list[Tensor]:
-    """The likeliest completion of each prompt (T_i,), token by token, up to `eos` or `max_new_tokens`.
-
-    All prompts are one batch. Every step routes the whole rows again; nothing is cached.
-    """
-    device = next(model.parameters()).device
-    rows, going = [prompt.long().to(device) for prompt in prompts], list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        x, layout = pad([rows[i] for i in going])
-        likeliest, _ = predict(model, x.to(device), layout.to(device), policy)
-        for at, i in enumerate(going):
-            rows[i] = torch.cat([rows[i], likeliest[at, len(rows[i]) - 1][None]])
-        going = [i for i in going if int(rows[i][-1]) != eos]
-        if not going:
-            break
-    ends = [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
-    return [end[:-1] if len(end) and int(end[-1]) == eos else end for end in ends]
+) -> list[str]:
+    """The likeliest completion of each prompt (T_i,), as one batch; "routed" is by the model's own policy."""
+    x, layout = pad(prompts)
+    stop = () if task.eos is None else task.eos
+    made = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=stop)
+    rows = [tokens[(exits > 0) & (tokens != task.eos)].tolist() for tokens, exits in zip(made.tokens, made.exits)]
+    return [task.tokenizer.decode(row) for row in rows]
 
 
 def completion_figures(
-    model: ExitModel,
+    model: StandardTransformer,
     task: Task,
     examples: Sequence[Example],
     batch_size: int,
-    policy: Policy | None = None,
     *,
+    mode: Literal["full", "routed"] = "full",
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """`Scores.figures` over the completions' tokens, and `rouge_l` of what the model writes after each prompt."""
+    """`Scores.figures` over the completions' tokens, and `rouge_l` of what the model writes after each prompt.
+
+    "routed" is by the model's own policy.
+    """
     written, wanted = [], []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         prompts = [e.ids[: int((e.targets == IGNORE).sum()) + 1] for e in part]
-        ends = complete(model, prompts, eos=task.eos, max_new_tokens=max_new_tokens, policy=policy)
-        written += [task.tokenizer.decode(end.tolist()) for end in ends]
+        written += complete(model, task, prompts, mode=mode, max_new_tokens=max_new_tokens)
         wanted += [task.tokenizer.decode(e.targets[e.targets != IGNORE].tolist()) for e in part]
+    policy = Policy.of(model.exit_layer, model.routing_threshold) if mode == "routed" else Policy()
     figures = score(model, ExampleBatches(examples, batch_size), policy).figures()
     return {**figures, "rouge_l": rouge_l(written, wanted)}
 
