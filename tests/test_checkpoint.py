@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ease.checkpoint import load_model, run_folder, save_model
 from ease.errors import EaseError
 from ease.exits import Policy, route
 from ease.models import StandardTransformer
+from ease.modules import RopeScaling
 
 
 @pytest.fixture
@@ -22,14 +24,17 @@ def model() -> StandardTransformer:
     return model.eval()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, tied: bool) -> None:
-    model = StandardTransformer(40, 16, 3, 2, tie_embeddings=tied, num_kv_heads=1, hidden_dim=24).eval()
+@pytest.mark.parametrize(
+    "options", [{"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True, "rope_scaling": RopeScaling(8, 1, 4, 16)}]
+)
+def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = StandardTransformer(40, 16, 3, 2, num_kv_heads=1, hidden_dim=24, **options).eval()
     model.trained_exits = {1, 3}
     save_model(tmp_path, model, Policy((1,), (0.03,)), run={"seed": 3})
     back, config = load_model(tmp_path)
     ids = torch.randint(0, 40, (2, 9))
     assert torch.equal(model(ids), back(ids))
+    assert back.config == model.config
     assert (back.exit_layer, back.routing_threshold) == ([1], [0.03])
     assert torch.equal(route(model, ids, 1, 0.03).exits, route(back, ids).exits)
     assert back.trained_exits == {1, 3}

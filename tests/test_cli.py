@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import ease
 from ease import STRATEGIES, runs
@@ -142,6 +143,9 @@ def test_export_writes_what_transformers_loads_and_ease_reads_back(made: Path, t
     with torch.no_grad():
         torch.testing.assert_close(stock(**tokens).logits, model(tokens["input_ids"]), rtol=1e-4, atol=1e-4)
     assert (stock.config.max_position_embeddings, stock.config.eos_token_id) == (16, 1)
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    assert main(["export", str(made), str(tmp_path / "chat"), "--tokenizer", str(out)]) == 0
+    assert (tmp_path / "chat" / "chat_template.jinja").is_file()
 
 
 SHORT = ["--data.seq-len", "16", "--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"]
@@ -174,6 +178,20 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     assert main(["tune", str(out), "--exits", "2", *data, "--overwrite", "--max-epochs", "1"]) == 0
     assert main(["export", str(out), str(tmp_path / "back")]) == 0
     assert ease.from_pretrained(tmp_path / "back").exit_layer == [2]
+
+
+@pytest.mark.parametrize("mode", ["full", "routed", "exact"])
+def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", str(made), "--prompt", "import ", "--max-new-tokens", "9", "--mode", mode, "--threshold", "0.1"]
+    assert main(args) == 0
+    shown = capsys.readouterr()
+    model, tokenizer = load_model(made)[0], Tokenizer.from_file(str(made / "tokenizer.json"))
+    model.exit_layer, model.routing_threshold = 1, 0.1
+    ids = torch.tensor([tokenizer.encode("import ").ids])
+    answer = ease.generate(model, ids, 9, mode, stop=tokenizer.token_to_id("<eos>"))  # type: ignore[arg-type]
+    assert shown.out == "import " + tokenizer.decode(answer.tokens[0].tolist()) + "\n"
+    assert f"{answer.tokens.numel()} tokens" in shown.err
+    assert "layer " in shown.err
 
 
 def test_ashem_grows_on_a_checkpoint(made: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
@@ -225,6 +243,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["report"], "no run given"),
         (["export", "no/such/run", "out"], "no run folder"),
         (["tune", "--exits", "1"], "name the checkpoint first"),
+        (["generate", "no/such/model", "--prompt", "x"], "no folder no/such/model"),
         (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
         (["run", "tune", "--out", "new"], "name a checkpoint with --start"),
     ],

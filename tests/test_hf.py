@@ -334,6 +334,9 @@ def test_the_tokenizer_goes_along_with_its_special_tokens(tmp_path: Path) -> Non
     assert (loaded.config.eos_token_id, loaded.generation_config.eos_token_id) == (1, 1)
     assert (loaded.config.pad_token_id, loaded.config.bos_token_id) == (0, None)
 
+    ease.save_pretrained(model, tmp_path / "other", tokenizer=tokenizer, eos=tokenizer.token_to_id("x"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "other").eos_token == "x"
+
     # From folder to folder everything goes as it is.
     (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
     ease.save_pretrained(ease.from_pretrained(tmp_path / "out"), tmp_path / "two", tokenizer=tmp_path / "out")

@@ -236,7 +236,7 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     tokenizer = train_tokenizer("byte", [])
     native = DeepSupervisionTransformer(tokenizer.get_vocab_size(), 32, 2, 4, exit_layer=1, routing_threshold=0.5)
     ease.save_pretrained(native, tmp_path / "out", tokenizer=tokenizer)
-    model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert model.policy == Policy((1,), (0.5,))
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (1, 1, 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ease import Layout, StandardTransformer
-from ease.modules import FFN, Attention, Plan, TransformerBlock
+from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock
 from ease.modules.attention import rotary, rotate
 
 Make = Callable[..., StandardTransformer]
@@ -148,3 +148,25 @@ def test_there_are_no_biases_and_llama_s_names() -> None:
     x, ffn = torch.randn(3, 8), FFN(8, 16)
     gate = ffn.gate_proj(x)
     torch.testing.assert_close(ffn(x), ffn.down_proj(gate * gate.sigmoid() * ffn.up_proj(x)))
+
+
+def test_scaled_rotary_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+    turns = torch.tensor([10.0, 4.0, 2.5, 1.0, 0.1])  # of a pair of dimensions within the original 64 positions
+    frequencies = turns * 2 * torch.pi / 64
+    kept = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0])
+    torch.testing.assert_close(scaling(frequencies), frequencies * (kept + (1 - kept) / 8))
+
+
+def test_with_biases_and_norms_active_tokens_get_what_they_get_among_all() -> None:
+    layer = TransformerBlock(32, 4, 2, 8, 48, 1e-5, 0.0, qkv_bias=True, qk_norm=True).double()
+    with torch.no_grad():
+        for name, weight in layer.named_parameters():
+            if "bias" in name or "q_norm" in name or "k_norm" in name:
+                weight.uniform_(0.5, 1.5)
+    x = torch.randn(2, T, 32, dtype=torch.float64)
+    active = torch.rand(2, T) < 0.5
+    active[0, 0] = True
+    every, some = layer(x, plan(x)), layer(x, plan(x, active=active))
+    torch.testing.assert_close(some[active], every[active])
+    assert torch.equal(some[~active], x[~active])

@@ -16,9 +16,10 @@ usage: ease COMMAND ...
 
   ease run RECIPE [--data D] [--out DIR] [overrides]   train, compare, score, write a run folder
   ease tune CHECKPOINT --exits 8,16 [--data D] [--out DIR]   give exits to a finished model, whose backbone stays
+  ease generate MODEL --prompt TEXT [--mode M]         continue a text, its tokens coloured by exit
   ease eval RUN [--threshold T ...]                    score a run's model on its test split, routed at T
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
-  ease export RUN DIR [--overwrite]                    write a run's model as stock transformers loads it
+  ease export RUN DIR [--tokenizer C] [--overwrite]    write a run's model as stock transformers loads it
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
 """
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": run,
         "tune": tune,
+        "generate": generate,
         "eval": evaluate,
         "report": report,
         "export": export,
@@ -212,6 +214,101 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# ease generate
+
+COLOURS = ("green", "cyan", "blue", "magenta", "red", "yellow")
+
+
+def generate(args: list[str]) -> None:
+    from typing import Literal
+
+    import torch
+    import tyro
+    from rich.console import Console
+    from rich.text import Text
+    from tokenizers.decoders import DecodeStream
+
+    import ease
+    from ease.generation import Token
+    from ease.runs import choose_device, load_start
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Continue a text and show at which exit each token was decided."""
+
+        model: tyro.conf.Positional[str]
+        """Folder of a run, or a Llama-family checkpoint (a folder, or a name on the Hugging Face hub)."""
+        prompt: str
+        """The text to continue."""
+        mode: Literal["full", "routed", "exact"] = "routed"
+        """Every layer; leave where an exit is sure; or draft at an exit and check, which gives the tokens of full."""
+        max_new_tokens: int = 100
+        """Tokens to add at most."""
+        threshold: float | None = None
+        """Confidence in [0, 1] at which a token leaves, at every exit (the model's own policy by default)."""
+        draft_exit: int | None = None
+        """In mode exact, the exit that drafts (the fastest, as measured on the way, by default)."""
+        temperature: float = 0.0
+        """0 takes the likeliest token; otherwise one is drawn."""
+        top_k: int | None = None
+        """Draw among the k likeliest only."""
+        top_p: float | None = None
+        """Draw among the likeliest that together have this probability."""
+        repetition_penalty: float = 1.0
+        """Above 1 makes tokens that came before less likely."""
+        seed: int | None = None
+        """Of the draws."""
+        device: str = "auto"
+        """auto, cpu, cuda or mps."""
+
+    given = tyro.cli(Arguments, args=args, prog="ease generate")
+    model, tokenizer, eos = load_start(given.model)
+    model.to(choose_device(given.device))
+    if given.threshold is not None:
+        exits = ease.Policy.of(model.exit_layer, model.routing_threshold).exits or sorted(model.trained_exits)[:-1]
+        if not exits:
+            raise EaseError(f"{given.model} has no exits to route at: leave out --threshold, or tune it first")
+        model.exit_layer, model.routing_threshold = tuple(exits), (given.threshold,) * len(exits)
+    ids = tokenizer.encode(given.prompt).ids
+    if not ids:
+        raise EaseError("the prompt is empty: give it a few words")
+
+    console, stream = Console(highlight=False), DecodeStream(skip_special_tokens=True)
+    colours: dict[int, str] = {}
+
+    def show(token: Token) -> None:
+        colour = colours.setdefault(token.exit, COLOURS[len(colours) % len(COLOURS)])
+        if piece := stream.step(tokenizer, token.token):
+            console.print(Text(piece, style=colour), end="", soft_wrap=True)
+
+    console.print(Text(given.prompt), end="", soft_wrap=True)
+    answer = ease.generate(
+        model,
+        torch.tensor([ids]),
+        given.max_new_tokens,
+        given.mode,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        repetition_penalty=given.repetition_penalty,
+        stop=() if eos is None else eos,
+        seed=given.seed,
+        stream=show,
+        draft_exit="auto" if given.draft_exit is None else given.draft_exit,
+    )
+    console.print()
+    shares = [(exit, answer.exits.eq(exit).double().mean().item()) for exit in sorted(colours)]
+    where = ", ".join(f"[{colours[exit]}]layer {exit}: {share:.0%}[/]" for exit, share in shares)
+    stats = answer.stats
+    Console(stderr=True, highlight=False).print(
+        f"{stats['tokens']} tokens, {stats['tokens_per_second']:.1f} a second; decided at {where}; "
+        f"{stats['layers_per_token']:.1f} of {model.num_layers} layers run a token"
+        + (f"; {stats['acceptance']:.0%} of the drafts accepted" if stats.get("acceptance") is not None else ""),
+        soft_wrap=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
 # ease eval, ease report, ease export
 
 
@@ -279,22 +376,28 @@ def export(args: list[str]) -> None:
     from ease.hf import save_pretrained
 
     def export_(
-        run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], overwrite: bool = False
-    ) -> tuple[Path, Path, bool]:
+        run: tyro.conf.Positional[Path],
+        folder: tyro.conf.Positional[Path],
+        tokenizer: str | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, Path, str | None, bool]:
         """Write a run's model and tokenizer as a folder that stock transformers loads.
 
         Args:
             run: the run's folder.
             folder: where to write; exits and policy lie in its subfolder ease/.
+            tokenizer: a checkpoint whose tokenizer files and special tokens go along, chat template included (the
+                run's own tokenizer by default).
             overwrite: replace the folder if it holds a checkpoint or a run already.
         """
-        return run, folder, overwrite
+        return run, folder, tokenizer, overwrite
 
-    run, folder, overwrite = tyro.cli(export_, args=args, prog="ease export")
+    run, folder, tokenizer, overwrite = tyro.cli(export_, args=args, prog="ease export")
     model, config = load_model(run)
     if model.config.max_positions is None:
         model.config = replace(model.config, max_positions=config["run"]["data"]["seq_len"])
-    save_pretrained(model, folder, tokenizer=load_tokenizer(run / "tokenizer.json"), overwrite=overwrite)
+    own = load_tokenizer(run / "tokenizer.json")
+    save_pretrained(model, folder, tokenizer=tokenizer or own, eos=config["data"].get("eos"), overwrite=overwrite)
     print(f"The checkpoint: {folder}")
 
 

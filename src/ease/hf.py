@@ -28,7 +28,7 @@ from ease.data import load_tokenizer as read_tokenizer
 from ease.errors import EaseError
 from ease.exits import Policy
 from ease.hf_config import read_config, write_config
-from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -296,6 +296,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    eos: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that stock `AutoModelForCausalLM.from_pretrained` loads with the same final-exit logits.
@@ -306,6 +307,7 @@ def save_pretrained(
     Args:
         tokenizer: a `tokenizers.Tokenizer`, or the folder of a checkpoint whose tokenizer, generation settings and
             special tokens are carried over.
+        eos: the id that ends a text, for a `Tokenizer` in which it is not `<eos>`.
         overwrite: replace the folder if it holds a checkpoint or a run.
 
     Raises:
@@ -317,7 +319,7 @@ def save_pretrained(
     stock, exits = _split(model)
     policy = Policy.of(model.exit_layer, model.routing_threshold)
     with run_folder(Path(folder), overwrite) as partial:
-        token_ids = _write_tokenizer(partial, tokenizer, model.config)
+        token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
         config = write_config(model.config, token_ids, next(model.parameters()).dtype)
         # What config.json has no word for, so that the very same shape comes back.
         carried, shape = asdict(read_config(config)), asdict(model.config)
@@ -336,7 +338,7 @@ def save_pretrained(
 
 
 def _write_tokenizer(
-    folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None, config: ModelConfig
+    folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None, eos: int | None, max_positions: int | None
 ) -> dict[str, Any]:
     """Writes the tokenizer's files and generation_config.json; returns the ids of its special tokens."""
     if isinstance(tokenizer, str | os.PathLike):
@@ -349,7 +351,7 @@ def _write_tokenizer(
 
     token_ids: dict[str, Any] = {}
     if tokenizer is not None:
-        special = {"eos": EOS, "pad": PAD}
+        special = {"eos": (None if eos is None else tokenizer.id_to_token(eos)) or EOS, "pad": PAD}
         ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
         token_ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -360,7 +362,7 @@ def _write_tokenizer(
                 "clean_up_tokenization_spaces": False,
                 "split_special_tokens": True,  # as in ease, a text that says "<eos>" does not end
                 **{f"{name}_token": token for name, token in special.items() if f"{name}_token_id" in token_ids},
-                **({} if config.max_positions is None else {"model_max_length": config.max_positions}),
+                **({} if max_positions is None else {"model_max_length": max_positions}),
             },
         )
     write_json(folder / "generation_config.json", token_ids)

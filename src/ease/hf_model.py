@@ -115,13 +115,15 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Self:
         """Reads a folder of this class as transformers does, and any checkpoint that `ease.from_pretrained` reads.
 
-        Of the latter the arguments are `dtype` and `device`.
+        Of the latter the arguments are `dtype` (a torch dtype, its name or "auto") and `device`.
         """
         folder = checkpoint_folder(pretrained_model_name_or_path)
         raw = read_json(folder / "config.json")
         if raw.get("model_type") == NATIVE:
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
             return loaded
+        if isinstance(name := kwargs.get("dtype"), str):
+            kwargs["dtype"] = None if name == "auto" else getattr(torch, name)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         model = cls.wrap(from_pretrained(folder, **kwargs), **{name: raw.get(name) for name in names})
         if (folder / "generation_config.json").is_file():

@@ -46,13 +46,12 @@ class EaseLM(HFLM):  # type: ignore[misc]
         pretrained: str,
         routing_threshold: float | None = None,
         exits: int | str | Sequence[int] | None = None,
-        dtype: str | None = None,
+        dtype: str = "auto",
         device: str | None = None,
         **options: Any,
     ) -> None:
-        weights = getattr(torch, dtype) if dtype not in (None, "auto") else None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = EaseForCausalLM.from_pretrained(pretrained, dtype=weights)
+        model = EaseForCausalLM.from_pretrained(pretrained, dtype=dtype)
         model.to(device)  # type: ignore[arg-type]
         if routing_threshold is not None:
             layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
