@@ -320,7 +320,7 @@ def run(
     return summary
 
 
-def load_start(name: str, dtype: str) -> tuple[StandardTransformer, Tokenizer, int | None]:
+def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, Tokenizer, int | None]:
     """The model to start from, its tokenizer, and the id that ends a text."""
     folder = Path(name)
     if (folder / "summary.json").is_file():
