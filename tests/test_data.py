@@ -105,7 +105,7 @@ def test_unknown_tokenizers_are_refused_before_reading(spec: str, cache: Path) -
 
 def test_long_texts_are_tokenized_in_pieces_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CHUNK_CHARS", 10)
-    ids = data._encode(BPE, [TEXT, "no line end", ""])
+    ids = data.encode(BPE, [TEXT, "no line end", ""], BPE.token_to_id(data.EOS))
     assert ids[-1] == 1
     assert (ids == 1).sum() == 3
     assert BPE.decode(ids.tolist()) == TEXT + "no line end"

@@ -98,7 +98,7 @@ def load_corpus(
     if max_tokens is not None and max_tokens < 1:
         raise EaseError(f"max_tokens is {max_tokens}: give at least 1, or None for all of train")
 
-    hub = _hub_name(source)
+    hub = hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()
     splits = None if remote else read_splits(source, max_tokens)
     identity = [f"{CACHE_VERSION} {spec} {max_tokens}", *([given.to_str(), str(eos)] if given else [])]
@@ -112,7 +112,7 @@ def load_corpus(
         with _spinner(f"tokenizing {source} ({spec})"):
             trained = given or train_tokenizer(spec, splits["train"])
             end = eos if given else trained.token_to_id(EOS)
-            stored = {split: _encode(trained, splits[split], end) for split in SPLITS}
+            stored = {split: encode(trained, splits[split], end) for split in SPLITS}
         stored["train"] = stored["train"][:max_tokens]
         stored["tokenizer"] = np.array(trained.to_str())
         stored["hash"] = np.array(_digest(identity + _flat(splits)))
@@ -207,7 +207,7 @@ def read_splits(source: str | os.PathLike[str], max_tokens: int | None = None) -
     Raises EaseError if the source is unknown, cannot be read, or leaves a split without text.
     """
     source = os.fspath(source)
-    hub = _hub_name(source)
+    hub = hub_name(source)
     if source == "stdlib":
         splits = _read_stdlib()
     elif hub:
@@ -297,7 +297,7 @@ def _read_text(path: Path, errors: str = "strict") -> str:
         raise EaseError(f"cannot read {path} as UTF-8 ({error}): convert it or use another file") from error
 
 
-def _hub_name(source: str) -> tuple[str, str | None] | None:
+def hub_name(source: str) -> tuple[str, str | None] | None:
     """The arguments of `load_dataset`, or None for a source that is not read through `datasets`."""
     if source in WIKITEXT:
         return WIKITEXT[source]
@@ -309,14 +309,29 @@ def _hub_name(source: str) -> tuple[str, str | None] | None:
 
 
 def _read_hub(name: str, config: str | None, max_tokens: int | None) -> dict[str, list[str]]:
+    with reading(name):
+        found = open_data_set(name, config)
+        rows = {split: text_column(name, found[split]) for split in found}
+        splits = _assign(name, rows, math.inf if max_tokens is None else CHARS_PER_TOKEN * max_tokens)
+    if name == WIKITEXT["wikitext-2"][0]:  # its rows are the lines of one text
+        return {split: ["".join(lines)] for split, lines in splits.items()}
+    return splits
+
+
+def open_data_set(name: str, config: str | None = None, **options: Any) -> Any:
+    """`datasets.load_dataset`, as a stream: split -> rows. To be used inside `reading`."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise EaseError(f"reading {name} needs Hugging Face datasets: pip install 'ease-lego[hf]'") from None
+    return datasets.load_dataset(name, config, streaming=True, **options)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever goes wrong in `datasets` inside becomes one sentence about `name`."""
     try:
-        found = datasets.load_dataset(name, config, streaming=True)
-        rows = {split: _texts(name, found[split]) for split in found}
-        splits = _assign(name, rows, math.inf if max_tokens is None else CHARS_PER_TOKEN * max_tokens)
+        yield
     except EaseError:
         raise
     except Exception as error:  # the hub's, the network's and the builders' errors share no base class
@@ -325,12 +340,10 @@ def _read_hub(name: str, config: str | None, max_tokens: int | None) -> dict[str
             f"cannot read {name} through Hugging Face datasets ({reason}): check the name and the network, "
             "or use a local folder with train.txt and valid.txt (--data DIR) or --data stdlib"
         ) from error
-    if name == WIKITEXT["wikitext-2"][0]:  # its rows are the lines of one text
-        return {split: ["".join(lines)] for split, lines in splits.items()}
-    return splits
 
 
-def _texts(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def text_column(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The column "text" of rows; every line end is a newline."""
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise EaseError(f"{name} has no text in a column 'text' (only {', '.join(row)}): use another")
@@ -446,7 +459,7 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
-def _encode(tok: Tokenizer, texts: list[str], eos: int | None) -> np.ndarray[Any, np.dtype[np.int32]]:
+def encode(tok: Tokenizer, texts: list[str], eos: int | None) -> np.ndarray[Any, np.dtype[np.int32]]:
     """All texts in one row of ids, `eos` after each."""
     end = np.array([] if eos is None else [eos], np.int32)
     parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []

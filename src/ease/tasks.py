@@ -375,9 +375,9 @@ def complete(
 ) -> list[str]:
     """The likeliest completion of each prompt (T_i,), as one batch; "routed" is by the model's own policy."""
     x, layout = pad(prompts)
-    stop = () if task.eos is None else task.eos
-    made = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=stop)
-    rows = [tokens[(exits > 0) & (tokens != task.eos)].tolist() for tokens, exits in zip(made.tokens, made.exits)]
+    eos = -1 if task.eos is None else task.eos
+    made = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=eos)
+    rows = [tokens[(exits > 0) & (tokens != eos)].tolist() for tokens, exits in zip(made.tokens, made.exits)]
     return [task.tokenizer.decode(row) for row in rows]
 
 

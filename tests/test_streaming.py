@@ -1,0 +1,233 @@
+"""Streams: what a packed row holds, what is held out, bounded buffers, and exact resumption anywhere."""
+
+import copy
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ease import Batch, Data, EaseError, StandardConfig, StandardTransformer, score, train
+from ease.streaming import Packer, Stream, StreamBatches, batch_of, load_stream
+
+datasets = pytest.importorskip("datasets")
+Make = Callable[..., StandardTransformer]
+OPTIONS: dict[str, Any] = {"seq_len": 16, "batch_size": 3, "epoch_batches": 5, "held_out": 4, "buffer": 8}
+
+
+def text(i: int) -> str:
+    return f"<{i}> " + "ab cd ef "[: i % 10] * (1 + i % 7)
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """60 documents in three files."""
+    for part in range(3):
+        rows = [{"text": text(i), "n": i} for i in range(20 * part, 20 * part + 20)]
+        path = tmp_path / f"part{part}.{request.param}"
+        if request.param == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(path, batch_size=7)
+    return str(tmp_path / f"*.{request.param}")
+
+
+def segments(batches: Any) -> list[tuple[list[int], list[int]]]:
+    """Ids and targets of each segment, row by row; positions are checked on the way."""
+    found = []
+    for x, y, *_, layout in batches:
+        for row in range(len(x)):
+            for segment in layout.segments[row].unique().tolist():
+                mine = layout.segments[row] == segment
+                if segment == -1:
+                    assert (y[row][mine] == -100).all()
+                    continue
+                assert layout.positions[row][mine].tolist() == list(range(int(mine.sum())))
+                found.append((x[row][mine].tolist(), y[row][mine].tolist()))
+    return found
+
+
+def same(a: Batch, b: Batch) -> bool:
+    assert a.layout is not None
+    assert b.layout is not None
+    pairs = ((a.x, b.x), (a.y, b.y), (a.layout.positions, b.layout.positions), (a.layout.segments, b.layout.segments))
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_rows_are_full_and_documents_are_segments() -> None:
+    made = [torch.arange(100 * i, 100 * i + n, dtype=torch.int32) for i, n in enumerate((3, 9, 1, 4))]
+    packer = Packer(iter(made), 5)
+    batch = batch_of(list(iter(packer.row, None)))
+    assert batch.x.tolist() == [
+        [0, 1, 2, 100, 101],
+        [102, 103, 104, 105, 106],
+        [107, 108, 200, 300, 301],
+        [302, 303, 0, 0, 0],
+    ]
+    assert batch.y.tolist() == [
+        [1, 2, -100, 101, 102],
+        [103, 104, 105, 106, 107],
+        [108, -100, -100, 301, 302],
+        [303, -100, -100, -100, -100],
+    ]
+    assert batch.layout is not None
+    assert batch.layout.segments.tolist() == [[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1, 2, 2], [0, 0, -1, -1, -1]]
+    assert batch.layout.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 1, 0, 0, 1], [0, 1, 0, 1, 2]]
+
+
+@torch.no_grad()
+def test_no_token_sees_another_document(tiny: Make) -> None:
+    model = tiny(2, sharp=True)
+    made = [torch.randint(256, (n,), dtype=torch.int32) for n in (5, 7, 4)]
+    batch = batch_of(list(iter(Packer(iter(made), 16).row, None)))
+    alone = torch.cat(
+        [F.cross_entropy(model(ids[None, :-1].long())[0], ids[1:].long(), reduction="none") for ids in made]
+    )
+    torch.testing.assert_close(score(model, [batch]).losses, alone)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_every_document_is_trained_on_once_a_pass_and_what_is_held_out_never(corpus: str) -> None:
+    stream = load_stream(corpus, "byte", **OPTIONS | {"buffer": 1})
+    decode = stream.tokenizer.decode
+
+    def texts(batches: Any) -> str:
+        return "".join(decode([i for i in ids if i > 0], skip_special_tokens=False) for ids, _ in segments(batches))
+
+    assert texts(stream.val) == "".join(text(i) + "<eos>" for i in range(4))
+    assert texts(stream.test) == "".join(text(i) + "<eos>" for i in range(4, 8))
+    learned = texts(batch for _ in range(20) for batch in stream.train)
+    once = "".join(text(i) + "<eos>" for i in range(8, 60))
+    assert len(learned) > 2 * len(once)
+    assert learned.startswith(once * 2)
+    for ids, targets in segments(stream.train):
+        assert targets[:-1] == ids[1:]
+        assert (targets[-1] == -100) is (ids[-1] == stream.eos)
+
+
+def test_a_corpus_keeps_its_own_splits(tmp_path: Path) -> None:
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        rows = [{"text": text(i)} for i in range(start, start + 20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = load_stream(f"hf:{tmp_path}", "byte", **OPTIONS | {"buffer": 1})
+    starts = [stream.tokenizer.decode(segments(part)[0][0]) for part in (stream.train, stream.val, stream.test)]
+    assert [start[:4] for start in starts] == ["<0> ", "<100", "<200"]
+
+
+def test_the_order_is_the_seeds_and_the_buffer_shuffles(corpus: str) -> None:
+    first, again, other = (list(load_stream(corpus, "byte", seed=seed, **OPTIONS).train) for seed in (0, 0, 1))
+    plain = list(load_stream(corpus, "byte", **OPTIONS | {"buffer": 1}).train)
+    assert all(same(a, b) for a, b in zip(first, again))
+    assert not any(same(a, b) for a, b in zip(first, other))
+    assert not any(same(a, b) for a, b in zip(first, plain))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Memory and resumption
+
+
+def test_no_more_is_held_than_asked_for(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, sizes = load_stream(corpus, "byte", **OPTIONS), []
+    packed, given = Packer.row, 0
+    read = 0
+
+    def row(packer: Packer) -> torch.Tensor | None:
+        nonlocal read
+        read += 1
+        sizes.append(read - given)  # rows that were read and not given yet
+        return packed(packer)
+
+    monkeypatch.setattr(Packer, "row", row)
+    batches = iter(stream.train)
+    for _ in range(5):
+        batch = next(batches)
+        sizes.append(len(stream.train.held) + len(batch.x))
+        given += len(batch.x)
+    assert max(sizes) == 8 + 3 - 1  # the buffer, and the batch that is being drawn from it
+    assert stream.train.held[0].untyped_storage().nbytes() == 3 * 16 * 4
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 5, 13, 31])
+def test_a_stream_goes_on_from_its_state_to_the_bit(taken: int, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ease.streaming.TOKENIZER_DOCUMENTS", 5)
+
+    def batches(stream: StreamBatches) -> Any:
+        while True:
+            yield from stream
+
+    whole = load_stream(corpus, "bpe:300", **OPTIONS).train
+    endless = batches(whole)
+    for _ in range(taken):
+        next(endless)
+    state = whole.state_dict()
+    kept = copy.deepcopy(state)
+    wanted = list(islice(endless, 60))
+    assert whole.passes >= 2  # the documents started anew behind it
+    assert repr(state) == repr(kept)
+
+    resumed = load_stream(corpus, "bpe:300", **OPTIONS).train
+    next(iter(resumed))  # wherever it stood before
+    resumed.load_state_dict(state)
+    assert all(same(a, b) for a, b in zip(wanted, islice(batches(resumed), 60), strict=True))
+    assert repr(state) == repr(kept)
+
+
+def test_a_state_is_data(corpus: str, tmp_path: Path) -> None:
+    stream = load_stream(corpus, "byte", **OPTIONS).train
+    next(iter(stream))
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = load_stream(corpus, "byte", **OPTIONS).train
+    resumed.load_state_dict(state)
+    assert same(next(iter(resumed)), next(iter(stream)))
+    with pytest.raises(EaseError, match="this state holds 7 rows of 16 tokens, and the stream is for 8 of 32"):
+        load_stream(corpus, "byte", **OPTIONS | {"seq_len": 32}).train.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training and bad input
+
+
+def test_a_strategy_trains_on_a_stream(corpus: str) -> None:
+    stream: Stream = load_stream(corpus, "byte", **OPTIONS | {"epoch_batches": 30})
+    model = StandardTransformer(stream.tokenizer.get_vocab_size(), dim=32, num_layers=1)
+    before = score(model, stream.test).figures()["ppl"]
+    config = StandardConfig(num_layers=1, lr=3e-3, max_epochs=3)
+    ((_, history),) = train(model, config.strategy(), Data(stream.train, stream.val))
+    assert history.steps == 90
+    assert score(model, stream.test).figures()["ppl"] < 0.3 * before
+
+
+def test_bad_streams_end_in_one_sentence(tmp_path: Path) -> None:
+    def refused(said: str, source: str, **options: Any) -> None:
+        with pytest.raises(EaseError, match=said) as error:
+            list(load_stream(source, "byte", **OPTIONS | options).train)
+        assert "\n" not in str(error.value)
+
+    refused("no stream of documents at", str(tmp_path / "none.jsonl"))
+    (tmp_path / "a.txt").write_text("text")
+    refused(r"use hf:NAME/CONFIG, or .jsonl or .parquet", str(tmp_path / "a.txt"))
+    lines = [json.dumps({"text": text(i)}) for i in range(20)]
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join([*lines, '{"text": ', ""]))
+    refused(r"cannot read .*b.jsonl", str(path))
+    path.write_text("\n".join(lines).replace("text", "words"))
+    refused(r"b.jsonl has no text in a column 'text'", str(path))
+    path.write_text("\n".join(lines[:3]))
+    refused("leaves the test split without text", str(path))
+    path.write_text("\n".join(lines[:8]))
+    refused("no text to train on", str(path))
+    path.write_text("\n".join(lines))
+    refused("held_out is 0", str(path), held_out=0)
+    refused("buffer is 0", str(path), buffer=0)
