@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -50,6 +52,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_snippets_run(page: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EASE_CACHE", str(cache))
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "path", sys.path[:])
     # A module of that name, so that what a snippet defines (a dataclass, say) can be looked up.
     name = f"docs_{page.stem.replace('-', '_').lower()}"
@@ -67,8 +71,12 @@ def test_the_snippets_run(page: Path, cache: Path, tmp_path: Path, monkeypatch: 
             continue
         for command in block.splitlines():
             args = shlex.split(command, comments=True)
-            if args[:1] == ["ease"]:
+            if args[0] == "ease":
                 assert main(args[1:]) == 0, command
+            elif "lm_eval" not in command or importlib.util.find_spec("lm_eval"):
+                assert args[0] == "python"
+                done = subprocess.run([sys.executable, *args[1:]], capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr[-2000:]
 
 
 @every_page
