@@ -26,7 +26,7 @@ from ease import (
 from ease.checkpoint import load_model
 from ease.data import EOS, load_tokenizer
 from ease.exits import walk
-from ease.flops import head_flops, run_flops
+from ease.flops import run_flops
 from ease.generation import generate
 from ease.tasks import (
     Example,
@@ -250,7 +250,7 @@ def test_the_last_real_token_decides_and_its_row_leaves_with_it(tiny: Make, exam
     scores = score(model, [batch], Policy((1,), (threshold,)))
     assert len(scores.exits) == 40
     assert scores.exits.tolist() == [1 if left else 3 for left in leaves]
-    heads = head_flops(model.config, 40 + int((~leaves).sum()))
+    heads = 2 * 32 * 3 * (40 + int((~leaves).sum()))  # a head of 3 labels at width 32
     layers = run_flops(model.config, 1, batch.layout.real, batch.layout)
     assert scores.flops == heads + layers + run_flops(model.config, 2, end.arrived, batch.layout)
 
