@@ -314,6 +314,7 @@ def test_whatever_belongs_to_an_exit_is_carried_by_its_prefix(tmp_path: Path) ->
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(model.forward_all_layers(x), back.forward_all_layers(x)))
         close(stock_logits(tmp_path / "out", x), model(x))
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "exit" in name]
 
 
 def test_biases_and_norms_at_once_have_no_stock_family(tmp_path: Path) -> None:

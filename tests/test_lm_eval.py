@@ -149,7 +149,7 @@ def test_the_command_line_runs_tasks_made_of_local_files(folder: Path, tmp_path:
     arguments = [
         *("--model", "ease", "--model_args", f"pretrained={folder},routing_threshold=0.3,exits=1+2"),
         *("--tasks", "choose,write", "--include_path", str(tasks), "--batch_size", "3"),
-        *("--output_path", str(tmp_path / "results.json"), "--device", "cpu"),
+        *("--output_path", str(tmp_path / "results.json")),
     ]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
