@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ease import EaseError, Policy, StandardTransformer, route
-from ease.exits import HEAD_CHUNK, max_probability, walk
+from ease.confidence import max_probability
+from ease.exits import HEAD_CHUNK, walk
 
 Make = Callable[..., StandardTransformer]
 
@@ -155,5 +156,5 @@ def test_stops_tell_who_arrived_and_who_left(tiny: Make, even_policy: Callable[.
     assert sum(int(stop.left.sum()) for stop in stops) == ids.numel()
     for stop, at in zip(stops, places):
         assert stop.read is not None
-        assert torch.equal(at, stop.arrived.flatten().nonzero().squeeze(1))
-        assert torch.equal(max_probability(stop.read), stop.confidence)
+        assert torch.equal(at, stop.left.flatten().nonzero().squeeze(1))
+        assert torch.equal(max_probability(stop.read), stop.confidence[stop.leaves])

@@ -3,6 +3,7 @@
 This file is the façade: the names that users import, and the only place that joins core and strategies.
 """
 
+from ease.agreement import learn_agreement
 from ease.ashem import ASHEMConfig
 from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
@@ -84,6 +85,7 @@ __all__ = [
     "create_standard_config",
     "from_pretrained",
     "generate",
+    "learn_agreement",
     "load_corpus",
     "route",
     "save_pretrained",

@@ -133,12 +133,13 @@ def score(
             model.check_ids(y[y != IGNORE], model.config.outputs)
             columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
             for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
-                assert stop.read is not None
                 flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
-                flops += exit_flops(model.config, stop.confidence.numel(), stop.layer)
-                exits = torch.full_like(stop.confidence, stop.layer)
-                row = torch.cat([stop.read, torch.stack([exits, stop.confidence], 1)], 1)
-                columns[stop.left] = row[stop.leaves].float()
+                flops += exit_flops(model.config, stop.heads, stop.layer)
+                if stop.read is not None:
+                    confidence = stop.confidence[stop.leaves]
+                    exits = torch.full_like(confidence, stop.layer)
+                    row = torch.cat([stop.read, torch.stack([exits, confidence], 1)], 1)
+                    columns[stop.left] = row.float()
             processed += int(batch.running.sum())
             parts.append(columns[batch.scored].cpu())
     seconds = time.perf_counter() - start

@@ -13,36 +13,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ease.confidence import Evidence, kind, max_probability
 from ease.errors import EaseError
 from ease.seam import ExitModel, Layout
 
 HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
-
-
-def max_probability(logits: Tensor) -> Tensor:
-    """Confidence: the largest softmax probability, logits (..., V) -> (...) in [0, 1]."""
-    return logits.softmax(-1).amax(-1)
-
-
-class Agreement:
-    """Confidence: the exits in a row, up to this one, that name the same likeliest output, as a share of `patience`.
-
-    Zhou et al. 2020 (arXiv:2006.04152), whose counter starts at 0 where this one starts at 1.
-
-    Args:
-        size: tokens of the batch.
-    """
-
-    def __init__(self, patience: int, size: int) -> None:
-        self.patience = patience
-        self.named, self.times = torch.full((size,), -1), torch.zeros(size, dtype=torch.long)
-
-    def __call__(self, logits: Tensor, places: Tensor) -> Tensor:
-        """Logits (n, V) of the tokens at `places` (n,) -> (n,) in [0, 1]."""
-        best, at = logits.argmax(-1).cpu(), places.cpu()
-        self.times[at] = torch.where(best == self.named[at], self.times[at] + 1, 1)
-        self.named[at] = best
-        return (self.times[at] / self.patience).clamp(max=1).to(logits)
 
 
 @dataclass(frozen=True)
@@ -52,27 +27,51 @@ class Policy:
     Args:
         exits: layers, from shallow to deep, all below the last one.
         thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that.
-        patience: confidence is the agreement of that many exits; 0 means the largest probability.
+        confidence: the measure that thresholds are compared with, one of `confidence.MEASURES`.
+        patience: exits that have to agree, for the measure "patience".
+        half_life: tokens after which a threshold has fallen half of its way from 1: the first tokens of a text
+            go deep, since what they say is read by all that follow (as CALM's decaying threshold, Schuster et
+            al. 2022). None: the same everywhere.
+        always_deep: so many tokens at the start of every text never leave early.
     """
 
     exits: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
+    confidence: str = "max-probability"
     patience: int = 0
+    half_life: float | None = None
+    always_deep: int = 0
+
+    def __post_init__(self) -> None:
+        kind(self.confidence)
+        if (self.confidence == "patience") != (self.patience > 0):
+            raise EaseError(
+                f"patience is {self.patience} and the measure {self.confidence}: give at least 1 exit that has to "
+                "agree, to the measure patience alone"
+            )
+        if (self.half_life is not None and not self.half_life > 0) or self.always_deep < 0:
+            raise EaseError(
+                f"half_life ({self.half_life}) must be above 0 and always_deep ({self.always_deep}) not below"
+            )
 
     @classmethod
     def patient(cls, exits: Sequence[int], patience: int) -> Self:
         """A token leaves when `patience` exits in a row agree on the likeliest output."""
-        if patience < 1:
-            raise EaseError(f"patience is {patience}: give at least 1 exit that has to agree")
-        return cls(tuple(exits), (1.0,) * len(exits), patience)
+        return cls(tuple(exits), (1.0,) * len(exits), "patience", patience)
 
-    def measure(self, ids: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """For a walk over ids (B, T): logits (n, V) and their places (n,) in `ids.flatten()` -> confidences (n,)."""
-        return Agreement(self.patience, ids.numel()) if self.patience else lambda logits, _: max_probability(logits)
+    def limits(self, threshold: float, positions: Tensor) -> Tensor:
+        """The confidence that is asked for at positions (n,), counted from 0: (n,), above 1 where none may leave."""
+        limits = torch.full(positions.shape, threshold, dtype=torch.float64, device=positions.device)
+        if self.half_life is not None:
+            limits = limits + (1 - threshold) * 0.5 ** (positions / self.half_life)
+        return limits.masked_fill(positions < self.always_deep, torch.inf)
 
     @classmethod
-    def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float]) -> Policy:
-        """From the two core options; an exit whose threshold is 0 does not route, so it is no exit."""
+    def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
+        """From the two core options; an exit whose threshold is 0 does not route, so it is no exit.
+
+        `options` are the further fields.
+        """
         exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
         thresholds = (
             (float(routing_threshold),)
@@ -92,7 +91,7 @@ class Policy:
         if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
             raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
         routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
-        return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing))
+        return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing), **options)
 
     def check(self, num_layers: int) -> None:
         """Refuses exits that a model of `num_layers` layers does not have below its last."""
@@ -122,8 +121,10 @@ class Stop(NamedTuple):
     """(N,)."""
     leaves: Tensor
     """(N,) true for tokens that leave here; at the last exit, all."""
+    heads: int
+    """Tokens that the head was evaluated for: all N, or those that leave where the measure needs no head."""
     read: Tensor | None
-    """(N, ...) what the caller's `read` made of the logits."""
+    """What the caller's `read` made of the logits of those that leave, joined."""
 
     @property
     def left(self) -> Tensor:
@@ -152,7 +153,7 @@ def walk(
     Where the model classifies sequences, the last real token of a row is asked and the row leaves with it.
 
     Args:
-        read: called with the logits (n, V) of some tokens and their places (n,) in `ids.flatten()`; what it
+        read: called with the logits (n, V) of tokens that leave and their places (n,) in `ids.flatten()`; what it
             returns (n, ...) is joined in `Stop.read`. `walk` itself never holds the logits of all tokens at once.
         wanted: (B, T) tokens whose prediction is wanted; the head of the last exit is asked for no others.
         cache: what the rows have read before; `ids` are what comes next.
@@ -160,27 +161,45 @@ def walk(
     last = model.num_layers if last is None else last
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
     arrived = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
-    by_row, measure = model.config.num_labels is not None, policy.measure(ids)
+    by_row, size = model.config.num_labels is not None, ids.numel()
+    measure, headless = kind(policy.confidence).make(model, policy, size), not kind(policy.confidence).needs_head
     # Counted from the right, the last real token of a row is the first.
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
+    if cache is not None:
+        positions = cache.length[:, None] + arrived.long().cumsum(1) - 1
     state, first = model.embed(ids), 1
     for layer, threshold in [*steps, (last, 0.0)]:
         if not bool(arrived.any()):
             return
+        before, final = state, layer == last
         state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
-        confidences, readings, asked = [], [], arrived & decides
-        if wanted is not None and layer == last:
+        asked = arrived & decides
+        if wanted is not None and final:
             asked = asked & wanted
+        confidences, leaving, readings, heads = [state.new_zeros(0)], [asked.new_zeros(0)], [], 0
         for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
-            logits = model.logits(state.flatten(0, 1)[places], layer)
-            confidences.append(measure(logits, places))
-            if read is not None:
-                readings.append(read(logits, places))
-        confidence = torch.cat(confidences) if confidences else state.new_zeros(0)
-        # At the end all leave, also those whose confidence is NaN.
-        leaves = confidence >= threshold if layer < last else torch.ones_like(confidence, dtype=torch.bool)
+            after = state.flatten(0, 1)[places]
+            logits = model.logits(after, layer) if final or not headless else None
+            if final and logits is not None and headless:  # the last exit has nothing to agree with
+                confidence = max_probability(logits)
+            else:
+                confidence = measure(Evidence(layer, before.flatten(0, 1)[places], after, logits, places))
+            # At the end all leave, also those whose confidence is NaN.
+            leaves = torch.ones_like(confidence, dtype=torch.bool)
+            if not final:
+                leaves = confidence >= policy.limits(threshold, positions.flatten()[places])
+            gone = int(leaves.sum())
+            heads += len(places) if logits is not None else gone
+            if read is not None and gone:
+                logits = model.logits(after[leaves], layer) if logits is None else logits[leaves]
+                readings.append(read(logits, places[leaves]))
+            confidences.append(confidence)
+            leaving.append(leaves)
         reading = torch.cat(readings) if readings else None
-        stop = Stop(first, layer, state, arrived, asked, by_row, confidence, leaves, reading)
+        stop = Stop(
+            first, layer, state, arrived, asked, by_row, torch.cat(confidences), torch.cat(leaving), heads, reading
+        )
         yield stop
         arrived, first = stop.stays, layer + 1
 
@@ -216,6 +235,7 @@ def route(
     policy = Policy.of(
         model.exit_layer if exit_layer is None else exit_layer,
         model.routing_threshold if routing_threshold is None else routing_threshold,
+        **model.policy_options,
     )
     policy.check(model.num_layers)
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
@@ -224,8 +244,8 @@ def route(
     exits = torch.zeros_like(ids)
     confidences = head.new_zeros(ids.shape)
     for stop in walk(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
-        assert stop.read is not None
         left = stop.left
-        logits[left], confidences[left] = stop.read[stop.leaves], stop.confidence[stop.leaves]
+        if stop.read is not None:
+            logits[left], confidences[left] = stop.read, stop.confidence[stop.leaves]
         exits[left] = stop.layer
     return Routed(logits, exits, confidences)

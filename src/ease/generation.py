@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ease.confidence import max_probability
 from ease.errors import EaseError, check_choice
-from ease.exits import Policy, max_probability, walk
+from ease.exits import Policy, walk
 from ease.models import StandardTransformer
 from ease.seam import Layout, eval_mode
 
@@ -156,7 +157,7 @@ class Request:
         def read(chunk: Tensor, places: Tensor) -> Tensor:
             mine = flat[places]
             logits[places[mine] // T] = chunk[mine]
-            return mine  # nothing that is kept: a later exit writes over what an earlier one said
+            return chunk[:, :0]  # what is wanted has been taken
 
         layout = Layout(torch.zeros_like(ids), real.long() - 1)
         for at in walk(self.model, ids, policy, layout=layout, read=read, wanted=last, cache=self.cache):
@@ -285,6 +286,8 @@ def generate(
             model does not have, or a cache that does not fit.
     """
     check_choice("mode", mode, ("full", "routed", "exact"))
+    if model.config.num_labels is not None:
+        raise EaseError("a classifier writes no text: use ease.tasks.predict, or a model that predicts tokens")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     if max_new_tokens < 1:
         raise EaseError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

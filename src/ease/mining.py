@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from ease.confidence import max_probability
 from ease.errors import EaseError
-from ease.exits import HEAD_CHUNK, Policy, Stop, max_probability, walk
+from ease.exits import HEAD_CHUNK, Policy, Stop, walk
 from ease.flops import exit_flops, run_flops
 from ease.seam import Batch, ExitModel, Layout, eval_mode
 from ease.trainer import Batches, re_iterable
@@ -204,7 +205,7 @@ class MinedBatches:
         flops, config = 0.0, self.model.config
         for stop in walk(self.model, x, self.policy, layout=layout, last=self.layer):
             flops += run_flops(config, stop.layer - stop.first + 1, stop.arrived, layout)
-            flops += exit_flops(config, stop.confidence.numel(), stop.layer)
+            flops += exit_flops(config, stop.heads, stop.layer)
         if stop.layer < self.layer:  # every token of the batch left earlier
             nobody = torch.zeros_like(stop.arrived)
             stop = stop._replace(layer=self.layer, arrived=nobody, asked=nobody, confidence=stop.confidence[:0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,6 +60,8 @@ class ModelConfig:
     """Exits below the last one that have an adapter between their norm and the head."""
     adapter_dim: int = 0
     """Units of an adapter."""
+    classifier_exits: tuple[int, ...] = ()
+    """Exits below the last one that know, without the head, how likely they agree with it (`ease.learn_agreement`)."""
     num_labels: int | None = None
     """Classes of a model that classifies sequences: the head's rows, and one decision a sequence (None: tokens)."""
     max_positions: int | None = None
@@ -70,6 +72,7 @@ class ModelConfig:
         if isinstance(scaling, dict):  # what JSON makes of it
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         object.__setattr__(self, "adapter_exits", tuple(self.adapter_exits))
+        object.__setattr__(self, "classifier_exits", tuple(self.classifier_exits))
         if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
             bool(self.adapter_exits) != (self.adapter_dim > 0)
         ):
@@ -127,6 +130,7 @@ class StandardTransformer(ExitModel):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
         self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, c.norm_eps) for _ in range(num_layers))
+        self.exit_classifiers = nn.ModuleDict({str(e): nn.Linear(dim, 1) for e in c.classifier_exits})
         self.exit_adapters = nn.ModuleDict({str(e): Adapter(dim, c.adapter_dim) for e in c.adapter_exits})
         self.output_head = nn.Linear(dim, c.outputs, bias=False)
         if c.tie_embeddings:
@@ -189,6 +193,21 @@ class StandardTransformer(ExitModel):
         normed: Tensor = self.exit_norms[exit - 1](state)
         return self.exit_adapters[str(exit)](normed) if str(exit) in self.exit_adapters else normed
 
+    def agreement(self, state: Tensor, exit: int) -> Tensor:
+        if str(exit) not in self.exit_classifiers:
+            raise EaseError(f"exit {exit} has no classifier: train one (ease.learn_agreement), or use another measure")
+        # On the exit's norm alone: an adapter in front of the head would cost more than the classifier.
+        odds: Tensor = self.exit_classifiers[str(exit)](self.exit_norms[exit - 1](state))
+        return odds.squeeze(-1).sigmoid()
+
+    def set_classifiers(self, weights: Mapping[int, Tensor]) -> None:
+        """Gives exits below the last one a classifier each, from weights (D + 1,), the last of them the bias."""
+        self.config = replace(self.config, classifier_exits=tuple(weights))
+        made = {str(exit): nn.Linear(self.config.dim, 1) for exit in weights}
+        for layer, weight in zip(made.values(), weights.values(), strict=True):
+            layer.load_state_dict({"weight": weight[None, :-1], "bias": weight[-1:]})
+        self.exit_classifiers = nn.ModuleDict(made).to(self.embedding.weight).train(self.training)
+
     def add_adapters(self, exits: Sequence[int], dim: int) -> None:
         """Gives exits below the last one an adapter of `dim` units, which changes nothing until it has learned."""
         self.config = replace(self.config, adapter_exits=tuple(exits), adapter_dim=dim)
@@ -227,6 +246,7 @@ class StandardTransformer(ExitModel):
                 "use tie_embeddings=False, or freeze the head"
             )
         self.requires_grad_(True)
+        self.exit_classifiers.requires_grad_(False)  # no loss of a phase teaches them
         if first > 1:
             for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)

@@ -7,7 +7,7 @@ keeps these three gets all of them; nothing outside `models.py` and `modules/` r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +103,7 @@ class ExitModel(nn.Module, ABC):
     # The model's own policy, which `ease.route` uses unless told otherwise. A threshold of 0 means no routing.
     exit_layer: int | Sequence[int] = 1
     routing_threshold: float | Sequence[float] = 0.0
+    policy_options: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +138,10 @@ class ExitModel(nn.Module, ABC):
     @abstractmethod
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         """The state (..., D) as exit `exit` hands it to the shared head."""
+
+    def agreement(self, state: Tensor, exit: int) -> Tensor:
+        """State (..., D) -> how likely it is that exit `exit` agrees with the last one (...), in [0, 1]."""
+        raise EaseError("this model has no classifier at its exits: use another measure of confidence")
 
     @abstractmethod
     def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:

@@ -337,8 +337,8 @@ def predict(
     likeliest, exits = torch.full_like(x, -1), torch.full_like(x, -1)
     with eval_mode(model):
         for stop in walk(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1)):
-            assert stop.read is not None
-            likeliest[stop.left], exits[stop.left] = stop.read[stop.leaves], stop.layer
+            if stop.read is not None:
+                likeliest[stop.left], exits[stop.left] = stop.read, stop.layer
     return likeliest, exits
 
 

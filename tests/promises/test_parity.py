@@ -127,7 +127,7 @@ def routed(model: StandardTransformer, ids: Tensor, policy: Policy, layout: Layo
     exits = torch.zeros_like(ids)
     for stop in walk(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         assert stop.read is not None
-        logits[stop.left], exits[stop.left] = stop.read[stop.leaves], stop.layer
+        logits[stop.left], exits[stop.left] = stop.read, stop.layer
     return logits, exits
 
 
