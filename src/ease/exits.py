@@ -7,7 +7,7 @@ wants: it yields at every exit, and the head of the exit a token takes is comput
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -92,6 +92,16 @@ class Policy:
             raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
         routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
         return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing), **options)
+
+    @classmethod
+    def own(cls, model: ExitModel) -> Policy:
+        """The policy that a model has of its own."""
+        return cls.of(model.exit_layer, model.routing_threshold, **model.policy_options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields beside exits and thresholds that are not as by default."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[2:] if getattr(self, f.name) != f.default}
 
     def check(self, num_layers: int) -> None:
         """Refuses exits that a model of `num_layers` layers does not have below its last."""

@@ -294,7 +294,7 @@ def generate(
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if real.shape != ids.shape or not bool(real.any(1).all()):
         raise EaseError("every prompt needs at least one real token, and the mask the shape of the ids")
-    policy = Policy.of(model.exit_layer, model.routing_threshold) if mode == "routed" else Policy()
+    policy = Policy.own(model) if mode == "routed" else Policy()
     policy.check(model.num_layers)
     if mode == "exact" and draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
         raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")

@@ -202,6 +202,8 @@ def from_pretrained(
         with torch.device("meta"):
             model = DeepSupervisionTransformer(**options)
         model.trained_exits = set(own["trained_exits"]) if own else {model.num_layers}
+        model.policy_options = own.get("options", {}) if own else {}
+        Policy.own(model)
     except (KeyError, TypeError) as error:
         raise EaseError(f"the configuration in {folder} is damaged ({error}): fetch the checkpoint again") from error
 
@@ -317,7 +319,7 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     stock, exits = _split(model)
-    policy = Policy.of(model.exit_layer, model.routing_threshold)
+    policy = Policy.own(model)
     with run_folder(Path(folder), overwrite) as partial:
         token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
         config = write_config(model.config, token_ids, next(model.parameters()).dtype)
@@ -327,6 +329,7 @@ def save_pretrained(
             "format": FORMAT,
             "exits": policy.exits,
             "thresholds": policy.thresholds,
+            "options": policy.options,
             "trained_exits": sorted(model.trained_exits),
             "model": {key: value for key, value in shape.items() if value != carried[key]},
         }

@@ -96,7 +96,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
         """A native model, shared and not copied; `token_ids` are bos_token_id, eos_token_id and pad_token_id."""
-        policy = Policy.of(model.exit_layer, model.routing_threshold)
+        policy = Policy.own(model)
         config = EaseConfig(
             model=asdict(model.config),
             exits=policy.exits,
@@ -133,7 +133,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def policy(self) -> Policy:
         """Where tokens leave in evaluation mode."""
-        return Policy.of(self.model.exit_layer, self.model.routing_threshold)
+        return Policy.own(self.model)
 
     def set_routing(self, threshold: float | Sequence[float], exits: int | Sequence[int] | None = None) -> None:
         """Turns early exit on for everything that runs this model in evaluation mode.

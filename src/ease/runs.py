@@ -512,10 +512,10 @@ def evaluate(
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
     test = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    own = Policy.of(model.exit_layer, model.routing_threshold)
+    own = Policy.own(model)
     if thresholds and not own.exits:
         raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
-    policies = [Policy.of(own.exits, (t,) * len(own.exits)) for t in thresholds] or [own]
+    policies = [Policy.of(own.exits, (t,) * len(own.exits), **own.options) for t in thresholds] or [own]
     watched = Watched(test, watch("scoring"), epochs=len(policies))
     return [{"thresholds": policy.thresholds, **score(model, watched, policy).figures()} for policy in policies]
 

@@ -400,7 +400,7 @@ def completion_figures(
         prompts = [e.ids[: int((e.targets == IGNORE).sum()) + 1] for e in part]
         written += complete(model, task, prompts, mode=mode, max_new_tokens=max_new_tokens)
         wanted += [task.tokenizer.decode(e.targets[e.targets != IGNORE].tolist()) for e in part]
-    policy = Policy.of(model.exit_layer, model.routing_threshold) if mode == "routed" else Policy()
+    policy = Policy.own(model) if mode == "routed" else Policy()
     figures = score(model, ExampleBatches(examples, batch_size), policy).figures()
     return {**figures, "rouge_l": rouge_l(written, wanted)}
 
