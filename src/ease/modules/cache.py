@@ -106,14 +106,18 @@ class CachedPlan(Plan):
         places = cache.slots[rows, cols]
         reach = int(cache.length[used].max())
         at = torch.arange(reach, device=active.device)
-        owed = (at >= cache.filled[first - 1][used][:, None]) & (at < cache.length[used][:, None])
-        pair_rows, pair_slots = owed.nonzero(as_tuple=True)
-        index = torch.full(owed.shape, -1, device=active.device)
-        index[pair_rows, pair_slots] = torch.arange(len(pair_rows), device=active.device)
-        asking = index[compact[rows], places]
+        if active.shape[1] == 1 and torch.equal(cache.filled[first - 1][used], places):  # one token a row, and no debts
+            pair_rows, pair_slots, asking = compact[rows], places, None
+        else:
+            owed = (at >= cache.filled[first - 1][used][:, None]) & (at < cache.length[used][:, None])
+            pair_rows, pair_slots = owed.nonzero(as_tuple=True)
+            index = torch.full(owed.shape, -1, device=active.device)
+            index[pair_rows, pair_slots] = torch.arange(len(pair_rows), device=active.device)
+            asking = index[compact[rows], places]
+            asking = None if len(asking) == len(pair_rows) else asking
 
         slots = active.long().cumsum(1)[rows, cols] - 1
-        width = int(active.sum(1).max())
+        width = 1 if active.shape[1] == 1 else int(active.sum(1).max())
         mask = None
         if width > 1 or int(places.min()) < reach - 1:
             mask = torch.ones(len(used), 1, width, reach, dtype=torch.bool, device=active.device)
@@ -131,7 +135,7 @@ class CachedPlan(Plan):
             cache=cache,
             used=None if everyone else used,
             pairs=(used[pair_rows], pair_slots),
-            asking=None if len(asking) == len(pair_rows) else asking,
+            asking=asking,
             queries=compact[rows],
             count=len(used),
             reach=reach,
@@ -169,11 +173,13 @@ class CachedPlan(Plan):
         )
 
     def pad(self, asking: Tensor) -> Tensor:
+        if self.width == 1:  # a row in use has one token, and they come in order
+            return asking[:, None]
         padded = asking.new_zeros(self.count, self.width, asking.shape[-1])
         return padded.index_put((self.queries, self.slots), asking)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        return padded[self.queries, self.slots]
+        return padded[:, 0] if self.width == 1 else padded[self.queries, self.slots]
 
     def remember(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values (1, H, M, head_dim) where they belong; all that is in reach, (R, H, S, head_dim)."""
