@@ -5,6 +5,7 @@ This file is the façade: the names that users import, and the only place that j
 
 from ease.agreement import learn_agreement
 from ease.ashem import ASHEMConfig
+from ease.calibration import Calibration, Target, calibrate
 from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
 from ease.evaluation import Scores, score
@@ -52,6 +53,7 @@ __all__ = [
     "STRATEGIES",
     "ASHEMConfig",
     "Batch",
+    "Calibration",
     "Corpus",
     "Data",
     "DeepSupervisionConfig",
@@ -74,10 +76,12 @@ __all__ = [
     "StandardConfig",
     "StandardTransformer",
     "Strategy",
+    "Target",
     "TokenBatches",
     "Trainer",
     "TrainingConfig",
     "TuneConfig",
+    "calibrate",
     "collect_hard_examples",
     "compute_confidence",
     "compute_confidence_threshold",

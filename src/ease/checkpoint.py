@@ -7,16 +7,18 @@
     tokenizer.json      the tokenizer
     explorer.json       routed runs over a held-out text, token by token
     report.html         the page
+    policy.json         thresholds that `ease calibrate` chose; they take the place of those in config.json
 
 No file is a pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +27,10 @@ from typing import Any
 from ease.errors import EaseError
 from ease.exits import Policy
 from ease.models import DeepSupervisionTransformer, StandardTransformer
+from ease.seam import ExitModel
 
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, POLICY = "config.json", "model.safetensors", "policy.json"
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
@@ -86,10 +89,11 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
 
 
 def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
-    """The model of a run, with its policy as its own, and config.json.
+    """The model of a run, with its policy as its own, and config.json; its key "calibration" holds policy.json or None.
 
     Raises:
-        EaseError: the folder is missing, damaged or written by another version of the format.
+        EaseError: the folder is missing, damaged or written by another version of the format, or its policy.json was
+            calibrated on other weights.
     """
     from safetensors.torch import load_model as load
 
@@ -102,9 +106,10 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         raise EaseError(f"{folder / CONFIG} is damaged ({error}): run again, or restore it") from error
     if written != FORMAT:
         raise EaseError(f"{folder} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
+    config["calibration"] = calibration = _read_calibration(folder / POLICY)
     try:
         shape = dict(config["model"])
-        policy = config["policy"]
+        policy = calibration["policy"] if calibration else config["policy"]
         model = DeepSupervisionTransformer(
             shape.pop("vocab_size"),
             exit_layer=policy["exits"] or 1,
@@ -112,8 +117,68 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
             **shape,
         )
         model.trained_exits = set(config["trained_exits"])
+        model.policy_options = {k: v for k, v in policy.items() if k not in ("exits", "thresholds")}
         load(model, str(folder / WEIGHTS))
     except Exception as error:  # whatever a damaged file makes the libraries raise, the sentence is the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EaseError(f"the model in {folder} is damaged ({reason}): run again, or restore it") from error
+    if calibration:
+        check_fingerprint(model, calibration, folder / POLICY)
     return model.eval(), config
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A calibrated policy belongs to the weights it was chosen on
+
+
+def fingerprint(model: ExitModel) -> str:
+    """SHA-256 over the model's tensors in the order of their names: name, shape, and values as 32-bit floats."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.detach().cpu().float().contiguous().flatten().numpy())
+    return sha.hexdigest()
+
+
+def check_fingerprint(model: ExitModel, calibration: Mapping[str, Any], file: Path) -> None:
+    """Refuses thresholds that were calibrated on other weights than the model's."""
+    ours, theirs = fingerprint(model), calibration.get("fingerprint")
+    if ours != theirs:
+        raise EaseError(
+            f"the thresholds in {file} were calibrated on other weights (fingerprint {str(theirs)[:12]}, and the model "
+            f"has {ours[:12]}): load the weights as they were stored, or remove the file and calibrate again"
+        )
+
+
+def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes policy.json, whole or not at all, and returns what is in it."""
+    sizes = {"parameters": sum(p.numel() for p in model.parameters()), **asdict(model.config)}
+    written = {"format": FORMAT, "fingerprint": fingerprint(model), **record, "model": sizes}
+    partial = folder / f".{POLICY}.partial-{os.getpid()}"
+    try:
+        write_json(partial, written)
+        partial.replace(folder / POLICY)
+    except OSError as error:
+        raise EaseError(
+            f"{folder / POLICY} could not be written ({error}): make room, or make the folder writable"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
+
+
+def _read_calibration(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+        written, policy = record["format"], Policy(**{k: _value(v) for k, v in record["policy"].items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EaseError(f"{file} is damaged ({error}): remove it, and calibrate again") from error
+    if written != FORMAT:
+        raise EaseError(f"{file} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
+    return record | {"policy": asdict(policy)}
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

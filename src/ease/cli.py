@@ -18,6 +18,7 @@ usage: ease COMMAND ...
   ease tune CHECKPOINT --exits 8,16 [--data D] [--out DIR]   give exits to a finished model, whose backbone stays
   ease generate MODEL --prompt TEXT [--mode M]         continue a text, its tokens coloured by exit
   ease eval RUN [--threshold T ...]                    score a run's model on its test split, routed at T
+  ease calibrate RUN --min-agreement 0.99              choose thresholds for a target, a budget or a bound
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
   ease export RUN DIR [--tokenizer C] [--overwrite]    write a run's model as stock transformers loads it
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tune": tune,
         "generate": generate,
         "eval": evaluate,
+        "calibrate": calibrate,
         "report": report,
         "export": export,
     }
@@ -309,7 +311,7 @@ def generate(args: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# ease eval, ease report, ease export
+# ease eval, ease calibrate, ease report, ease export
 
 
 def evaluate(args: list[str]) -> None:
@@ -329,11 +331,11 @@ def evaluate(args: list[str]) -> None:
         return run, threshold
 
     folder, thresholds = tyro.cli(eval_, args=args, prog="ease eval")
-    table = Table(title=f"{folder.name}, measured on the test split")
-    for column in ("threshold", "PPL", "accuracy", "leaving early", "compute", "FLOPs/token", "seconds"):
-        table.add_column(column, justify="right")
     with Progress(Console(stderr=True, highlight=False)) as progress:
         rows = runs.evaluate(folder, list(thresholds), progress.line)
+    table = Table(title=f"{folder.name}, measured on the {rows[0]['split']}")
+    for column in ("threshold", "PPL", "accuracy", "leaving early", "compute", "FLOPs/token", "seconds"):
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             ", ".join(f"{t:.4g}" for t in row["thresholds"]) or "none",
@@ -345,6 +347,49 @@ def evaluate(args: list[str]) -> None:
             f"{row['seconds']:.2f}",
         )
     Console(highlight=False).print(table)
+
+
+def calibrate(args: list[str]) -> None:
+    import tyro
+    from rich.console import Console
+
+    from ease import runs
+    from ease.calibration import GOALS, Target
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Choose the thresholds of a run for one target, and make them its policy (policy.json in its folder)."""
+
+        run: tyro.conf.Positional[Path]
+        """The run's folder."""
+        min_agreement: float | None = None
+        """Share of tokens, at least, that are given the last exit's prediction."""
+        max_ppl_increase: float | None = None
+        """Share, at most, by which perplexity is above that of full depth."""
+        target_ratio: float | None = None
+        """Share of tokens, at most, that reach the last exit."""
+        compute_budget: float | None = None
+        """FLOPs per token at most, heads included, as a share of full depth without exits."""
+        confidence: float | None = None
+        """Probability with which the target holds, over the draw of the calibration sequences."""
+
+    given = tyro.cli(Arguments, args=args, prog="ease calibrate")
+    targets = [Target(kind, value, given.confidence) for kind in GOALS if (value := getattr(given, kind)) is not None]
+    if len(targets) != 1:
+        options = ", ".join(f"--{kind.replace('_', '-')}" for kind in GOALS)
+        raise EaseError(f"give one target, and no more: {options}")
+    (target,) = targets
+    with Progress(Console(stderr=True, highlight=False)) as progress:
+        record = runs.calibrate(given.run, target, progress.line)
+    seen = record["held_out"]
+    policy = zip(record["policy"]["exits"], record["policy"]["thresholds"], strict=True)
+    print(
+        f"Thresholds for {target}: " + ", ".join(f"{t:.4g} at layer {e}" for e, t in policy) + "\n"
+        f"On the {seen['sequences']} sequences of the test split that chose nothing: "
+        f"{seen['shallow_ratio']:.1%} of the tokens leave early, {seen['flops_share']:.1%} of the FLOPs, "
+        f"agreement {seen['agreement']:.2%}, perplexity {seen['ppl']:.2f} ({seen['ppl_full']:.2f} at full depth).\n"
+        f"The policy: {given.run / 'policy.json'}"
+    )
 
 
 def report(args: list[str]) -> None:
@@ -397,7 +442,14 @@ def export(args: list[str]) -> None:
     if model.config.max_positions is None:
         model.config = replace(model.config, max_positions=config["run"]["data"]["seq_len"])
     own = load_tokenizer(run / "tokenizer.json")
-    save_pretrained(model, folder, tokenizer=tokenizer or own, eos=config["data"].get("eos"), overwrite=overwrite)
+    save_pretrained(
+        model,
+        folder,
+        tokenizer=tokenizer or own,
+        eos=config["data"].get("eos"),
+        calibration=config["calibration"],
+        overwrite=overwrite,
+    )
     print(f"The checkpoint: {folder}")
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ease.checkpoint import run_folder, write_json
+from ease.checkpoint import check_fingerprint, run_folder, write_json
 from ease.data import EOS, PAD
 from ease.data import load_tokenizer as read_tokenizer
 from ease.errors import EaseError
@@ -225,6 +225,8 @@ def from_pretrained(
         else:
             for norm in exits.values():
                 norm.copy_(stock[NORM])
+    if own and own.get("calibration"):
+        check_fingerprint(model, own["calibration"], folder / OWN / POLICY)
     return model
 
 
@@ -299,6 +301,7 @@ def save_pretrained(
     *,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     eos: int | None = None,
+    calibration: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that stock `AutoModelForCausalLM.from_pretrained` loads with the same final-exit logits.
@@ -310,6 +313,7 @@ def save_pretrained(
         tokenizer: a `tokenizers.Tokenizer`, or the folder of a checkpoint whose tokenizer, generation settings and
             special tokens are carried over.
         eos: the id that ends a text, for a `Tokenizer` in which it is not `<eos>`.
+        calibration: what `ease calibrate` found out about the model's policy; it binds the policy to these weights.
         overwrite: replace the folder if it holds a checkpoint or a run.
 
     Raises:
@@ -331,6 +335,7 @@ def save_pretrained(
             "thresholds": policy.thresholds,
             "options": policy.options,
             "trained_exits": sorted(model.trained_exits),
+            **({"calibration": calibration} if calibration else {}),
             "model": {key: value for key, value in shape.items() if value != carried[key]},
         }
         write_json(partial / CONFIG, config)

@@ -400,12 +400,16 @@ function reliabilitySection(run) {
   const { reliability } = run.summary;
   if (!reliability?.exits?.length) return empty("This run measured no reliability.");
   const exits = exitsOf(run);
-  const diagram = ({ layer, ece, bins }) => {
+  const diagram = ({ layer, ece, bins, auroc }) => {
     const full = (bins ?? []).filter((bin) => bin.share > 0);
     const most = Math.max(...full.map((bin) => bin.share));
     return h(
       "div",
-      h("h4", exitName(layer, exits), ` calibration error ${fixed(3)(ece)}`),
+      h(
+        "h4",
+        exitName(layer, exits),
+        ` calibration error ${fixed(3)(ece)}${typeof auroc === "number" ? `, AUROC ${fixed(3)(auroc)}` : ""}`,
+      ),
       chart({
         label: `Reliability of exit ${layer}`,
         square: true,
@@ -432,7 +436,8 @@ function reliabilitySection(run) {
     h("div.multiples", reliability.exits.map(diagram)),
     note(
       `Measured on the ${splitName(reliability.split)}. On the dashed line a token with confidence 0.7 is ` +
-        "right 7 times in 10; below it, the exit is too sure of itself. Bars show where the tokens are.",
+        "right 7 times in 10; below it, the exit is too sure of itself. Bars show where the tokens are. AUROC is the " +
+        "chance that a token on which the exit agrees with the last one is surer than one on which it does not.",
     ),
   ];
 }
