@@ -30,6 +30,7 @@ from ease.trainer import Watch
 CANDIDATES = 32  # steps from strict to loose; each that is tested costs a routed run
 LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that the exit does not route
 CLIP = 1.0  # nats a sequence counts for at most, up or down, where a confidence needs bounded losses
+TIE = 1e-6  # what the rank adds to a price
 BETS = 0.5 ** torch.arange(10, dtype=torch.float64)
 
 
@@ -250,14 +251,15 @@ def path(views: Views) -> list[tuple[float, ...]]:
     """Candidate thresholds for all exits, from strict (none leaves) to loose (all leave at the first exit).
 
     One number, the price, orders the candidates: at each exit the lowest threshold is taken at which no larger share
-    than this of the tokens that are as sure disagrees with the last exit. Prices are spread so that about the
-    same share of tokens more leaves from one candidate to the next.
+    than this of the tokens that are as sure disagrees with the last exit. Of tokens that have one price the surer
+    come first. Prices are spread so that about the same share of tokens more leaves from one candidate to the next.
     """
     sure, order = views.confidences.sort(1, descending=True)
     wrong = (~views.agrees).gather(1, order).double()
-    rate = wrong.cumsum(1) / torch.arange(1, wrong.shape[1] + 1)
+    rank = torch.arange(1, wrong.shape[1] + 1)
+    rate = wrong.cumsum(1) / rank
     rate[:, :-1][sure[:, :-1] == sure[:, 1:]] = math.inf  # a threshold does not part equals
-    prices = rate.flip(1).cummin(1).values.flip(1)
+    prices = rate.flip(1).cummin(1).values.flip(1) + TIE * rank / len(rank)
     lowest = torch.empty_like(prices).scatter_(1, order, prices).amin(0).sort().values
     chosen = lowest[torch.linspace(0, len(lowest) - 1, CANDIDATES).long()]
     leaving = torch.searchsorted(prices, chosen.expand(len(prices), -1).contiguous(), right=True)
