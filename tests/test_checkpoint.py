@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ease
 from ease.checkpoint import load_model, run_folder, save_model
 from ease.errors import EaseError
 from ease.exits import Policy, route
@@ -95,3 +97,13 @@ def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path, model, damage, sa
 def _edit(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("policy", [Policy.patient((1, 2), 2), Policy((1,), (0.5,), "margin", half_life=8.0)])
+def test_a_policy_comes_back_with_its_measure(policy: Policy, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny(3)
+    save_model(tmp_path, model, policy)
+    assert Policy.own(load_model(tmp_path)[0]) == policy
+    model.exit_layer, model.routing_threshold, model.policy_options = policy.exits, policy.thresholds, policy.options
+    ease.save_pretrained(model, tmp_path / "export")
+    assert Policy.own(ease.from_pretrained(tmp_path / "export")) == policy

@@ -81,8 +81,6 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
     """Writes weights and config.json; `config` is kept beside what the model needs to come back."""
     from safetensors.torch import save_model as save
 
-    if policy.patience:
-        raise EaseError("a saved model keeps thresholds of confidence, not patience: save it with such a policy")
     save(model, str(folder / WEIGHTS))
     model_config = {"model": asdict(model.config), "trained_exits": sorted(model.trained_exits)}
     write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
