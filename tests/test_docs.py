@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 # Pages whose commands belong between their snippets: both are run, in order.
-WALKS = {"real-llms.md"}
+WALKS = {"calibration.md", "real-llms.md"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
