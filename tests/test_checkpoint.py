@@ -57,18 +57,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with run_folder(out) as folder:
-        (folder / "config.json").write_text("1")
+        (folder / "config.json").write_text('{"format": 1, "model": {}}')
     with pytest.raises(EaseError, match="--overwrite"), run_folder(out):
         pass
     with pytest.raises(RuntimeError), run_folder(out, overwrite=True):
         raise RuntimeError
-    assert (out / "config.json").read_text() == "1", "a run that failed must not cost the one before"
+    assert json.loads((out / "config.json").read_text())["format"] == 1, "a run that failed must not cost the one before"
     with run_folder(out, overwrite=True) as folder:
-        (folder / "config.json").write_text("2")
-    assert (out / "config.json").read_text() == "2"
+        (folder / "config.json").write_text('{"format": 2, "model": {}}')
+    assert json.loads((out / "config.json").read_text())["format"] == 2
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").touch()
+    with pytest.raises(EaseError, match="no run folder"), run_folder(photos, overwrite=True):
+        pass
+    assert (photos / "a.jpg").exists()
+    (photos / "config.json").write_text('{"theme": "dark"}')  # many things have a config.json
     with pytest.raises(EaseError, match="no run folder"), run_folder(photos, overwrite=True):
         pass
     assert (photos / "a.jpg").exists()

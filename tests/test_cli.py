@@ -175,8 +175,10 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     assert str(tmp_path) not in (out / "summary.json").read_text()
     # The run is one like any other: it is scored again, tuned again, and handed back.
     assert main(["eval", str(out), "--threshold", "0.5"]) == 0
-    assert main(["tune", str(out), "--exits", "2", *data, "--overwrite", "--max-epochs", "1"]) == 0
-    assert main(["export", str(out), str(tmp_path / "back")]) == 0
+    assert main(["tune", str(out), "--exits=2", *data, "--overwrite", "--max-epochs", "1"]) == 2, "not over itself"
+    again = [*data[:2], "--out", str(tmp_path / "again"), *SHORT]
+    assert main(["tune", str(out), "--exits=2", *again, "--max-epochs", "1"]) == 0
+    assert main(["export", str(tmp_path / "again"), str(tmp_path / "back")]) == 0
     assert ease.from_pretrained(tmp_path / "back").exit_layer == [2]
 
 
@@ -218,6 +220,19 @@ def test_ashem_grows_on_a_checkpoint(made: Path, text: Path, tmp_path: Path, mon
     assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
 
 
+def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(made, text, tmp_path: Path, monkeypatch) -> None:
+    """The hard set and "continued" belong to the model that phase 2 grew from, and not to the one that came."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out, plan = tmp_path / "grown", ["--strategy.phase1-layers", "3", "--strategy.phase1-max-flops", "6e7"]
+    limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "6e7", "--compare", "continued"]
+    args = ["run", "ashem", "--start", str(made), "--data", str(text), "--out", str(out), *SHORT, *plan, *limits]
+    assert main(args) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
+    assert summary["hard"]["fixed_by"] == "phase 1's final model"
+    assert 0.3 < summary["hard"]["test_ratio"] < 0.7
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "ease run RECIPE" in capsys.readouterr().out
@@ -246,6 +261,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "no/such/model", "--prompt", "x"], "no folder no/such/model"),
         (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
         (["run", "tune", "--out", "new"], "name a checkpoint with --start"),
+        (["run", "ashem", "--strategy.pretrained", "--out", "new"], "name its model with --start"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path: Path, monkeypatch) -> None:

@@ -92,7 +92,7 @@ def test_the_start_of_a_text_goes_deep(tiny: Make) -> None:
 
 def test_a_threshold_with_a_half_life_falls_from_one() -> None:
     policy = Policy((1,), (0.6,), half_life=4.0)
-    limits = policy.limits(0.6, torch.tensor([0, 4, 8, 400]))
+    limits = policy.limits(0.6, torch.tensor([0, 4, 8, 400]), torch.float64)
     torch.testing.assert_close(limits, torch.tensor([1.0, 0.8, 0.7, 0.6], dtype=torch.float64))
 
 

@@ -47,7 +47,7 @@ def test_without_a_threshold_deep_supervision_does_not_route() -> None:
     ("config", "fix"),
     [
         (DeepSupervisionConfig(num_layers=2, exit_layer=2, routing_threshold=0.5), "choose a lower exit"),
-        (StandardConfig(num_layers=5), "use a deeper model"),
+        (StandardConfig(num_layers=5), "num_layers is 5 but the model has 2: set it to the model's"),
     ],
 )
 def test_a_model_too_shallow_is_refused(

@@ -64,9 +64,12 @@ def test_an_adapter_starts_as_the_identity_and_then_helps(finished: Any) -> None
     model, data = finished
     plain, x = copy.deepcopy(model), data.val[0][0]
     logits = model.forward_all_layers(x)
-    model.add_adapters((1,), 16)
+    model.add_adapters((1,), 8)
+    model.add_adapters((2,), 8)
     assert all(map(torch.equal, logits, model.forward_all_layers(x)))
-    assert set(model.exit_adapters) == {"1"}
+    assert set(model.exit_adapters) == {"1", "2"}
+    with pytest.raises(EaseError, match="adapters of 8 units: give new ones as many, got 16"):
+        model.add_adapters((3,), 16)
     tuned(plain, data, exits=(1,))
     tuned(model, data, exits=(1,), adapter="mlp")
     assert model.config.adapter_dim == 8, "a quarter of the width"

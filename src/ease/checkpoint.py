@@ -24,6 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ease.errors import EaseError
 from ease.exits import Policy
 from ease.models import DeepSupervisionTransformer, StandardTransformer
@@ -39,8 +41,17 @@ def check_folder(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise EaseError(f"{out} exists already: choose another folder, or overwrite it (--overwrite)")
-    if not (out / CONFIG).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not holds_model(out) and (not out.is_dir() or any(out.iterdir())):
         raise EaseError(f"{out} is no run folder and no checkpoint, so it is not overwritten: choose another")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the folder is a run or a checkpoint, by what its config.json says; many things have a config.json."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ({"format", "model"} <= config.keys() or "model_type" in config)
 
 
 @contextmanager
@@ -83,6 +94,7 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
 
     save(model, str(folder / WEIGHTS))
     model_config = {"model": asdict(model.config), "trained_exits": sorted(model.trained_exits)}
+    model_config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
 
 
@@ -114,6 +126,7 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
             routing_threshold=policy["thresholds"] or 0.0,
             **shape,
         )
+        model.to(getattr(torch, config.get("dtype", "float32")))
         model.trained_exits = set(config["trained_exits"])
         model.policy_options = {k: v for k, v in policy.items() if k not in ("exits", "thresholds")}
         load(model, str(folder / WEIGHTS))

@@ -112,7 +112,8 @@ def run(args: list[str]) -> None:
         """Replace the folder if it holds a run already."""
 
     # `--data D` is short for the option that is wanted most.
-    rest = spell_out(args[1:], {"--data": "--data.source"})
+    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith("--exits=") else [arg])]
+    rest = spell_out(rest, {"--data": "--data.source"})
     default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
     out = given.out or Path("runs") / given.config.name
@@ -439,7 +440,7 @@ def export(args: list[str]) -> None:
 
     run, folder, tokenizer, overwrite = tyro.cli(export_, args=args, prog="ease export")
     model, config = load_model(run)
-    if model.config.max_positions is None:
+    if model.config.max_positions is None and "run" in config:
         model.config = replace(model.config, max_positions=config["run"]["data"]["seq_len"])
     own = load_tokenizer(run / "tokenizer.json")
     save_pretrained(

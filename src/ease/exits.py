@@ -59,9 +59,11 @@ class Policy:
         """A token leaves when `patience` exits in a row agree on the likeliest output."""
         return cls(tuple(exits), (1.0,) * len(exits), "patience", patience)
 
-    def limits(self, threshold: float, positions: Tensor) -> Tensor:
+    def limits(self, threshold: float, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """The confidence that is asked for at positions (n,), counted from 0: (n,), above 1 where none may leave."""
-        limits = torch.full(positions.shape, threshold, dtype=torch.float64, device=positions.device)
+        # At least float32, in which thresholds are told apart, and no more than the model's: some devices lack float64.
+        dtype = torch.promote_types(dtype, torch.float32)
+        limits = torch.full(positions.shape, threshold, dtype=dtype, device=positions.device)
         if self.half_life is not None:
             limits = limits + (1 - threshold) * 0.5 ** (positions / self.half_life)
         return limits.masked_fill(positions < self.always_deep, torch.inf)
@@ -177,6 +179,7 @@ def walk(
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
     if cache is not None:
+        cache.check(policy)
         positions = cache.length[:, None] + arrived.long().cumsum(1) - 1
     state, first = model.embed(ids), 1
     for layer, threshold in [*steps, (last, 0.0)]:
@@ -198,7 +201,7 @@ def walk(
             # At the end all leave, also those whose confidence is NaN.
             leaves = torch.ones_like(confidence, dtype=torch.bool)
             if not final:
-                leaves = confidence >= policy.limits(threshold, positions.flatten()[places])
+                leaves = confidence >= policy.limits(threshold, positions.flatten()[places], confidence.dtype)
             gone = int(leaves.sum())
             heads += len(places) if logits is not None else gone
             if read is not None and gone:

@@ -276,7 +276,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """
     folder = checkpoint_folder(name_or_path)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    needed, vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1, read_json(folder / CONFIG)["vocab_size"]
+    raw = read_json(folder / CONFIG)
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    vocab_size = raw.get("vocab_size") or raw.get("model", {}).get("vocab_size", 0)  # stock, or of EaseForCausalLM
     if needed > vocab_size:
         raise EaseError(
             f"the tokenizer in {folder} has ids up to {needed - 1} and the model's embedding {vocab_size} rows: use "

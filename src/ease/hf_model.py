@@ -36,6 +36,7 @@ class EaseConfig(PreTrainedConfig):
         exits: layers after which tokens may leave.
         thresholds: one per exit, 0 where it does not route.
         trained_exits: exits that a loss has trained.
+        policy_options: further fields of `ease.Policy`.
     """
 
     model_type = NATIVE
@@ -45,6 +46,7 @@ class EaseConfig(PreTrainedConfig):
     exits: list[int] | tuple[int, ...] = ()
     thresholds: list[float] | tuple[float, ...] = ()
     trained_exits: list[int] | tuple[int, ...] = ()
+    policy_options: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -85,7 +87,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         if model is None:
             policy: dict[str, Any] = {"exit_layer": config.exits or 1, "routing_threshold": config.thresholds or 0.0}
             model = DeepSupervisionTransformer(**(config.model or {}), **policy)
-            model.trained_exits = set(config.trained_exits)
+            model.trained_exits, model.policy_options = set(config.trained_exits), dict(config.policy_options or {})
         self.model = model
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
@@ -96,16 +98,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
         """A native model, shared and not copied; `token_ids` are bos_token_id, eos_token_id and pad_token_id."""
-        policy = Policy.own(model)
-        config = EaseConfig(
-            model=asdict(model.config),
-            exits=policy.exits,
-            thresholds=policy.thresholds,
-            trained_exits=sorted(model.trained_exits),
-            dtype=next(model.parameters()).dtype,
-            **token_ids,
-        )
-        wrapped = cls(config, model)
+        wrapped = cls(EaseConfig(**_told(model), dtype=next(model.parameters()).dtype, **token_ids), model)
         wrapped.train(model.training)
         return wrapped
 
@@ -129,6 +122,12 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers' own; the config tells the model as it is now, adapters and policy included."""
+        for name, value in _told(self.model).items():
+            setattr(self.config, name, value)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def policy(self) -> Policy:
@@ -222,7 +221,6 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         rows[:, kept] = torch.arange(B * K, device=ids.device).view(B, K)
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
-            # A token is read at every exit that it comes to, and the last of these is the one it takes.
             row = rows.flatten()[places]
             logits[row[row >= 0]] = chunk[row >= 0]
             return chunk[:, :0]
@@ -246,6 +244,18 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             )
         kwargs["use_cache"] = False
         return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+
+def _told(model: DeepSupervisionTransformer) -> dict[str, Any]:
+    """What a config tells of a model."""
+    policy = Policy.own(model)
+    return {
+        "model": asdict(model.config),
+        "exits": policy.exits,
+        "thresholds": policy.thresholds,
+        "policy_options": policy.options,
+        "trained_exits": sorted(model.trained_exits),
+    }
 
 
 def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:

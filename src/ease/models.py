@@ -202,17 +202,22 @@ class StandardTransformer(ExitModel):
 
     def set_classifiers(self, weights: Mapping[int, Tensor]) -> None:
         """Gives exits below the last one a classifier each, from weights (D + 1,), the last of them the bias."""
-        self.config = replace(self.config, classifier_exits=tuple(weights))
-        made = {str(exit): nn.Linear(self.config.dim, 1) for exit in weights}
-        for layer, weight in zip(made.values(), weights.values(), strict=True):
-            layer.load_state_dict({"weight": weight[None, :-1], "bias": weight[-1:]})
-        self.exit_classifiers = nn.ModuleDict(made).to(self.embedding.weight).train(self.training)
+        self.config = replace(self.config, classifier_exits=tuple(sorted({*self.config.classifier_exits, *weights})))
+        for exit, weight in weights.items():
+            made = nn.Linear(self.config.dim, 1)
+            made.load_state_dict({"weight": weight[None, :-1], "bias": weight[-1:]})
+            self.exit_classifiers[str(exit)] = made.to(self.embedding.weight).train(self.training)
 
     def add_adapters(self, exits: Sequence[int], dim: int) -> None:
         """Gives exits below the last one an adapter of `dim` units, which changes nothing until it has learned."""
-        self.config = replace(self.config, adapter_exits=tuple(exits), adapter_dim=dim)
-        adapters = {str(e): Adapter(self.config.dim, dim).to(self.embedding.weight) for e in exits}
-        self.exit_adapters = nn.ModuleDict(adapters).train(self.training)
+        if self.config.adapter_exits and self.config.adapter_dim != dim:
+            raise EaseError(
+                f"the model has adapters of {self.config.adapter_dim} units: give new ones as many, got {dim}"
+            )
+        every = tuple(sorted({*self.config.adapter_exits, *exits}))
+        self.config = replace(self.config, adapter_exits=every, adapter_dim=dim)
+        for exit in exits:
+            self.exit_adapters[str(exit)] = Adapter(self.config.dim, dim).to(self.embedding.weight).train(self.training)
 
     def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
         """Grows to `num_layers` layers in place and returns the model; no existing exit changes by a bit.

@@ -207,7 +207,10 @@ class Workshop:
         depth = self.config.strategy.num_layers
         if self.start is None and depth is None:
             raise EaseError("this strategy needs a finished model: name a checkpoint with --start")
+        if self.start is None and getattr(self.config.strategy, "pretrained", False):
+            raise EaseError("pretrained says that phase 1 is finished: name its model with --start")
         model = self.start.to(self.device) if self.start is not None else self.new_model(depth or 0)
+        model.policy_options = {}  # the strategy's policy is what counts from here
         torch.manual_seed(self.config.seed)
         strategy, data = self.config.strategy.strategy(), Data(self.batches("train"), self.batches("val"), self.watch)
         line = Line("start", model, Policy(), [], {}, 0.0)
@@ -224,6 +227,13 @@ class Workshop:
             phases.append(phase)
         return lines, phases, strategy
 
+    def base(self, lines: list[Line], phases: list[Phase]) -> tuple[Line, TrainingConfig]:
+        """What the first later phase built on, phase 1 or the model as it came, and the loss it learned with."""
+        came = len(lines) - len(phases)
+        at = next((i for i, phase in enumerate(phases) if phase.first > 1), 1 - came) - 1 + came
+        own = phases[at - came].config if at >= came else ease.create_standard_config(lines[at].model.num_layers)
+        return lines[at], own
+
     def baselines(self, lines: list[Line], phases: list[Phase]) -> Iterator[Line]:
         """The lines to compare with, at the training FLOPs of the strategy's last line."""
         final, options = lines[-1], phases[0].options
@@ -231,18 +241,11 @@ class Workshop:
             yield final._replace(name=f"{final.name}{UNROUTED}", policy=Policy())
         depth, start = final.model.num_layers, Line("start", final.model, Policy(), [], {}, 0.0)
         if "continued" in self.config.compare and len(lines) > 1:
-            model = copy.deepcopy(lines[0].model)
+            base, config = self.base(lines, phases)
             train_batches = self.batches("train")
-            train_batches.epoch = len(lines[0].curve)
-            yield self.trained_on(
-                f"{lines[0].name} continued",
-                lines[0],
-                model,
-                phases[0].config if self.start is None else ease.create_standard_config(model.num_layers),
-                options,
-                final.total,
-                train_batches,
-            )
+            train_batches.epoch = len(base.curve)
+            name, model = f"{base.name} continued", copy.deepcopy(base.model)
+            yield self.trained_on(name, base, model, config, options, final.total, train_batches)
         plans = {
             "standard": ease.create_standard_config(depth),
             "deep-supervision": ease.create_deep_supervision_config(depth),
@@ -280,7 +283,7 @@ class Workshop:
         endless = replace(options, patience=None, max_epochs=10**6, max_flops=flops - before.total)
         phase = Phase(name, config, train_batches, self.batches("val"), endless)
         torch.manual_seed(self.config.seed)
-        trainer = Trainer(config, self.corpus.vocab_size, self.device)
+        trainer = Trainer(config, model.config.outputs, self.device)
         return before.then(name, phase, trainer.run(model, phase, self.watching(name)), model)
 
 
@@ -298,6 +301,8 @@ def run(
         watch: makes, from the name of a line, what is told of its steps and epochs.
     """
     device = choose_device(config.device)
+    if config.start is not None and Path(config.start).exists() and Path(config.start).resolve() == out.resolve():
+        raise EaseError(f"{out} is the model to start from: choose another --out")
     with run_folder(out, overwrite) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
@@ -305,11 +310,11 @@ def run(
         shop = Workshop(config, folder, corpus, device, watch, start)
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
-        final = lines[-1]
+        final, (base, _) = lines[-1], shop.base(lines, phases)
         lines += shop.baselines(lines, phases)
 
         summary = describe(config, corpus, final.model, shop.device)
-        summary |= figures(shop, lines, final, strategy)
+        summary |= figures(shop, lines, base, final, strategy)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
@@ -325,9 +330,10 @@ def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, 
     """The model to start from, its tokenizer, and the id that ends a text."""
     folder = Path(name)
     if (folder / "summary.json").is_file():
-        model, _ = load_model(folder)
+        model, config = load_model(folder)
         tokenizer = load_tokenizer(folder / "tokenizer.json")
-        return model, tokenizer, tokenizer.token_to_id(EOS)
+        data = config["data"]
+        return model, tokenizer, data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
     from ease import hf
 
     return hf.from_pretrained(name, dtype=getattr(torch, dtype)), hf.load_tokenizer(name), hf.end_of_text(name)
@@ -353,7 +359,7 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
         # Reports are passed on, and a path on this machine is nobody's business: the corpus has a name.
         "config": {
             "strategy": {"name": name, **asdict(config.strategy)},
-            "model": asdict(config.model),
+            "model": asdict(config.model) if config.start is None else None,  # a model that came has its own shape
             "data": asdict(replace(data, source=corpus.name)),
             "compare": config.compare,
             "seed": config.seed,
@@ -362,8 +368,8 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
     }
 
 
-def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) -> dict[str, Any]:
-    """Everything measured: each line, the hard set, the sweep, reliability."""
+def figures(shop: Workshop, lines: list[Line], base: Line, final: Line, strategy: Strategy) -> dict[str, Any]:
+    """Everything measured: each line, the hard set as `base` fixes it, the sweep, reliability."""
     val, test, depth = shop.batches("val"), shop.batches("test"), final.model.num_layers
     mined = getattr(strategy, "mined", [])
     hard: dict[str, Any] = {}
@@ -371,14 +377,14 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
     if mined:
         threshold = mined[0]["threshold"]
         for split, batches in (("val", val), ("test", test)):
-            hard[split] = score(lines[0].model, batches).confidences < threshold
+            hard[split] = score(base.model, batches).confidences < threshold
         hard_summary = {
             "exits": [final.policy.exits[0]],
             "thresholds": [threshold],
             "train_ratio": mined[0]["count"] / mined[0]["of"],
             "train_count": mined[0]["count"],
             "test_ratio": hard["test"].float().mean().item(),
-            "fixed_by": f"{lines[0].name}'s final model",
+            "fixed_by": f"{base.name}'s final model",
         }
     rows: list[dict[str, Any]] = []
     scoring = shop.watch("scoring")
@@ -415,7 +421,7 @@ def figures(shop: Workshop, lines: list[Line], final: Line, strategy: Strategy) 
     seen = Sequences(final.model, test, final.policy)
     in_sample = None
     if shop.in_sample:
-        before = rows[0]["val"]["hard_ppl"]
+        before = next(row["val"]["hard_ppl"] for row in rows if row["name"] == base.name)
         after = next(row["val"] for row in rows if row["name"] == final.name)
         in_sample = {
             "split": "validation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ease.errors import EaseError
 from ease.exits import Policy
 from ease.seam import ExitModel
 from ease.trainer import (
@@ -60,4 +61,8 @@ class OnePhase:
         if self.done:
             return None
         self.done = True
+        if model.num_layers != max(self.config.weights):
+            raise EaseError(
+                f"num_layers is {max(self.config.weights)} but the model has {model.num_layers}: set it to the model's"
+            )
         return Phase("training", self.config, data.train, data.val, self.options)

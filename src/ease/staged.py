@@ -63,6 +63,8 @@ class StagedConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise EaseError("N-stage training needs at least one phase")
+        if self.pretrained and len(self.phases) < 2:
+            raise EaseError("a pretrained model is phase 1: plan a second phase, or set pretrained to False")
         if self.phases[0].ratio != 1:
             raise EaseError(f"the first phase learns from all tokens: set its ratio to 1, got {self.phases[0].ratio}")
         for number, (below, phase) in enumerate(zip(self.phases, self.phases[1:], strict=False), 1):

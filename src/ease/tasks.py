@@ -248,6 +248,7 @@ def _splits(
             kept = [made for made in examples if _key(made) not in seen]
             notes["records are left out, which train.jsonl has too"] += len(examples) - len(kept)
             examples = kept
+            seen |= {_key(made) for made in kept}  # what chose is not tested on either
         said = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
         path = Path(folder) / name
         if not examples:

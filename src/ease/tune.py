@@ -92,7 +92,7 @@ class Tune:
             return None
         c, last = self.config, model.num_layers
         self.exits = c.exits or tuple(sorted({max(1, last // 3), max(1, 2 * last // 3)}))
-        self.policy().check(last)
+        Policy.of(self.exits, (1.0,) * len(self.exits)).check(last)
         train, spent = data.train, 0.0
         if c.tokens != "all":
             watched = Watched(data.train, data.watch("selecting"), c.select_epochs)
