@@ -62,7 +62,8 @@ def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path:
         pass
     with pytest.raises(RuntimeError), run_folder(out, overwrite=True):
         raise RuntimeError
-    assert json.loads((out / "config.json").read_text())["format"] == 1, "a run that failed must not cost the one before"
+    kept = json.loads((out / "config.json").read_text())
+    assert kept["format"] == 1, "a run that failed must not cost the one before"
     with run_folder(out, overwrite=True) as folder:
         (folder / "config.json").write_text('{"format": 2, "model": {}}')
     assert json.loads((out / "config.json").read_text())["format"] == 2
