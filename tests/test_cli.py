@@ -158,7 +158,7 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "tuned"
     assert main(["export", str(made), str(checkpoint)]) == 0
     data = ["--data", str(text), "--out", str(out), *SHORT]
-    options = ["--exits", "1,2", "--adapter", "mlp", "--objective", "both", "--tokens", "kept", "--max-epochs", "1"]
+    options = ["--exits=1,2", "--adapter", "mlp", "--objective", "both", "--tokens", "kept", "--max-epochs", "1"]
     assert main(["tune", str(checkpoint), *options, *data]) == 0
     assert "Routing" in capsys.readouterr().out
     tuned, config = load_model(out)

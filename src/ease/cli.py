@@ -112,8 +112,7 @@ def run(args: list[str]) -> None:
         """Replace the folder if it holds a run already."""
 
     # `--data D` is short for the option that is wanted most.
-    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith("--exits=") else [arg])]
-    rest = spell_out(rest, {"--data": "--data.source"})
+    rest = spell_out(args[1:], {"--data": "--data.source"})
     default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
     out = given.out or Path("runs") / given.config.name
@@ -147,7 +146,8 @@ def tune(args: list[str]) -> None:
         return
     if args[0].startswith("-"):
         raise EaseError("name the checkpoint first: ease tune CHECKPOINT --exits 8,16")
-    rest = spell_out(args[1:], {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)})
+    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith("--exits=") else [arg])]
+    rest = spell_out(rest, {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)})
     if "--strategy.exits" in rest:
         at = rest.index("--strategy.exits") + 1
         rest[at : at + 1] = rest[at].split(",") if at < len(rest) else []
