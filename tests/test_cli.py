@@ -62,7 +62,7 @@ def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> N
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(recipes()) == {"demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
+    assert set(recipes()) == {"demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
 
 
 def test_a_run_is_a_folder_without_pickles(made: Path) -> None:

@@ -45,6 +45,24 @@ def test_full_decoding_in_a_batch_is_each_row_on_its_own(tiny: Make) -> None:
     assert found.stats["layers_per_token"] == 3
 
 
+class Wrapped(torch.nn.Linear):
+    """A projection with something beside it, as LoRA puts there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def test_decoding_runs_what_stands_in_a_projections_place(tiny: Make) -> None:
+    model, (ids, mask) = tiny(3, sharp=True).double(), prompts()
+    plain = generate(model, ids, LENGTH, attention_mask=mask).tokens
+    wrapped = Wrapped(32, 32, bias=False).double()
+    wrapped.load_state_dict(model.layers[1].attention.q_proj.state_dict())
+    model.layers[1].attention.q_proj = wrapped
+    found = generate(model, ids, LENGTH, attention_mask=mask).tokens
+    assert not torch.equal(found, plain)
+    assert torch.equal(found, alone(model, ids, mask, LENGTH))
+
+
 @pytest.mark.parametrize("exit", [1, 2, 3])
 @pytest.mark.parametrize("patience", [0.0, 0.2])
 def test_exact_decoding_emits_the_tokens_of_full_decoding(exit: int, patience: float, tiny: Make) -> None:
@@ -131,7 +149,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(data: st.DataObject) -> N
 def test_a_row_ends_at_its_stop_and_the_others_go_on(mode: Any, tiny: Make) -> None:
     model, (ids, mask) = tiny(3, sharp=True).double(), prompts()
     model.exit_layer, model.routing_threshold = 1, 0.2
-    options = {"attention_mask": mask, "draft_exit": 1}
+    options = {"attention_mask": mask} | ({"draft_exit": 1} if mode == "exact" else {})
     free = generate(model, ids, LENGTH, mode, **options)
     stop = int(free.tokens[0, 3])
     told: list[Token] = []
@@ -153,7 +171,8 @@ def test_sampling_has_the_distribution_of_the_model(mode: Any, options: dict[str
     """Of 3,000 draws of two tokens, the second's frequencies are the model's given the first: within 5 sigma each."""
     model = tiny(3, vocab_size=7, sharp=True)
     ids = torch.tensor([[1, 4, 2]]).expand(3000, 3)
-    found = generate(model, ids, 2, mode, seed=3, draft_exit=1, draft_confidence=0.0, **options).tokens
+    drafting: dict[str, Any] = {"draft_exit": 1, "draft_confidence": 0.0} if mode == "exact" else {}
+    found = generate(model, ids, 2, mode, seed=3, **drafting, **options).tokens
     sampling = Sampling(**options)
     expected = sampling.distribution(model(ids[:1])[:, -1], None)[0]
     pairs = torch.zeros(7, 7)
@@ -176,7 +195,7 @@ def test_sampled_tokens_follow_their_seed(tiny: Make) -> None:
 @pytest.mark.parametrize("mode", ["full", "exact"])
 def test_a_penalty_keeps_tokens_from_coming_again(mode: Any, tiny: Make) -> None:
     model, (ids, mask) = tiny(3, sharp=True).double(), prompts()
-    options = {"attention_mask": mask, "repetition_penalty": 1e9, "draft_exit": 1}
+    options = {"attention_mask": mask, "repetition_penalty": 1e9}
     found = generate(model, ids, LENGTH, mode, **options)
     for row in range(PROMPTS):
         text = [*ids[row][mask[row]].tolist(), *found.tokens[row].tolist()]
@@ -212,7 +231,14 @@ def test_a_cache_says_what_it_takes_and_is_refused_for_another_use(tiny: Make) -
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"mode": "exact", "draft_exit": 3}, r"draft_exit must lie in 1\.\.2, got 3"),
+        ({"draft_exit": 1}, "draft_exit is for mode exact, and this is full"),
+        ({"top_k": 5}, "top_k and top_p choose what is drawn from"),
+        ({"mode": "routed"}, "no exits to route at"),
         ({"max_memory": 10.0}, "use fewer rows, or fewer tokens"),
+        ({"max_new_tokens": 10**9}, "MB there are: use fewer rows, or fewer tokens"),
+        ({"ids": torch.zeros(4, dtype=torch.long)}, r"prompts are integers \(B, T\)"),
+        ({"ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one real token"),
+        ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one real token"),
         ({"attention_mask": torch.zeros(1, 4)}, "at least one real token"),
         ({"ids": torch.full((1, 4), 999)}, "token ids must lie in"),
     ],
@@ -221,3 +247,14 @@ def test_bad_requests_are_refused_in_one_sentence(options: dict[str, Any], fix: 
     with pytest.raises(EaseError, match=fix) as error:
         generate(tiny(3), **{"ids": torch.zeros(1, 4, dtype=torch.long), "max_new_tokens": 2} | options)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_model_cannot_continue_is_told(tiny: Make) -> None:
+    ids, model = torch.zeros(1, 4, dtype=torch.long), tiny(3, max_positions=8)
+    assert generate(model, ids, 4).tokens.shape == (1, 4)
+    with pytest.raises(EaseError, match="4 tokens of a prompt and 5 new ones are more than the 8 positions"):
+        generate(model, ids, 5)
+    with torch.no_grad():
+        model.layers[1].ffn.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(EaseError, match="NaN"):
+        generate(model, ids, 2)

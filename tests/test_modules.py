@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ease import Layout, StandardTransformer
-from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock
+from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock, light_layer
 from ease.modules.attention import rotary, rotate
 
 Make = Callable[..., StandardTransformer]
@@ -170,3 +170,19 @@ def test_with_biases_and_norms_active_tokens_get_what_they_get_among_all() -> No
     every, some = layer(x, plan(x)), layer(x, plan(x, active=active))
     torch.testing.assert_close(some[active], every[active])
     assert torch.equal(some[~active], x[~active])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_light_layer_computes_what_the_layer_does(dtype: torch.dtype) -> None:
+    layer = block(dropout=0.5, kv_heads=2).to(dtype)
+    for name, weight in layer.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    x = torch.randn(2, T, 32, dtype=dtype)
+    with torch.no_grad():
+        expected = layer.eval()(x, plan(x))
+        torch.testing.assert_close(light_layer(layer)(x, plan(x)), expected)
+        heard: list[str] = []
+        layer.ffn.down_proj.register_forward_hook(lambda *_: heard.append("down"))
+        torch.testing.assert_close(light_layer(layer.train())(x, plan(x)), expected)
+    assert heard == ["down"]

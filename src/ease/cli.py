@@ -243,8 +243,9 @@ def generate(args: list[str]) -> None:
         """Folder of a run, or a Llama-family checkpoint (a folder, or a name on the Hugging Face hub)."""
         prompt: str
         """The text to continue."""
-        mode: Literal["full", "routed", "exact"] = "routed"
-        """Every layer; leave where an exit is sure; or draft at an exit and check, which gives the tokens of full."""
+        mode: Literal["full", "routed", "exact"] | None = None
+        """Every layer; leave where an exit is sure; or draft at an exit and check, which gives the tokens of full.
+        (Routed by default, where the model has a policy.)"""
         max_new_tokens: int = 100
         """Tokens to add at most."""
         threshold: float | None = None
@@ -272,6 +273,7 @@ def generate(args: list[str]) -> None:
         if not exits:
             raise EaseError(f"{given.model} has no exits to route at: leave out --threshold, or tune it first")
         model.exit_layer, model.routing_threshold = tuple(exits), (given.threshold,) * len(exits)
+    mode = given.mode or ("routed" if ease.Policy.own(model).exits else "full")
     ids = tokenizer.encode(given.prompt).ids
     if not ids:
         raise EaseError("the prompt is empty: give it a few words")
@@ -289,7 +291,7 @@ def generate(args: list[str]) -> None:
         model,
         torch.tensor([ids]),
         given.max_new_tokens,
-        given.mode,
+        mode,
         temperature=given.temperature,
         top_k=given.top_k,
         top_p=given.top_p,

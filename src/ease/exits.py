@@ -180,7 +180,7 @@ def walk(
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
     if cache is not None:
         cache.check(policy)
-        positions = cache.length[:, None] + arrived.long().cumsum(1) - 1
+        positions = cache.next(arrived)
     state, first = model.embed(ids), 1
     for layer, threshold in [*steps, (last, 0.0)]:
         if not bool(arrived.any()):

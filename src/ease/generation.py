@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,6 +58,8 @@ class Sampling:
         ):
             if not fine:
                 raise EaseError(f"{name} must be {rule}, got {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise EaseError("top_k and top_p choose what is drawn from, and temperature 0 draws nothing: raise it")
 
     def penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Logits (n, V) after the penalty on tokens `seen` (n, V)."""
@@ -65,11 +69,8 @@ class Sampling:
         return torch.where(seen, penalised, logits)
 
     def distribution(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Logits (n, V) -> the probabilities (n, V) that a token is drawn from; greedy is one token with all of it."""
-        logits = self.penalise(logits, seen)
-        if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        logits = logits / self.temperature
+        """Logits (n, V) -> the probabilities (n, V) that a token is drawn from, at a temperature above 0."""
+        logits = self.penalise(logits, seen) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
         probabilities = logits.softmax(-1)
@@ -120,10 +121,15 @@ class Request:
     current: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) the last token of each row, not yet read
     running: Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,) rows that want more
 
-    def draw(self, probabilities: Tensor) -> Tensor:
-        """(n, V) -> (n,) ids."""
+    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits (n, V) -> ids (n,), and the probabilities (n, V) that they were drawn from; greedy has none."""
         if self.sampling.temperature == 0:
-            return probabilities.argmax(1)
+            return self.sampling.penalise(logits, seen).argmax(1), None
+        probabilities = self.sampling.distribution(logits, seen)
+        return self.pick(probabilities), probabilities
+
+    def pick(self, probabilities: Tensor) -> Tensor:
+        """(n, V) -> (n,) ids."""
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
 
     def take(self, tokens: Tensor, exits: Tensor, confidences: Tensor, counts: Tensor) -> None:
@@ -134,6 +140,8 @@ class Request:
             for new in (Token(row, *each) for each in list(zip(ids, outs, sure, strict=True))[:count]):
                 if not running[row]:
                     break
+                if math.isnan(new.confidence):
+                    raise EaseError("the model predicts no numbers (NaN): its weights are broken, restore them")
                 self.found[row].append(new)
                 if self.stream is not None:
                     self.stream(new)
@@ -169,7 +177,7 @@ class Request:
         answers = last.any(1)
         seen = None if self.seen is None else self.seen[answers]
         tokens = torch.zeros_like(exits)
-        tokens[answers] = self.draw(self.sampling.distribution(logits[answers], seen))
+        tokens[answers], _ = self.draw(logits[answers], seen)
         self.take(tokens[:, None], exits[:, None], confidences[:, None], answers.long())
 
     def draft_and_check(self, exit: int, length: int, patience: float) -> tuple[int, int]:
@@ -177,17 +185,17 @@ class Request:
 
         A row stops drafting after a token less confident than `patience`. Returns tokens drafted and accepted.
         """
-        model, sampling, start = self.model, self.sampling, self.cache.length.clone()
+        model, start = self.model, self.cache.length
         B, last, drafting, tokens = len(start), model.num_layers, self.running.clone(), self.current
         seen = None if self.seen is None else self.seen.clone()
         states, drafts, beliefs, sure, read = [], [], [], [], []
         for _ in range(length):
-            layout = Layout(torch.zeros(B, 1, dtype=torch.long, device=start.device), drafting.long()[:, None] - 1)
+            layout = Layout(torch.zeros(B, 1, dtype=torch.long, device=tokens.device), drafting.long()[:, None] - 1)
             state = model.run(model.embed(tokens[:, None]), 1, exit, layout=layout, cache=self.cache)
             logits = model.logits(state[drafting, 0], exit)
-            belief = sampling.distribution(logits, None if seen is None else seen[drafting])
-            draft, confidence = tokens.clone(), start.new_zeros(B, dtype=logits.dtype)
-            draft[drafting], confidence[drafting] = self.draw(belief), max_probability(logits)
+            offer, belief = self.draw(logits, None if seen is None else seen[drafting])
+            draft, confidence = tokens.clone(), logits.new_zeros(B)
+            draft[drafting], confidence[drafting] = offer, max_probability(logits)
             states.append(state)
             drafts.append(draft)
             sure.append(confidence)
@@ -203,21 +211,17 @@ class Request:
         K, mine = len(drafts), torch.stack(read, 1)
         self.layers_run += exit * int(mine.sum()) + (last - exit) * int(mine.sum())
 
-        self.cache.slots = start[:, None] + torch.arange(K, device=start.device)
+        self.cache.resume(start, K)
         deep = model.run(torch.cat(states, 1), exit + 1, last, active=mine, cache=self.cache)
         logits = model.logits(deep[mine], last)
         offered = torch.stack(drafts, 1)
-        truth = sampling.distribution(logits, self._seen_on_the_way(offered, mine))
-        believed = torch.zeros(B, K, truth.shape[1], dtype=truth.dtype, device=truth.device)
-        for k, belief in enumerate(beliefs):
-            believed[read[k], k] = belief
-        settled, agrees = self._settle(offered[mine], believed[mine], truth)
+        settled = self._settle(offered, mine, logits, beliefs)
         answer, accepted = offered.clone(), torch.zeros_like(mine)
-        answer[mine], accepted[mine] = settled, agrees
+        answer[mine], accepted[mine] = settled
         # Agreement counts up to the first token that differs, which is replaced by what full decoding says.
         leading = accepted.long().cumprod(1).sum(1)
         counts = torch.minimum(leading + 1, mine.sum(1))
-        self.cache.cut(start + counts)
+        self.cache.cut(start + counts.cpu().numpy())
         self.take(answer, torch.full_like(answer, exit), torch.stack(sure, 1), counts)
         return int(mine.sum()), int(leading.sum())
 
@@ -231,21 +235,32 @@ class Request:
             seen[mine[:, k], offered[mine[:, k], k]] = True
         return torch.stack(parts, 1)[mine]
 
-    def _settle(self, offered: Tensor, believed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (M,) that are distributed as `truth` (M, V), and where they are the ones offered.
+    def _settle(
+        self, offered: Tensor, mine: Tensor, logits: Tensor, beliefs: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """For the M of offered (B, K) that are drafts, what full decoding says (M,), and where that is the offer.
 
-        An offered token is kept with probability min(1, truth / believed), else one is drawn from what truth has more
-        (Leviathan et al. 2023, arXiv:2211.17192). Greedy is the case of one token with all of the probability.
+        Args:
+            logits: (M, V) of the last exit.
+            beliefs: per place in the draft the probabilities that it was drawn from, of the rows that drafted there.
         """
-        p, q = (t.gather(1, offered[:, None]).squeeze(1) for t in (truth, believed))
+        seen, offers = self._seen_on_the_way(offered, mine), offered[mine]
         if self.sampling.temperature == 0:
-            keep = p > 0
-        else:
-            keep = torch.rand(p.shape, generator=self.generator, device=p.device, dtype=p.dtype) * q < p
-        rest = (truth - believed).clamp(min=0)
+            told, _ = self.draw(logits, seen)
+            return told, told == offers
+        truth = self.sampling.distribution(logits, seen)
+        # An offer is kept with probability min(1, truth / believed), else one is drawn from what truth has more
+        # (Leviathan et al. 2023, arXiv:2211.17192).
+        believed = truth.new_zeros(*offered.shape, truth.shape[1])
+        for k, belief in enumerate(beliefs):
+            assert belief is not None
+            believed[mine[:, k], k] = belief
+        p, q = (t.gather(1, offers[:, None]).squeeze(1) for t in (truth, believed[mine]))
+        keep = torch.rand(p.shape, generator=self.generator, device=p.device, dtype=p.dtype) * q < p
+        rest = (truth - believed[mine]).clamp(min=0)
         # Where nothing is left the two are equal, and the offer is kept.
-        instead = self.draw(torch.where(rest.sum(1, keepdim=True) > 0, rest, truth))
-        return torch.where(keep, offered, instead), keep
+        instead = self.pick(torch.where(rest.sum(1, keepdim=True) > 0, rest, truth))
+        return torch.where(keep, offers, instead), keep
 
 
 @torch.no_grad()
@@ -279,11 +294,13 @@ def generate(
         draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
             decoding included.
         draft_confidence: in exact mode, a row stops drafting after a token less confident than this.
-        max_memory: bytes that the cache may take; a request beyond is refused before it starts.
+        max_memory: bytes that the cache may take (what is free by default); a request beyond is refused before it
+            starts.
 
     Raises:
-        EaseError: for prompts without a token, ids outside the vocabulary, settings out of range, an exit that the
-            model does not have, or a cache that does not fit.
+        EaseError: for prompts without a token or longer than the model's positions, ids outside the vocabulary,
+            settings out of range or without a meaning in this mode, exits that the model does not have, weights that
+            are no numbers, or a cache that does not fit.
     """
     check_choice("mode", mode, ("full", "routed", "exact"))
     if model.config.num_labels is not None:
@@ -291,19 +308,32 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     if max_new_tokens < 1:
         raise EaseError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise EaseError(f"prompts are integers (B, T), got {ids.dtype} of shape {tuple(ids.shape)}")
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if real.shape != ids.shape or not bool(real.any(1).all()):
+    if real.shape != ids.shape or not len(ids) or not bool(real.any(1).all()):
         raise EaseError("every prompt needs at least one real token, and the mask the shape of the ids")
     policy = Policy.own(model) if mode == "routed" else Policy()
     policy.check(model.num_layers)
-    if mode == "exact" and draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
+    if mode == "routed" and not policy.exits:
+        raise EaseError("this model has no exits to route at: set exit_layer and routing_threshold, or use mode full")
+    if mode != "exact" and draft_exit != "auto":
+        raise EaseError(f"draft_exit is for mode exact, and this is {mode}: leave it out")
+    if draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
         raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
-    capacity = int(real.sum(1).max()) + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
+    longest, most = int(real.sum(1).max()), model.config.max_positions
+    if most is not None and longest + max_new_tokens > most:
+        raise EaseError(
+            f"{longest} tokens of a prompt and {max_new_tokens} new ones are more than the {most} positions of the "
+            "model: shorten the prompt, or ask for fewer"
+        )
+    capacity = longest + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
     needed = bytes_per_token(model) * capacity * len(ids)
-    if max_memory is not None and needed > max_memory:
+    allowed = free_memory(next(model.parameters()).device) if max_memory is None else max_memory
+    if needed > allowed:
         raise EaseError(
             f"a cache for {len(ids)} rows of {capacity} tokens takes {needed / 1e6:.0f} MB, more than the "
-            f"{max_memory / 1e6:.0f} MB allowed: use fewer rows, or fewer tokens"
+            f"{allowed / 1e6:.0f} MB there are: use fewer rows, or fewer tokens"
         )
     device = next(model.parameters()).device
     ids, real = ids.to(device), real.to(device)
@@ -341,6 +371,17 @@ def bytes_per_token(model: StandardTransformer) -> int:
     """What a cache takes per token: keys and values of every layer, and the state that the token left with."""
     c = model.config
     return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may still be taken on a device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    told = Path("/proc/meminfo")
+    if told.exists():  # what counts as free there leaves out what the system would give up for a request
+        available = next((line for line in told.read_text().splitlines() if line.startswith("MemAvailable")), "")
+        return float(available.split()[1]) * 1024 if available else math.inf
+    return math.inf
 
 
 @dataclass

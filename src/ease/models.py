@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.exits import Policy
-from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock
+from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, light_layer, rotary
 from ease.seam import ExitModel, Layout
 
 
@@ -169,23 +169,25 @@ class StandardTransformer(ExitModel):
     def _run_cached(
         self, state: Tensor, first: int, last: int, layout: Layout | None, active: Tensor | None, cache: Cache
     ) -> Tensor:
-        c = self.config
         real = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if layout is None else layout.real
         if first == 1:
             cache.place(state, real)
         active = real if active is None else active & real
         if not bool(active.any()):
             return state
-        plan = CachedPlan.of(cache, first, active, c.head_size, c.rope_theta, c.rope_scaling)
+        plan = CachedPlan.of(cache, first, active)
         x = plan.start()
-        for number, layer in enumerate(self.layers[first - 1 : last], first):
-            x = layer(x, plan.at(number))
+        for plan.layer in range(first, last + 1):
+            x = cache.blocks[plan.layer - 1](x, plan)
         return plan.finish(x, state, first, last)
 
     def new_cache(self, rows: int, capacity: int, key: object = None) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows; `key` says what for."""
         c, like = self.config, self.embedding.weight
-        return Cache(c.num_layers, rows, capacity, c.kv_heads, c.head_size, c.dim, like, key)
+        rope = rotary(
+            torch.arange(capacity, device=like.device)[None], c.head_size, c.rope_theta, like.dtype, c.rope_scaling
+        )
+        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, rope, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:

@@ -1,9 +1,20 @@
 """The parts of a transformer layer, one idea a file."""
 
 from ease.modules.adapter import Adapter
-from ease.modules.attention import Attention, Plan, RopeScaling
-from ease.modules.block import TransformerBlock
+from ease.modules.attention import Attention, Plan, RopeScaling, rotary
+from ease.modules.block import TransformerBlock, light_layer
 from ease.modules.cache import Cache, CachedPlan
 from ease.modules.ffn import FFN
 
-__all__ = ["FFN", "Adapter", "Attention", "Cache", "CachedPlan", "Plan", "RopeScaling", "TransformerBlock"]
+__all__ = [
+    "FFN",
+    "Adapter",
+    "Attention",
+    "Cache",
+    "CachedPlan",
+    "Plan",
+    "RopeScaling",
+    "TransformerBlock",
+    "light_layer",
+    "rotary",
+]

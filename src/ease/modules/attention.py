@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ease.seam import Layout
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What all layers of one `run` share.
 
@@ -76,10 +76,6 @@ class Plan:
         """Whether every token asks and may look at itself and all before it."""
         return self.mask is None
 
-    def at(self, layer: int) -> Plan:
-        """The plan for one layer."""
-        return self
-
     def remember(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """From the keys and values (B, H, T, head_dim) just made, all that queries may look at."""
         return keys, values
@@ -130,7 +126,7 @@ class RopeScaling:
 def rotary(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos and sin (B, 1, T, head_dim)."""
+    """positions (B, T) -> cos and sin (B, 1, T, head_dim), the sine negative in the first half, for `rotate`."""
     # Angles need at least float32: bfloat16 cannot tell position 257 from 256.
     precise = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(precise)
@@ -139,8 +135,8 @@ def rotary(
     if scaling is not None:
         frequencies = scaling(frequencies)
     angles = positions[:, None, :, None].to(precise) * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -158,17 +154,20 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    half, out = low.shape[-1], x * cos
-    out[..., :half].addcmul_(high, sin[..., :half], value=-1)
-    out[..., half:].addcmul_(low, sin[..., half:])
-    return out
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, H, T, head_dim) turned by its position."""
+    if not torch.is_grad_enabled():  # a node of autograd costs as much as the turn of one token
+        return _turn(x, *rope)
     turned: Tensor = _Rotate.apply(x, *rope)  # type: ignore[no-untyped-call]
     return turned
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -194,15 +193,11 @@ class Attention(nn.Module):
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, qk_norm_eps)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
-        split: Tensor = x.unflatten(-1, (-1, self.head_dim))
-        return split.transpose(1, 2)
-
     def forward(self, h: Tensor, plan: Plan) -> Tensor:
-        q = rotate(self.q_norm(self.heads(plan.pad(self.q_proj(plan.gather(h))))), plan.query_rope)
-        k = rotate(self.k_norm(self.heads(self.k_proj(h))), plan.rope)
-        k, v = plan.remember(k, self.heads(self.v_proj(h)))
+        d = self.head_dim
+        q = rotate(self.q_norm(heads(plan.pad(self.q_proj(plan.gather(h))), d)), plan.query_rope)
+        k = rotate(self.k_norm(heads(self.k_proj(h), d)), plan.rope)
+        k, v = plan.remember(k, heads(self.v_proj(h), d))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=self.grouped
         )

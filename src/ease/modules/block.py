@@ -1,10 +1,18 @@
 """One layer: pre-norm attention and feed-forward, each on its own residual branch."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.modules.attention import Attention, Plan
 from ease.modules.ffn import FFN
+from ease.modules.light import light
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class TransformerBlock(nn.Module):
@@ -35,12 +43,18 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         # The plain function and not a Dropout module: a frozen layer is told apart by its parameters,
         # which a Dropout module does not have.
+        drop = partial(F.dropout, p=self.dropout) if self.training and self.dropout else _same
         a = plan.gather(x)
-        a = a + F.dropout(self.attention(self.attention_norm(x), plan), self.dropout, self.training)
-        a = a + F.dropout(self.ffn(self.ffn_norm(a)), self.dropout, self.training)
+        a = a + drop(self.attention(self.attention_norm(x), plan))
+        a = a + drop(self.ffn(self.ffn_norm(a)))
         return plan.scatter(x, a)
 
     def make_identity(self) -> None:
         """Both branches give zero, so the layer hands its input through until it has learned."""
         nn.init.zeros_(self.attention.o_proj.weight)
         nn.init.zeros_(self.ffn.down_proj.weight)
+
+
+def light_layer(layer: nn.Module) -> Callable[[Tensor, Plan], Tensor]:
+    """What a layer computes in evaluation mode with the weights that it has now, at less cost a call."""
+    return light(layer, (TransformerBlock, Attention, FFN))
