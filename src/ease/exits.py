@@ -59,6 +59,11 @@ class Policy:
         """A token leaves when `patience` exits in a row agree on the likeliest output."""
         return cls(tuple(exits), (1.0,) * len(exits), "patience", patience)
 
+    @property
+    def by_position(self) -> bool:
+        """Whether what is asked for depends on where a token stands."""
+        return self.half_life is not None or self.always_deep > 0
+
     def limits(self, threshold: float, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """The confidence that is asked for at positions (n,), counted from 0: (n,), above 1 where none may leave."""
         # At least float32, in which thresholds are told apart, and no more than the model's: some devices lack float64.
@@ -177,10 +182,12 @@ def walk(
     measure, headless = kind(policy.confidence).make(model, policy, size), not kind(policy.confidence).needs_head
     # Counted from the right, the last real token of a row is the first.
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
     if cache is not None:
         cache.check(policy)
-        positions = cache.next(arrived)
+    positions = None
+    if policy.by_position:
+        default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
+        positions = default if cache is None else cache.next(arrived)
     state, first = model.embed(ids), 1
     for layer, threshold in [*steps, (last, 0.0)]:
         if not bool(arrived.any()):
@@ -201,7 +208,11 @@ def walk(
             # At the end all leave, also those whose confidence is NaN.
             leaves = torch.ones_like(confidence, dtype=torch.bool)
             if not final:
-                leaves = confidence >= policy.limits(threshold, positions.flatten()[places], confidence.dtype)
+                at: float | Tensor = threshold
+                dtype = torch.promote_types(confidence.dtype, torch.float32)
+                if positions is not None:
+                    at = policy.limits(threshold, positions.flatten()[places], dtype)
+                leaves = confidence.to(dtype) >= at
             gone = int(leaves.sum())
             heads += len(places) if logits is not None else gone
             if read is not None and gone:

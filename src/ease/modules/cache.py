@@ -55,6 +55,7 @@ class Cache:
         self.filled: Ints = np.zeros((layers, rows), np.int64)
         self.slots: Ints = np.zeros((rows, 0), np.int64)
         self.capacity, self.key = capacity, key
+        self.planned: tuple[object, CachedPlan] | None = None  # the last plan, and what it was made for
 
     def check(self, key: object) -> None:
         """Refuses a use that the cache was not made for."""
@@ -114,6 +115,11 @@ class CachedPlan(Plan):
     def of(cls, cache: Cache, first: int, active: Tensor) -> CachedPlan:
         """For layers `first` and up, of which the active tokens (B, T) ask. At least one does."""
         asks = active.cpu().numpy()
+        # An exit that nobody takes leaves the plan as it was.
+        parts = (asks, cache.slots, cache.length, cache.filled[first - 1])
+        asked_for = (asks.shape, *(part.tobytes() for part in parts))
+        if cache.planned is not None and cache.planned[0] == asked_for:
+            return cache.planned[1]
         rows, cols = np.nonzero(asks)
         every, used = asks.sum(1), np.nonzero(asks.any(1))[0]
         R, everyone = len(used), len(used) == len(asks)
@@ -137,7 +143,7 @@ class CachedPlan(Plan):
             mask = cache.tensor(np.arange(reach) <= at[:, None, :, None])
         slots_rope, at_rope = cache.tensor(owed_slots), cache.tensor(at.ravel())
         cos, sin = (table[0, 0] for table in cache.rope)
-        return cls(
+        plan = cls(
             rope=(cos[slots_rope][None, None], sin[slots_rope][None, None]),
             query_rope=(cos[at_rope].view(R, 1, width, -1), sin[at_rope].view(R, 1, width, -1)),
             mask=mask,
@@ -151,6 +157,8 @@ class CachedPlan(Plan):
             count=R,
             reach=reach,
         )
+        cache.planned = asked_for, plan
+        return plan
 
     @property
     def causal(self) -> bool:
