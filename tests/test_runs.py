@@ -45,6 +45,17 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
     assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
 
 
+def test_every_line_to_compare_with_may_be_asked_for_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    limits = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
+    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *limits]
+    assert main([*args, "--compare", "full-depth", "continued"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == [
+        *("phase 1", "phase 2", "phase 2, no routing", "phase 1 continued")
+    ]
+
+
 def test_metrics_are_a_line_per_epoch(made: Path) -> None:
     rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in rows}

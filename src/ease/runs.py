@@ -277,7 +277,7 @@ def run(
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
         final, (base, _) = lines[-1], shop.base(lines, phases)
-        lines += shop.baselines(lines, phases)
+        lines = [*lines, *shop.baselines(lines, phases)]
 
         summary = describe(config, corpus, final.model, shop.device)
         val, test = shop.batches("val"), shop.batches("test")
