@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import ease
+from ease.finished import open_run
+from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
-from ease.runs import choose_device, machine, open_run
 
 PROMPT = 64
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ease.data import PAD, SPLITS, UNK, TokenBatches, read_splits
 from ease.errors import EaseError
-from ease.runs import choose_device
+from ease.machine import choose_device
 
 
 def set_seed(seed: int) -> None:

@@ -1,17 +1,20 @@
-"""What the tests share: one thread, fixed seeds, tiny models and a little real text."""
+"""What the tests share: one thread, fixed seeds, tiny models, a little real text and one finished run."""
 
 import bisect
 import copy
 import heapq
+import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from data_runs import COMPARE, FLOPS, TINY
 from hypothesis import Phase, settings
 
 from ease import Data, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
+from ease.cli import main
 from ease.exits import walk
 
 # Busy machines make deadlines lie, and a test that fails once should fail again. Examples are drawn small, and
@@ -101,3 +104,21 @@ def even_policy() -> Callable[..., Policy]:
         return Policy(exits, thresholds)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real text, small enough for a run in tests: one module of the standard library, three times."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(json.decoder.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the demo, tiny. It is shared: tests write elsewhere."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASE_CACHE", str(out.parent / "cache"))
+        assert main(["run", "demo", "--data", str(text_file), "--out", str(out), *TINY, *FLOPS, *COMPARE]) == 0
+    return out

@@ -1,4 +1,4 @@
-"""Thresholds for a target: what is proposed, what is tested, how often a bound fails, and what a run's folder keeps."""
+"""Thresholds for a target: what is proposed, what is tested, and how often a bound fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ease
-from ease import EaseError, Layout, Policy, StandardTransformer, Target, TokenBatches, calibrate, route, runs, score
+from ease import EaseError, Layout, Policy, StandardTransformer, Target, TokenBatches, calibrate, route, score
 from ease.calibration import CLIP, GOALS, LOOSEST, Sequences, Views, auroc, passing, path, upper_bound
-from ease.checkpoint import load_model
-from ease.cli import main
 from ease.seam import Batch
 
 Make = Callable[..., StandardTransformer]
@@ -364,154 +360,3 @@ def test_bad_input(text: Tensor, tiny: Make) -> None:
         model.layers[0].ffn_norm.weight.fill_(torch.nan)
     with pytest.raises(EaseError, match="weights are broken"):
         calibrate(model, Policy((1,), (1.0,)), target, *sets)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# A run's folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    text, out = folder / "text.txt", folder / "run"
-    text.write_text(Path(json.decoder.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
-    options = "--model.dim 16 --model.num-heads 2 --data.tokenizer byte --data.seq-len 16 --data.batch-size 8"
-    limits = "--data.epoch-batches 8 --data.eval-batches 8 --strategy.phase1-max-flops 5e8"
-    rest = "--strategy.phase2-max-flops 5e8 --compare"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EASE_CACHE", str(folder / "cache"))
-        args = ["run", "demo", "--data", str(text), "--out", str(out), *f"{options} {limits} {rest}".split()]
-        assert main(args) == 0
-    return out
-
-
-@pytest.fixture
-def cached(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("EASE_CACHE", str(made.parent / "cache"))
-    (made / "policy.json").unlink(missing_ok=True)
-    return made
-
-
-def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = load_model(cached)[0].routing_threshold
-    assert main(["calibrate", str(cached), "--target-ratio", "0.3"]) == 0
-    shown = capsys.readouterr().out
-    record = json.loads((cached / "policy.json").read_text())
-    model, config = load_model(cached)
-    assert tuple(model.routing_threshold) == tuple(record["policy"]["thresholds"]) != before  # type: ignore[arg-type]
-    assert config["calibration"]["target"] == {"kind": "target_ratio", "value": 0.3, "confidence": None}
-    assert f"agreement {record['held_out']['agreement']:.2%}" in shown
-    assert record["model"]["dim"] == 16
-    assert record["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    # What eval then measures are the figures of the policy, on the same held-out half.
-    evaluated = runs.evaluate(cached, [])[0]
-    assert {k: evaluated[k] for k in ("ppl", "acc", "tokens")} == {
-        k: record["held_out"][k] for k in ("ppl", "acc", "tokens")
-    }
-    assert main(["eval", str(cached)]) == 0
-    assert "half of the test split that chose no threshold" in " ".join(capsys.readouterr().out.split())
-    # Calibrating again takes the place of the old policy.
-    assert main(["calibrate", str(cached), "--target-ratio", "0.9"]) == 0
-    assert load_model(cached)[0].routing_threshold[0] > model.routing_threshold[0]  # type: ignore[index]
-    assert [p for p in cached.iterdir() if p.name.startswith(".")] == []
-
-
-def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, corpus, data = runs.open_run(cached)
-    used: list[list[Any]] = []
-    monkeypatch.setattr(ease, "calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        runs.calibrate(cached, Target("target_ratio", 0.5))
-    windows = [{tuple(row) for x, _ in batches for row in x.tolist()} for batches in used]
-    proposes, decides, reports = windows
-
-    def cut(ids: Tensor) -> set[tuple[int, ...]]:
-        return {tuple(row) for x, _ in TokenBatches(ids, data.seq_len, 1) for row in x.tolist()}
-
-    assert proposes <= cut(corpus.val)
-    assert decides | reports <= cut(corpus.test)
-    assert len(decides) == len(reports) == 64
-    repeated = cut(corpus.test) & (cut(corpus.train) | cut(corpus.val))  # the text says some things twice
-    assert not (decides & reports) - repeated
-    assert sum(map(len, used[1:])) == 16
-    # The draw is the same every time, else a later evaluation would score what chose.
-    again = runs.halves(corpus.test, data)
-    assert all(torch.equal(a[0], b[0]) for half, old in zip(again, used[1:]) for a, b in zip(half, old, strict=True))
-    with pytest.raises(EaseError, match="calibration needs two"):
-        runs.halves(corpus.test[:150], data)
-
-
-def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    assert main(["calibrate", str(cached), "--target-ratio", "0.4"]) == 0
-    assert main(["export", str(cached), str(tmp_path / "out")]) == 0
-    record = json.loads((cached / "policy.json").read_text())
-    own = json.loads((tmp_path / "out" / "ease" / "policy.json").read_text())
-    assert own["calibration"] == record
-    came = ease.from_pretrained(tmp_path / "out")
-    assert list(came.routing_threshold) == record["policy"]["thresholds"]  # type: ignore[arg-type]
-    with pytest.raises(EaseError, match="were calibrated on other weights"):
-        ease.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-
-    for folder, read in ((cached, load_model), (tmp_path / "out", ease.from_pretrained)):
-        weights = load_file(folder / "model.safetensors")
-        name = next(name for name in weights if "ffn_norm" in name or "post_attention" in name)
-        kept, changed = weights[name][0].item(), weights[name].clone()
-        changed[0] += 1e-6
-        save_file(weights | {name: changed}, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(EaseError, match=rf"policy.json were .* \(fingerprint {record['fingerprint'][:12]}"):
-            read(folder)  # type: ignore[operator]
-        changed[0] = kept
-        save_file(weights | {name: changed}, folder / "model.safetensors", {"format": "pt"})
-        read(folder)  # type: ignore[operator]
-
-
-def test_what_fails_leaves_the_policy_as_it_was(
-    cached: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["calibrate", str(cached), "--min-agreement", "0.8"]) == 0
-    before = (cached / "policy.json").read_bytes()
-    capsys.readouterr()
-    for args, says in (
-        (["--compute-budget", "0.01"], "the best on these 64 sequences is 0."),
-        ([], "give one target, and no more: --min-agreement"),
-        (["--target-ratio", "0.5", "--min-agreement", "0.9"], "give one target, and no more"),
-        (["--target-ratio", "2"], "is no target: give a share"),
-    ):
-        assert main(["calibrate", str(cached), *args]) == 2
-        error = capsys.readouterr().err
-        assert says in error
-        assert error.count("ease: ") == 1
-        assert "Traceback" not in error
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ease.checkpoint.write_json", full)
-    assert main(["calibrate", str(cached), "--target-ratio", "0.5"]) == 2
-    assert "could not be written" in capsys.readouterr().err
-    assert (cached / "policy.json").read_bytes() == before
-    for damaged in ("{", "[]", '{"format": 1}', '{"format": 1, "policy": {"exits": [1], "measure": 2}}'):
-        (cached / "policy.json").write_text(damaged)
-        assert main(["eval", str(cached)]) == 2
-        assert "policy.json is damaged" in capsys.readouterr().err
-    (cached / "policy.json").write_bytes(before.replace(b'"format": 1', b'"format": 9'))
-    assert main(["eval", str(cached)]) == 2
-    assert "has format 9" in capsys.readouterr().err
-
-
-def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config, *rest = runs.open_run(cached)
-    model.exit_layer, model.routing_threshold, model.trained_exits = 1, 0.0, {model.num_layers}
-    monkeypatch.setattr(runs, "open_run", lambda folder: (model, config, *rest))
-    with pytest.raises(EaseError, match="has no exits to calibrate: tune it first"):
-        runs.calibrate(cached, Target("target_ratio", 0.5))
-
-
-def test_the_report_says_how_well_confidence_ranks(cached: Path) -> None:
-    exits = json.loads((cached / "summary.json").read_text())["reliability"]["exits"]
-    assert [e["layer"] for e in exits] == [1, 3]
-    assert 0.5 < exits[0]["auroc"] < 1
-    assert exits[1]["auroc"] is None
-    assert '"auroc":0.' in (cached / "report.html").read_text()

@@ -10,44 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_runs import FLOPS, SHORT, TINY
 from tokenizers import Tokenizer
 
 import ease
 from ease import STRATEGIES, runs
 from ease.checkpoint import load_model
 from ease.cli import load_recipe, main, recipes
-
-TINY = [
-    *("--model.dim", "16", "--model.num-heads", "2", "--data.tokenizer", "byte", "--data.seq-len", "16"),
-    *("--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"),
-]
-FLOPS = [
-    "--compare",
-    "continued",
-    "standard",
-    "deep-supervision",
-    "--strategy.phase1-max-flops",
-    "6e7",
-    "--strategy.phase2-max-flops",
-    "6e7",
-]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real text, small enough for tests: this Python's own json module, a few times a training corpus of nothing."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(json.decoder.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EASE_CACHE", str(out.parent / "cache"))
-        assert main(["run", "demo", "--data", str(text), "--out", str(out), *TINY, *FLOPS]) == 0
-    return out
 
 
 @pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"])
@@ -63,64 +32,6 @@ def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> N
 
 def test_every_shipped_recipe_is_tested() -> None:
     assert set(recipes()) == {"demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
-
-
-def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
-    names = {path.name for path in made.iterdir()}
-    assert names == {
-        *("config.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
-        *("explorer.json", "report.html"),
-    }
-    assert [p for p in made.parent.iterdir() if p.name.startswith(".")] == []
-
-
-def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
-    summary = json.loads((made / "summary.json").read_text())
-    lines = {line["name"]: line for line in summary["lines"]}
-    assert list(lines) == [
-        "phase 1",
-        "phase 2",
-        "phase 1 continued",
-        "standard, 3 layers",
-        "deep-supervision, 3 layers",
-    ]
-    for name in list(lines)[2:]:
-        # A budget ends on a whole step and its validation pass: at this size, a few hundredths of it.
-        assert lines[name]["train_flops"] == pytest.approx(lines["phase 2"]["train_flops"], rel=0.1), name
-    for line in lines.values():
-        assert {"ppl", "acc", "hard_ppl", "compute_cost", "flops_per_token", "seconds"} <= set(line["test"])
-        assert line["train_flops"] == pytest.approx(sum(line["flops_by"].values()))
-    assert lines["phase 2"]["curve"][0] == lines["phase 1"]["curve"][0]
-    assert summary["hard"]["train_ratio"] == pytest.approx(0.5, abs=0.01)
-    assert summary["hard"]["fixed_by"] == "phase 1's final model"
-    joint = lines["deep-supervision, 3 layers"]
-    assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
-
-
-def test_the_sweep_goes_from_everyone_leaving_to_no_one(made: Path) -> None:
-    points = json.loads((made / "summary.json").read_text())["sweep"]["points"]
-    costs = [point["compute_cost"] for point in points]
-    assert costs[0] == pytest.approx(1 / 3)
-    assert costs[-1] == pytest.approx(1.0, abs=0.02)
-    assert costs == sorted(costs)
-
-
-def test_metrics_are_a_line_per_epoch(made: Path) -> None:
-    rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-    assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in rows}
-    assert all(row["val_loss"] > 0 for row in rows)
-
-
-def test_eval_scores_the_test_split_at_thresholds(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setenv("EASE_CACHE", str(made.parent / "cache"))
-    own = runs.evaluate(made, [])[0]
-    summary = json.loads((made / "summary.json").read_text())
-    phase2 = next(line for line in summary["lines"] if line["name"] == "phase 2")
-    assert own["ppl"] == phase2["test"]["ppl"], "what eval says is what the report says"
-    assert main(["eval", str(made), "--threshold", "0.2", "0.9"]) == 0
-    printed = capsys.readouterr().out
-    assert "0.2" in printed
-    assert "test split" in printed
 
 
 def test_report_of_several_runs(made: Path, tmp_path: Path) -> None:
@@ -148,16 +59,13 @@ def test_export_writes_what_transformers_loads_and_ease_reads_back(made: Path, t
     assert (tmp_path / "chat" / "chat_template.jinja").is_file()
 
 
-SHORT = ["--data.seq-len", "16", "--data.batch-size", "4", "--data.epoch-batches", "8", "--data.eval-batches", "4"]
-
-
 def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
-    made: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    made: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "tuned"
     assert main(["export", str(made), str(checkpoint)]) == 0
-    data = ["--data", str(text), "--out", str(out), *SHORT]
+    data = ["--data", str(text_file), "--out", str(out), *SHORT]
     options = ["--exits=1,2", "--adapter", "mlp", "--objective", "both", "--tokens", "kept", "--max-epochs", "1"]
     assert main(["tune", str(checkpoint), *options, *data]) == 0
     assert "Routing" in capsys.readouterr().out
@@ -194,43 +102,6 @@ def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFi
     assert shown.out == "import " + tokenizer.decode(answer.tokens[0].tolist()) + "\n"
     assert f"{answer.tokens.numel()} tokens" in shown.err
     assert "layer " in shown.err
-
-
-def test_ashem_grows_on_a_checkpoint(made: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    out, plan = tmp_path / "grown", ["--strategy.pretrained", "--strategy.phase1-layers", "3"]
-    limits = [
-        "--strategy.phase2-layers",
-        "4",
-        "--strategy.phase2-max-flops",
-        "6e7",
-        "--compare",
-        "continued",
-        "standard",
-    ]
-    args = ["run", "ashem", "--start", str(made), "--data", str(text), "--out", str(out), *SHORT, *plan, *limits]
-    assert main(args) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    assert [line["name"] for line in summary["lines"]] == [
-        *("as it came", "phase 2", "as it came continued", "standard, 4 layers")
-    ]
-    assert summary["hard"]["fixed_by"] == "as it came's final model"
-    came, grown = load_model(made)[0], load_model(out)[0]
-    assert grown.num_layers == 4
-    assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
-
-
-def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(made, text, tmp_path: Path, monkeypatch) -> None:
-    """The hard set and "continued" belong to the model that phase 2 grew from, and not to the one that came."""
-    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    out, plan = tmp_path / "grown", ["--strategy.phase1-layers", "3", "--strategy.phase1-max-flops", "6e7"]
-    limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "6e7", "--compare", "continued"]
-    args = ["run", "ashem", "--start", str(made), "--data", str(text), "--out", str(out), *SHORT, *plan, *limits]
-    assert main(args) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
-    assert summary["hard"]["fixed_by"] == "phase 1's final model"
-    assert 0.3 < summary["hard"]["test_ratio"] < 0.7
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,18 +161,10 @@ def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: 
     assert says in " ".join(capsys.readouterr().err.split())
 
 
-def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("one line\n" * 30)
-    assert main(["run", "demo", "--data", str(short), "--out", str(tmp_path / "out"), *TINY]) == 2
-    assert "use more text" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_in_a_process_of_its_own_prints_plain_text(text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text), "--out", str(tmp_path / "r")]
+def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     done = subprocess.run(
-        [*command, *TINY, *FLOPS[4:], "--compare", "continued"],
+        [*command, *TINY, *FLOPS, "--compare", "continued"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import ease.report
-from ease import ASHEMConfig, runs
+from ease import ASHEMConfig, finished, runs
 from ease.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -118,8 +118,8 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
     def stop(*_: Any, **__: Any) -> None:
         raise Parsed
 
-    for name in ("run", "evaluate", "calibrate", "load_start"):
-        monkeypatch.setattr(runs, name, stop)
+    for module, name in ((runs, "run"), (runs, "load_start"), (finished, "evaluate"), (finished, "calibrate")):
+        monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
     if args == ["run"]:
         assert main(args) == 0

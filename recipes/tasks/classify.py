@@ -15,7 +15,7 @@ import tyro
 import ease
 from ease import Data, DeepSupervisionConfig, EaseError, Policy, StandardTransformer, train
 from ease.checkpoint import run_folder, save_model, write_json
-from ease.runs import choose_device
+from ease.machine import choose_device
 from ease.tasks import ExampleBatches, cheapest, classification_figures, load_classification
 from ease.trainer import PrintWatch
 

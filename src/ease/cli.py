@@ -233,7 +233,8 @@ def generate(args: list[str]) -> None:
 
     import ease
     from ease.generation import Token
-    from ease.runs import choose_device, load_start
+    from ease.machine import choose_device
+    from ease.runs import load_start
 
     @dataclass(frozen=True)
     class Arguments:
@@ -322,7 +323,7 @@ def evaluate(args: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ease import runs
+    from ease import finished
 
     def eval_(run: tyro.conf.Positional[Path], threshold: tuple[float, ...] = ()) -> tuple[Path, tuple[float, ...]]:
         """Score a run's model on its test split; routing really runs.
@@ -335,7 +336,7 @@ def evaluate(args: list[str]) -> None:
 
     folder, thresholds = tyro.cli(eval_, args=args, prog="ease eval")
     with Progress(Console(stderr=True, highlight=False)) as progress:
-        rows = runs.evaluate(folder, list(thresholds), progress.line)
+        rows = finished.evaluate(folder, list(thresholds), progress.line)
     table = Table(title=f"{folder.name}, measured on the {rows[0]['split']}")
     for column in ("threshold", "PPL", "accuracy", "leaving early", "compute", "FLOPs/token", "seconds"):
         table.add_column(column, justify="right")
@@ -356,7 +357,7 @@ def calibrate(args: list[str]) -> None:
     import tyro
     from rich.console import Console
 
-    from ease import runs
+    from ease import finished
     from ease.calibration import GOALS, Target
 
     @dataclass(frozen=True)
@@ -383,7 +384,7 @@ def calibrate(args: list[str]) -> None:
         raise EaseError(f"give one target, and no more: {options}")
     (target,) = targets
     with Progress(Console(stderr=True, highlight=False)) as progress:
-        record = runs.calibrate(given.run, target, progress.line)
+        record = finished.calibrate(given.run, target, progress.line)
     seen = record["held_out"]
     policy = zip(record["policy"]["exits"], record["policy"]["thresholds"], strict=True)
     print(

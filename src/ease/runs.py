@@ -10,35 +10,30 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
 import ease
-from ease.calibration import Sequences, Target, auroc
-from ease.checkpoint import load_model, run_folder, save_calibration, save_model, write_json
-from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer, token_strings
+from ease.checkpoint import load_model, run_folder, save_model, write_json
+from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer
 from ease.errors import EaseError
-from ease.evaluation import Scores, perplexity, score
-from ease.exits import Policy, route
+from ease.evaluation import score
+from ease.exits import Policy
+from ease.figures import Line, explorer, figures, matched
 from ease.flops import head_flops, layer_flops
-from ease.mining import Quantile
+from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
 from ease.report import UNROUTED, write_report
-from ease.trainer import Data, History, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, Watched, train
+from ease.trainer import Data, Phase, PhaseOptions, Strategy, Trainer, TrainingConfig, Watch, train
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Baseline = Literal["full-depth", "continued", "standard", "deep-supervision"]
-SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
-EXPLORER_TOKENS = 384
-MATCH = 3  # likeliest tokens that the explorer shows
 
 
 @dataclass(frozen=True)
@@ -115,35 +110,6 @@ class RunConfig(Generic[S]):
     """Of the weights of a checkpoint that is started from."""
     note: str = ""
     """Said in the report: how to take these figures."""
-
-
-class Line(NamedTuple):
-    """One trained model with its policy, and what training it took in all."""
-
-    name: str
-    model: StandardTransformer
-    policy: Policy
-    curve: list[dict[str, Any]]
-    flops: Mapping[str, float]
-    seconds: float
-
-    @property
-    def total(self) -> float:
-        return sum(self.flops.values())
-
-    def then(self, name: str, phase: Phase, history: History, model: StandardTransformer) -> Line:
-        """The line that goes on from this one by one phase."""
-        rows = [
-            {
-                **row,
-                "phase": phase.name,
-                "flops": row["flops"] + self.total,
-                "seconds": row["seconds"] + self.seconds,
-            }
-            for row in history.rows
-        ]
-        flops = {k: self.flops.get(k, 0.0) + history.flops.get(k, 0.0) for k in {**self.flops, **history.flops}}
-        return Line(name, model, phase.config.policy, self.curve + rows, flops, self.seconds + history.seconds)
 
 
 class Recorder(Watch):
@@ -311,17 +277,19 @@ def run(
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
         final, (base, _) = lines[-1], shop.base(lines, phases)
-        lines += shop.baselines(lines, phases)
+        lines = [*lines, *shop.baselines(lines, phases)]
 
         summary = describe(config, corpus, final.model, shop.device)
-        summary |= figures(shop, lines, base, final, strategy)
+        val, test = shop.batches("val"), shop.batches("test")
+        mined = getattr(strategy, "mined", [])
+        summary |= figures(lines, base, final, val, test, mined, shop.in_sample, shop.watch("scoring"))
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
         save_model(folder, final.model, final.policy, ease_version=ease.__version__, run=summary["config"], data=source)
         corpus.tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "summary.json", summary)
-        write_json(folder / "explorer.json", explorer(final, corpus, shop.batches("test"), summary["sweep"]["points"]))
+        write_json(folder / "explorer.json", explorer(final, corpus, test, summary["sweep"]["points"]))
         write_report([folder], folder / "report.html")
     return summary
 
@@ -365,240 +333,4 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
             "seed": config.seed,
             "start": config.start and Path(config.start).name,
         },
-    }
-
-
-def figures(shop: Workshop, lines: list[Line], base: Line, final: Line, strategy: Strategy) -> dict[str, Any]:
-    """Everything measured: each line, the hard set as `base` fixes it, the sweep, reliability."""
-    val, test, depth = shop.batches("val"), shop.batches("test"), final.model.num_layers
-    mined = getattr(strategy, "mined", [])
-    hard: dict[str, Any] = {}
-    hard_summary = None
-    if mined:
-        threshold = mined[0]["threshold"]
-        for split, batches in (("val", val), ("test", test)):
-            hard[split] = score(base.model, batches).confidences < threshold
-        hard_summary = {
-            "exits": [final.policy.exits[0]],
-            "thresholds": [threshold],
-            "train_ratio": mined[0]["count"] / mined[0]["of"],
-            "train_count": mined[0]["count"],
-            "test_ratio": hard["test"].float().mean().item(),
-            "fixed_by": f"{base.name}'s final model",
-        }
-    rows: list[dict[str, Any]] = []
-    scoring = shop.watch("scoring")
-    for number, line in enumerate(lines, 1):
-        scoring.step(number / (len(lines) + 1))
-        exits = sorted({*(line.policy.exits or final.policy.exits), line.model.num_layers})
-        exits = [e for e in exits if e <= line.model.num_layers and e in line.model.trained_exits]
-        rows.append(
-            {
-                "name": line.name,
-                "num_layers": line.model.num_layers,
-                "train_flops": line.total,
-                "train_seconds": line.seconds,
-                "flops_by": dict(line.flops),
-                "curve": line.curve,
-                "policy": asdict(line.policy) if line.policy.exits else None,
-                "val": score(line.model, val, line.policy).figures(hard.get("val"), depth),
-                "test": score(line.model, test, line.policy).figures(hard.get("test"), depth),
-                "exit_quality": {
-                    str(e): {k: v for k, v in score(line.model, test, last=e).figures().items() if k in ("ppl", "acc")}
-                    for e in exits
-                },
-            }
-        )
-    leaving = final.policy.exits
-    points = []
-    if leaving:
-        confidences = {e: score(final.model, val, last=e).confidences for e in leaving}
-        for share in SWEEP:
-            policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
-            point = score(final.model, test, policy).figures(hard.get("test"), depth)
-            points.append({"thresholds": list(policy.thresholds), **point})
-    scoring.step(1.0)
-    seen = Sequences(final.model, test, final.policy)
-    in_sample = None
-    if shop.in_sample:
-        before = next(row["val"]["hard_ppl"] for row in rows if row["name"] == base.name)
-        after = next(row["val"] for row in rows if row["name"] == final.name)
-        in_sample = {
-            "split": "validation",
-            "hard_ppl_before": before,
-            "hard_ppl_after": after["hard_ppl"],
-            "improvement": 1 - after["hard_ppl"] / before,
-            **{k: after[k] for k in ("ppl", "acc", "shallow_ratio", "compute_cost")},
-        }
-    return {
-        "lines": rows,
-        "hard": hard_summary,
-        "in_sample": in_sample,
-        "sweep": {"line": final.name, "split": "test", "points": points},
-        "reliability": {
-            "split": "test",
-            "exits": [
-                {
-                    "layer": e,
-                    **score(final.model, test, last=e).reliability(),
-                    "auroc": auroc(*seen.view(e)) if e in leaving else None,
-                }
-                for e in (*leaving, final.model.num_layers)
-            ],
-        },
-    }
-
-
-def sending(confidences: Any, share: float) -> float:
-    """The threshold that sends a share of tokens on: next to 0 where none shall go, 1 where all shall."""
-    if share <= 0:
-        return 1e-9
-    quantile = Quantile()
-    quantile.add(confidences)
-    return quantile(share) if share < 1 else 1.0
-
-
-def matched(model: StandardTransformer, val: TokenBatches, exits: tuple[int, ...], like: Scores) -> tuple[float, ...]:
-    """Thresholds under which as many tokens pass each exit as in `like`, exit by exit."""
-    thresholds: tuple[float, ...] = ()
-    for exit in exits:
-        going = float((like.exits > exit).float().mean())
-        so_far = score(model, val, Policy(exits[: len(thresholds)], thresholds), last=exit)
-        arrived = so_far.confidences[so_far.exits == exit]
-        share = going * len(so_far.exits) / max(1, len(arrived))
-        thresholds = (*thresholds, max(1e-9, sending(arrived, min(1.0, share))))
-    return thresholds
-
-
-@torch.no_grad()
-def explorer(line: Line, corpus: Corpus, test: TokenBatches, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Routed runs over a few held-out sequences, token by token."""
-    model = line.model.eval()
-    device = next(model.parameters()).device
-    rows = max(1, min(EXPLORER_TOKENS // test.seq_len, len(test.windows)))
-    windows = test.windows[:rows].long().to(device)
-    x, y = windows[:, :-1], windows[:, 1:]
-    runs = []
-    for point in points or [{"thresholds": []}]:
-        policy = Policy(line.policy.exits, tuple(point["thresholds"]))
-        routed = route(model, x, policy.exits, policy.thresholds or 0.0)
-        top = routed.logits.softmax(-1).topk(MATCH)
-        losses = torch.nn.functional.cross_entropy(routed.logits.flatten(0, 1), y.flatten(), reduction="none").cpu()
-        scored = score(model, [(x, y)], policy).figures()
-        texts = corpus.tokenizer.decode_batch([[i] for i in top.indices.flatten().tolist()], skip_special_tokens=False)
-        chances = [round(p, 4) for p in top.values.flatten().tolist()]
-        pairs = list(zip(texts, chances, strict=True))
-        runs.append(
-            {
-                "thresholds": list(policy.thresholds),
-                "exits": routed.exits.flatten().tolist(),
-                "confidences": [round(c, 4) for c in routed.confidences.flatten().tolist()],
-                "top": [pairs[i : i + MATCH] for i in range(0, len(pairs), MATCH)],
-                "totals": {
-                    **{k: scored[k] for k in ("exit_shares", "compute_cost", "flops_per_token", "acc")},
-                    "ppl": perplexity(losses),
-                },
-            }
-        )
-    tokens = token_strings(corpus.tokenizer, x.flatten().tolist())
-    return {"split": "test", "tokens": tokens, "exits": [*line.policy.exits, model.num_layers], "runs": runs}
-
-
-def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
-    """The model of a run with its configuration, and the text it was made from."""
-    model, config = load_model(folder)
-    model.to(choose_device("auto"))
-    try:
-        data = DataConfig(**config["run"]["data"])
-        corpus_hash, source = config["data"]["hash"], config["data"]["source"]
-    except (KeyError, TypeError) as error:
-        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
-    given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
-    corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
-    if corpus.hash != corpus_hash:
-        raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
-    return model, config, corpus, data
-
-
-def halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
-    """Batches of a test split, its sequences drawn into two halves: to calibrate on, and to measure the outcome on.
-
-    Drawn, and not cut in the middle: a bound on the mean over all sequences then holds by the draw, however unlike the
-    texts are.
-    """
-    most = data.eval_batches and 2 * data.eval_batches
-    drawn = list(TokenBatches(test, data.seq_len, data.batch_size, shuffle=True, max_batches=most))
-    if len(drawn) < 2:
-        raise EaseError("the test split fills one batch, and calibration needs two: run again with more text")
-    return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
-
-
-def calibrate(folder: Path, target: Target, watch: Callable[[str], Watch] = lambda name: Watch()) -> dict[str, Any]:
-    """Chooses thresholds for a run's exits and makes them its policy; returns what its policy.json then holds.
-
-    Validation, which training has stopped by, only proposes. One half of the test split decides, and the figures are
-    those of the other half.
-    """
-    model, _, corpus, data = open_run(folder)
-    exits = Policy.own(model).exits or tuple(sorted(model.trained_exits)[:-1])
-    if not exits:
-        raise EaseError(f"{folder} has no exits to calibrate: tune it first (ease tune), or use a strategy that has")
-    policy = replace(Policy.own(model), exits=exits, thresholds=(1.0,) * len(exits))
-    val = TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    found = ease.calibrate(model, policy, target, val, *halves(corpus.test, data), watch("calibrating"))
-    return save_calibration(folder, model, found.record)
-
-
-def evaluate(
-    folder: Path, thresholds: list[float], watch: Callable[[str], Watch] = lambda name: Watch()
-) -> list[dict[str, Any]]:
-    """The figures of a run's model on its test split, routed at its own thresholds or at others.
-
-    Of a calibrated run, on the half of the test split that its thresholds were not chosen on.
-
-    Args:
-        thresholds: common to all exits, one evaluation each; none means the run's own policy.
-    """
-    model, config, corpus, data = open_run(folder)
-    test: Any = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    split = "test split"
-    if config["calibration"]:
-        test, split = halves(corpus.test, data)[1], "half of the test split that chose no threshold"
-    own = Policy.own(model)
-    if thresholds and not own.exits:
-        raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
-    policies = [Policy.of(own.exits, (t,) * len(own.exits), **own.options) for t in thresholds] or [own]
-    watched = Watched(test, watch("scoring"), epochs=len(policies))
-    return [
-        {"thresholds": policy.thresholds, "split": split, **score(model, watched, policy).figures()}
-        for policy in policies
-    ]
-
-
-def choose_device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise EaseError(f"no device {name!r} on this machine: use auto, cpu, cuda or mps") from error
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def machine(device: str) -> dict[str, Any]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.system(),
     }

@@ -1,0 +1,203 @@
+"""What a run measures: its lines on validation and test, the hard set, the sweep, reliability, the explorer.
+
+Nothing is trained here, and nothing is chosen on the test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from ease.calibration import Sequences, auroc
+from ease.data import Corpus, TokenBatches, token_strings
+from ease.evaluation import Scores, perplexity, score
+from ease.exits import Policy, route
+from ease.mining import Quantile
+from ease.models import StandardTransformer
+from ease.trainer import History, Phase, Watch
+
+SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
+EXPLORER_TOKENS = 384
+MATCH = 3  # likeliest tokens that the explorer shows
+
+
+class Line(NamedTuple):
+    """One trained model with its policy, and what training it took in all."""
+
+    name: str
+    model: StandardTransformer
+    policy: Policy
+    curve: list[dict[str, Any]]
+    flops: Mapping[str, float]
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.flops.values())
+
+    def then(self, name: str, phase: Phase, history: History, model: StandardTransformer) -> Line:
+        """The line that goes on from this one by one phase."""
+        rows = [
+            {
+                **row,
+                "phase": phase.name,
+                "flops": row["flops"] + self.total,
+                "seconds": row["seconds"] + self.seconds,
+            }
+            for row in history.rows
+        ]
+        flops = {k: self.flops.get(k, 0.0) + history.flops.get(k, 0.0) for k in {**self.flops, **history.flops}}
+        return Line(name, model, phase.config.policy, self.curve + rows, flops, self.seconds + history.seconds)
+
+
+def figures(
+    lines: Sequence[Line],
+    base: Line,
+    final: Line,
+    val: TokenBatches,
+    test: TokenBatches,
+    mined: Sequence[Mapping[str, Any]],
+    in_sample: bool,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Everything measured: each line, the hard set as `base` fixes it, the sweep, reliability.
+
+    Args:
+        base: the line that the strategy's first later phase built on.
+        final: the line that the strategy ended with.
+        mined: what the strategy says of each mining; the first one's threshold makes a token hard.
+        in_sample: whether training saw the validation tokens.
+    """
+    depth = final.model.num_layers
+    hard: dict[str, Any] = {}
+    hard_summary = None
+    if mined:
+        threshold = mined[0]["threshold"]
+        for split, batches in (("val", val), ("test", test)):
+            hard[split] = score(base.model, batches).confidences < threshold
+        hard_summary = {
+            "exits": [final.policy.exits[0]],
+            "thresholds": [threshold],
+            "train_ratio": mined[0]["count"] / mined[0]["of"],
+            "train_count": mined[0]["count"],
+            "test_ratio": hard["test"].float().mean().item(),
+            "fixed_by": f"{base.name}'s final model",
+        }
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        watch.step(number / (len(lines) + 1))
+        exits = sorted({*(line.policy.exits or final.policy.exits), line.model.num_layers})
+        exits = [e for e in exits if e <= line.model.num_layers and e in line.model.trained_exits]
+        rows.append(
+            {
+                "name": line.name,
+                "num_layers": line.model.num_layers,
+                "train_flops": line.total,
+                "train_seconds": line.seconds,
+                "flops_by": dict(line.flops),
+                "curve": line.curve,
+                "policy": asdict(line.policy) if line.policy.exits else None,
+                "val": score(line.model, val, line.policy).figures(hard.get("val"), depth),
+                "test": score(line.model, test, line.policy).figures(hard.get("test"), depth),
+                "exit_quality": {
+                    str(e): {k: v for k, v in score(line.model, test, last=e).figures().items() if k in ("ppl", "acc")}
+                    for e in exits
+                },
+            }
+        )
+    leaving = final.policy.exits
+    points = []
+    if leaving:
+        confidences = {e: score(final.model, val, last=e).confidences for e in leaving}
+        for share in SWEEP:
+            policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
+            point = score(final.model, test, policy).figures(hard.get("test"), depth)
+            points.append({"thresholds": list(policy.thresholds), **point})
+    watch.step(1.0)
+    seen = Sequences(final.model, test, final.policy)
+    in_sample_figures = None
+    if in_sample:
+        before = next(row["val"]["hard_ppl"] for row in rows if row["name"] == base.name)
+        after = next(row["val"] for row in rows if row["name"] == final.name)
+        in_sample_figures = {
+            "split": "validation",
+            "hard_ppl_before": before,
+            "hard_ppl_after": after["hard_ppl"],
+            "improvement": 1 - after["hard_ppl"] / before,
+            **{k: after[k] for k in ("ppl", "acc", "shallow_ratio", "compute_cost")},
+        }
+    return {
+        "lines": rows,
+        "hard": hard_summary,
+        "in_sample": in_sample_figures,
+        "sweep": {"line": final.name, "split": "test", "points": points},
+        "reliability": {
+            "split": "test",
+            "exits": [
+                {
+                    "layer": e,
+                    **score(final.model, test, last=e).reliability(),
+                    "auroc": auroc(*seen.view(e)) if e in leaving else None,
+                }
+                for e in (*leaving, final.model.num_layers)
+            ],
+        },
+    }
+
+
+def sending(confidences: Any, share: float) -> float:
+    """The threshold that sends a share of tokens on: next to 0 where none shall go, 1 where all shall."""
+    if share <= 0:
+        return 1e-9
+    quantile = Quantile()
+    quantile.add(confidences)
+    return quantile(share) if share < 1 else 1.0
+
+
+def matched(model: StandardTransformer, val: TokenBatches, exits: tuple[int, ...], like: Scores) -> tuple[float, ...]:
+    """Thresholds under which as many tokens pass each exit as in `like`, exit by exit."""
+    thresholds: tuple[float, ...] = ()
+    for exit in exits:
+        going = float((like.exits > exit).float().mean())
+        so_far = score(model, val, Policy(exits[: len(thresholds)], thresholds), last=exit)
+        arrived = so_far.confidences[so_far.exits == exit]
+        share = going * len(so_far.exits) / max(1, len(arrived))
+        thresholds = (*thresholds, max(1e-9, sending(arrived, min(1.0, share))))
+    return thresholds
+
+
+@torch.no_grad()
+def explorer(line: Line, corpus: Corpus, test: TokenBatches, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Routed runs over a few held-out sequences, token by token."""
+    model = line.model.eval()
+    device = next(model.parameters()).device
+    rows = max(1, min(EXPLORER_TOKENS // test.seq_len, len(test.windows)))
+    windows = test.windows[:rows].long().to(device)
+    x, y = windows[:, :-1], windows[:, 1:]
+    runs = []
+    for point in points or [{"thresholds": []}]:
+        policy = Policy(line.policy.exits, tuple(point["thresholds"]))
+        routed = route(model, x, policy.exits, policy.thresholds or 0.0)
+        top = routed.logits.softmax(-1).topk(MATCH)
+        losses = torch.nn.functional.cross_entropy(routed.logits.flatten(0, 1), y.flatten(), reduction="none").cpu()
+        scored = score(model, [(x, y)], policy).figures()
+        texts = corpus.tokenizer.decode_batch([[i] for i in top.indices.flatten().tolist()], skip_special_tokens=False)
+        chances = [round(p, 4) for p in top.values.flatten().tolist()]
+        pairs = list(zip(texts, chances, strict=True))
+        runs.append(
+            {
+                "thresholds": list(policy.thresholds),
+                "exits": routed.exits.flatten().tolist(),
+                "confidences": [round(c, 4) for c in routed.confidences.flatten().tolist()],
+                "top": [pairs[i : i + MATCH] for i in range(0, len(pairs), MATCH)],
+                "totals": {
+                    **{k: scored[k] for k in ("exit_shares", "compute_cost", "flops_per_token", "acc")},
+                    "ppl": perplexity(losses),
+                },
+            }
+        )
+    tokens = token_strings(corpus.tokenizer, x.flatten().tolist())
+    return {"split": "test", "tokens": tokens, "exits": [*line.policy.exits, model.num_layers], "runs": runs}

@@ -1,0 +1,93 @@
+"""A finished run: open its folder, calibrate its thresholds, evaluate it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ease
+from ease.calibration import Target
+from ease.checkpoint import load_model, save_calibration
+from ease.data import Corpus, TokenBatches, load_corpus, load_tokenizer
+from ease.errors import EaseError
+from ease.evaluation import score
+from ease.exits import Policy
+from ease.machine import choose_device
+from ease.models import StandardTransformer
+from ease.runs import DataConfig
+from ease.trainer import Watch, Watched
+
+
+def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
+    """The model of a run with its configuration, and the text it was made from."""
+    model, config = load_model(folder)
+    model.to(choose_device("auto"))
+    try:
+        data = DataConfig(**config["run"]["data"])
+        corpus_hash, source = config["data"]["hash"], config["data"]["source"]
+    except (KeyError, TypeError) as error:
+        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
+    given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
+    corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
+    if corpus.hash != corpus_hash:
+        raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
+    return model, config, corpus, data
+
+
+def halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
+    """Batches of a test split, its sequences drawn into two halves: to calibrate on, and to measure the outcome on.
+
+    Drawn, and not cut in the middle: a bound on the mean over all sequences then holds by the draw, however unlike the
+    texts are.
+    """
+    most = data.eval_batches and 2 * data.eval_batches
+    drawn = list(TokenBatches(test, data.seq_len, data.batch_size, shuffle=True, max_batches=most))
+    if len(drawn) < 2:
+        raise EaseError("the test split fills one batch, and calibration needs two: run again with more text")
+    return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+
+
+def calibrate(folder: Path, target: Target, watch: Callable[[str], Watch] = lambda name: Watch()) -> dict[str, Any]:
+    """Chooses thresholds for a run's exits and makes them its policy; returns what its policy.json then holds.
+
+    Validation, which training has stopped by, only proposes. One half of the test split decides, and the figures are
+    those of the other half.
+    """
+    model, _, corpus, data = open_run(folder)
+    exits = Policy.own(model).exits or tuple(sorted(model.trained_exits)[:-1])
+    if not exits:
+        raise EaseError(f"{folder} has no exits to calibrate: tune it first (ease tune), or use a strategy that has")
+    policy = replace(Policy.own(model), exits=exits, thresholds=(1.0,) * len(exits))
+    val = TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+    found = ease.calibrate(model, policy, target, val, *halves(corpus.test, data), watch("calibrating"))
+    return save_calibration(folder, model, found.record)
+
+
+def evaluate(
+    folder: Path, thresholds: list[float], watch: Callable[[str], Watch] = lambda name: Watch()
+) -> list[dict[str, Any]]:
+    """The figures of a run's model on its test split, routed at its own thresholds or at others.
+
+    Of a calibrated run, on the half of the test split that its thresholds were not chosen on.
+
+    Args:
+        thresholds: common to all exits, one evaluation each; none means the run's own policy.
+    """
+    model, config, corpus, data = open_run(folder)
+    test: Any = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+    split = "test split"
+    if config["calibration"]:
+        test, split = halves(corpus.test, data)[1], "half of the test split that chose no threshold"
+    own = Policy.own(model)
+    if thresholds and not own.exits:
+        raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
+    policies = [Policy.of(own.exits, (t,) * len(own.exits), **own.options) for t in thresholds] or [own]
+    watched = Watched(test, watch("scoring"), epochs=len(policies))
+    return [
+        {"thresholds": policy.thresholds, "split": split, **score(model, watched, policy).figures()}
+        for policy in policies
+    ]

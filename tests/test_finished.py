@@ -1,0 +1,152 @@
+"""A finished run: evaluated on what it was not chosen on, calibrated, and its policy bound to its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ease
+from ease import EaseError, Target, TokenBatches, finished
+from ease.checkpoint import load_model
+from ease.cli import main
+
+
+@pytest.fixture
+def cached(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, with its text at hand."""
+    monkeypatch.setenv("EASE_CACHE", str(made.parent / "cache"))
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = load_model(cached)[0].routing_threshold
+    assert main(["calibrate", str(cached), "--target-ratio", "0.3"]) == 0
+    shown = capsys.readouterr().out
+    record = json.loads((cached / "policy.json").read_text())
+    model, config = load_model(cached)
+    assert tuple(model.routing_threshold) == tuple(record["policy"]["thresholds"]) != before  # type: ignore[arg-type]
+    assert config["calibration"]["target"] == {"kind": "target_ratio", "value": 0.3, "confidence": None}
+    assert f"agreement {record['held_out']['agreement']:.2%}" in shown
+    assert record["model"]["dim"] == 16
+    assert record["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    # What eval then measures are the figures of the policy, on the same held-out half.
+    evaluated = finished.evaluate(cached, [])[0]
+    assert {k: evaluated[k] for k in ("ppl", "acc", "tokens")} == {
+        k: record["held_out"][k] for k in ("ppl", "acc", "tokens")
+    }
+    assert main(["eval", str(cached)]) == 0
+    assert "half of the test split that chose no threshold" in " ".join(capsys.readouterr().out.split())
+    # Calibrating again takes the place of the old policy.
+    assert main(["calibrate", str(cached), "--target-ratio", "0.9"]) == 0
+    assert load_model(cached)[0].routing_threshold[0] > model.routing_threshold[0]  # type: ignore[index]
+    assert [p for p in cached.iterdir() if p.name.startswith(".")] == []
+
+
+def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, corpus, data = finished.open_run(cached)
+    used: list[list[Any]] = []
+    monkeypatch.setattr(ease, "calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finished.calibrate(cached, Target("target_ratio", 0.5))
+    windows = [{tuple(row) for x, _ in batches for row in x.tolist()} for batches in used]
+    proposes, decides, reports = windows
+
+    def cut(ids: Tensor) -> set[tuple[int, ...]]:
+        return {tuple(row) for x, _ in TokenBatches(ids, data.seq_len, 1) for row in x.tolist()}
+
+    assert proposes <= cut(corpus.val)
+    assert decides | reports <= cut(corpus.test)
+    assert len(decides) == len(reports) == 64
+    repeated = cut(corpus.test) & (cut(corpus.train) | cut(corpus.val))  # the text says some things twice
+    assert not (decides & reports) - repeated
+    assert sum(map(len, used[1:])) == 16
+    # The draw is the same every time, else a later evaluation would score what chose.
+    again = finished.halves(corpus.test, data)
+    assert all(torch.equal(a[0], b[0]) for half, old in zip(again, used[1:]) for a, b in zip(half, old, strict=True))
+    with pytest.raises(EaseError, match="calibration needs two"):
+        finished.halves(corpus.test[:150], data)
+
+
+def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert main(["calibrate", str(cached), "--target-ratio", "0.4"]) == 0
+    assert main(["export", str(cached), str(tmp_path / "out")]) == 0
+    record = json.loads((cached / "policy.json").read_text())
+    own = json.loads((tmp_path / "out" / "ease" / "policy.json").read_text())
+    assert own["calibration"] == record
+    came = ease.from_pretrained(tmp_path / "out")
+    assert list(came.routing_threshold) == record["policy"]["thresholds"]  # type: ignore[arg-type]
+    with pytest.raises(EaseError, match="were calibrated on other weights"):
+        ease.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+
+    for folder, read in ((cached, load_model), (tmp_path / "out", ease.from_pretrained)):
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if "ffn_norm" in name or "post_attention" in name)
+        kept, changed = weights[name][0].item(), weights[name].clone()
+        changed[0] += 1e-6
+        save_file(weights | {name: changed}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(EaseError, match=rf"policy.json were .* \(fingerprint {record['fingerprint'][:12]}"):
+            read(folder)  # type: ignore[operator]
+        changed[0] = kept
+        save_file(weights | {name: changed}, folder / "model.safetensors", {"format": "pt"})
+        read(folder)  # type: ignore[operator]
+
+
+def test_what_fails_leaves_the_policy_as_it_was(
+    cached: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["calibrate", str(cached), "--min-agreement", "0.8"]) == 0
+    before = (cached / "policy.json").read_bytes()
+    capsys.readouterr()
+    for args, says in (
+        (["--compute-budget", "0.01"], "the best on these 64 sequences is 0."),
+        ([], "give one target, and no more: --min-agreement"),
+        (["--target-ratio", "0.5", "--min-agreement", "0.9"], "give one target, and no more"),
+        (["--target-ratio", "2"], "is no target: give a share"),
+    ):
+        assert main(["calibrate", str(cached), *args]) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("ease: ") == 1
+        assert "Traceback" not in error
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ease.checkpoint.write_json", full)
+    assert main(["calibrate", str(cached), "--target-ratio", "0.5"]) == 2
+    assert "could not be written" in capsys.readouterr().err
+    assert (cached / "policy.json").read_bytes() == before
+    for damaged in ("{", "[]", '{"format": 1}', '{"format": 1, "policy": {"exits": [1], "measure": 2}}'):
+        (cached / "policy.json").write_text(damaged)
+        assert main(["eval", str(cached)]) == 2
+        assert "policy.json is damaged" in capsys.readouterr().err
+    (cached / "policy.json").write_bytes(before.replace(b'"format": 1', b'"format": 9'))
+    assert main(["eval", str(cached)]) == 2
+    assert "has format 9" in capsys.readouterr().err
+
+
+def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config, *rest = finished.open_run(cached)
+    model.exit_layer, model.routing_threshold, model.trained_exits = 1, 0.0, {model.num_layers}
+    monkeypatch.setattr(finished, "open_run", lambda folder: (model, config, *rest))
+    with pytest.raises(EaseError, match="has no exits to calibrate: tune it first"):
+        finished.calibrate(cached, Target("target_ratio", 0.5))
+
+
+def test_eval_scores_the_test_split_at_thresholds(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = finished.evaluate(cached, [])[0]
+    summary = json.loads((cached / "summary.json").read_text())
+    phase2 = next(line for line in summary["lines"] if line["name"] == "phase 2")
+    assert own["ppl"] == phase2["test"]["ppl"], "what eval says is what the report says"
+    assert main(["eval", str(cached), "--threshold", "0.2", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.2" in printed
+    assert "test split" in printed

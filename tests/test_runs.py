@@ -1,0 +1,109 @@
+"""Making a run: its folder, its lines, what it starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from data_runs import SHORT, TINY
+
+from ease.checkpoint import load_model
+from ease.cli import main
+
+
+def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
+        *("explorer.json", "report.html"),
+    }
+    assert [p for p in made.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
+    summary = json.loads((made / "summary.json").read_text())
+    lines = {line["name"]: line for line in summary["lines"]}
+    assert list(lines) == [
+        "phase 1",
+        "phase 2",
+        "phase 1 continued",
+        "standard, 3 layers",
+        "deep-supervision, 3 layers",
+    ]
+    for name in list(lines)[2:]:
+        # A budget ends on a whole step and its validation pass: at this size, a few hundredths of it.
+        assert lines[name]["train_flops"] == pytest.approx(lines["phase 2"]["train_flops"], rel=0.1), name
+    for line in lines.values():
+        assert {"ppl", "acc", "hard_ppl", "compute_cost", "flops_per_token", "seconds"} <= set(line["test"])
+        assert line["train_flops"] == pytest.approx(sum(line["flops_by"].values()))
+    assert lines["phase 2"]["curve"][0] == lines["phase 1"]["curve"][0]
+    assert summary["hard"]["train_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert summary["hard"]["fixed_by"] == "phase 1's final model"
+    joint = lines["deep-supervision, 3 layers"]
+    assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
+
+
+def test_every_line_to_compare_with_may_be_asked_for_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    limits = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
+    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *limits]
+    assert main([*args, "--compare", "full-depth", "continued"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == [
+        *("phase 1", "phase 2", "phase 2, no routing", "phase 1 continued")
+    ]
+
+
+def test_metrics_are_a_line_per_epoch(made: Path) -> None:
+    rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in rows}
+    assert all(row["val_loss"] > 0 for row in rows)
+
+
+def test_ashem_grows_on_a_checkpoint(made: Path, text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out, plan = tmp_path / "grown", ["--strategy.pretrained", "--strategy.phase1-layers", "3"]
+    limits = [
+        "--strategy.phase2-layers",
+        "4",
+        "--strategy.phase2-max-flops",
+        "6e7",
+        "--compare",
+        "continued",
+        "standard",
+    ]
+    args = ["run", "ashem", "--start", str(made), "--data", str(text_file), "--out", str(out), *SHORT, *plan, *limits]
+    assert main(args) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == [
+        *("as it came", "phase 2", "as it came continued", "standard, 4 layers")
+    ]
+    assert summary["hard"]["fixed_by"] == "as it came's final model"
+    came, grown = load_model(made)[0], load_model(out)[0]
+    assert grown.num_layers == 4
+    assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
+
+
+def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
+    made, text_file, tmp_path: Path, monkeypatch
+) -> None:
+    """The hard set and "continued" belong to the model that phase 2 grew from, and not to the one that came."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out, plan = tmp_path / "grown", ["--strategy.phase1-layers", "3", "--strategy.phase1-max-flops", "6e7"]
+    limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "6e7", "--compare", "continued"]
+    args = ["run", "ashem", "--start", str(made), "--data", str(text_file), "--out", str(out), *SHORT, *plan, *limits]
+    assert main(args) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
+    assert summary["hard"]["fixed_by"] == "phase 1's final model"
+    assert 0.3 < summary["hard"]["test_ratio"] < 0.7
+
+
+def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one line\n" * 30)
+    assert main(["run", "demo", "--data", str(short), "--out", str(tmp_path / "out"), *TINY]) == 2
+    assert "use more text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
