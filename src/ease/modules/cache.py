@@ -109,6 +109,7 @@ class CachedPlan(Plan):
     queries: Tensor | None = None  # (N,) place of each asking token in the flattened (R, width) of queries
     count: int = 0  # R
     reach: int = 0  # places that a query may look at
+    in_order: bool = False  # the queries of a row are its first tokens, all of them
     layer: int = 0  # the one that runs now
 
     @classmethod
@@ -138,8 +139,10 @@ class CachedPlan(Plan):
 
         at = np.zeros((R, width), np.int64)
         at[row, slots] = places
+        # Rows that are read from their start on, all of their tokens, are plain causal ones.
+        causal = width == reach > 1 and bool((places == slots).all())
         mask = None
-        if width > 1 or places.min() < reach - 1:
+        if not causal and (width > 1 or places.min() < reach - 1):
             mask = cache.tensor(np.arange(reach) <= at[:, None, :, None])
         slots_rope, at_rope = cache.tensor(owed_slots), cache.tensor(at.ravel())
         cos, sin = (table[0, 0] for table in cache.rope)
@@ -156,13 +159,14 @@ class CachedPlan(Plan):
             queries=None if len(rows) == R * width else cache.tensor(row * width + slots),
             count=R,
             reach=reach,
+            in_order=causal,
         )
         cache.planned = asked_for, plan
         return plan
 
     @property
     def causal(self) -> bool:
-        return False
+        return self.in_order
 
     def start(self) -> Tensor:
         """The states (1, M, D) of the tokens of x."""
