@@ -1,11 +1,17 @@
-"""How fast each way to decode is, side by side in one process: ratios to this library's own full decoding.
+"""How fast each way to decode is, side by side in one process, and what limits it.
 
-    python benchmarks/generation.py RUN [--new-tokens 128] [--batch 1 8] [--repeats 5] [--out results/generation.json]
+    python benchmarks/generation.py RUN [--new-tokens 128] [--batch 1 8] [--rounds 5] [--out results/decoding.json]
 
-RUN is the folder of a run whose model has trained exits, say one that `ease tune` wrote. Greedy, all on the same
-weights and prompts (held-out text of the run), calls in turn (A B C A B C ...), wall-clock, the median of the rounds'
-ratios and their range. Beside ours stand transformers' own `generate` on the export, and its `assistant_early_exit`,
-which drafts through the final norm on one row at a time; ours is shown with the final norm at the exit as well.
+RUN is the folder of a run whose model has trained exits and a policy, say one that `ease tune` wrote and
+`ease calibrate` gave thresholds. Greedy, all on the same weights and prompts (held-out text of the run), calls in turn
+(A B C A B C ...), wall-clock, the median of the rounds' ratios and their range. Five tables:
+
+- the ways to decode, and beside ours transformers' own `generate` on the export, with its `assistant_early_exit`, which
+  drafts through the final norm on one row at a time; ours is shown with the final norm at the exit as well;
+- routed decoding against its roofline: what its layers, heads and steps take when each is timed by itself;
+- routed prefill against what its counted FLOPs promise;
+- the time of a token by the number of exits that it does not take;
+- the time of a token by how many were generated before it.
 """
 
 from __future__ import annotations
@@ -13,23 +19,54 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ease
+from ease.exits import walk
 from ease.finished import open_run
+from ease.flops import exit_flops, run_flops
 from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
+from ease.speed import side_by_side, ways
 
 PROMPT = 64
+PREFILL = 1024
 
 Call = Callable[[], Any]
+
+
+def least(calls: Mapping[Any, Call], rounds: int, clock: Callable[[Any], float] | None = None) -> dict[Any, float]:
+    """The least time of each call over rounds in which they take turns; a round before them does not count.
+
+    Args:
+        clock: reads the seconds off what a call gives (the wall-clock of the call by default).
+    """
+    taken: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            answer = call()
+            taken[name].append(clock(answer) if clock else time.perf_counter() - start)
+    return {name: min(times[1:]) for name, times in taken.items()}
+
+
+def decoding(answer: ease.Generation) -> float:
+    """Seconds without the prefill."""
+    return float(answer.stats["seconds"] - answer.stats["prefill_seconds"])
+
+
+def with_policy(model: StandardTransformer, exits: tuple[int, ...], thresholds: tuple[float, ...]) -> Any:
+    """The same weights under another policy."""
+    other = copy.copy(model)
+    other.exit_layer, other.routing_threshold, other.policy_options = exits, thresholds, {}
+    return other
 
 
 def with_final_norm(model: StandardTransformer, exit: int) -> StandardTransformer:
@@ -41,24 +78,8 @@ def with_final_norm(model: StandardTransformer, exit: int) -> StandardTransforme
     return plain
 
 
-def ours(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dict[str, Call]:
-    """The ways to decode that this library has."""
-    exits = sorted(e for e in model.trained_exits if e < model.num_layers)
-    calls: dict[str, Call] = {"full": lambda: ease.generate(model, prompts, steps)}
-    if ease.Policy.own(model).exits:
-        calls["routed, own policy"] = lambda: ease.generate(model, prompts, steps, "routed")
-    calls["exact, auto"] = lambda: ease.generate(model, prompts, steps, "exact")
-    for exit in exits:
-        calls[f"exact, exit {exit}"] = lambda e=exit: ease.generate(model, prompts, steps, "exact", draft_exit=e)
-        plain = with_final_norm(model, exit)
-        calls[f"exact, exit {exit} through the final norm"] = lambda m=plain, e=exit: ease.generate(
-            m, prompts, steps, "exact", draft_exit=e
-        )
-    return calls
-
-
 def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dict[str, Call]:
-    """transformers on the export of the same weights."""
+    """transformers on the export of the same weights, and ours drafting as it does."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -66,48 +87,115 @@ def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dic
         stock = AutoModelForCausalLM.from_pretrained(Path(folder) / "export").to(prompts.device).eval()
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(prompts)
-    calls: dict[str, Call] = {
-        "transformers, full": lambda: stock.generate(prompts, attention_mask=mask, **options)[:, prompts.shape[1] :]
-    }
-    if len(prompts) == 1:  # assisted generation takes one row
-        for exit in sorted(e for e in model.trained_exits if e < model.num_layers):
-            calls[f"transformers, assistant_early_exit={exit}"] = lambda e=exit: stock.generate(
-                prompts, attention_mask=mask, assistant_early_exit=e, **options
-            )[:, prompts.shape[1] :]
+
+    def generate(**more: Any) -> torch.Tensor:
+        found: torch.Tensor = stock.generate(prompts, attention_mask=mask, **options, **more)
+        return found[:, prompts.shape[1] :]
+
+    calls: dict[str, Call] = {"transformers, full": generate}
+    for exit in sorted(e for e in model.trained_exits if e < model.num_layers):
+        if len(prompts) == 1:  # assisted generation takes one row
+            calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
+        plain = with_final_norm(model, exit)
+        name = f"exact, exit {exit} through the final norm"
+        calls[name] = partial(ease.generate, plain, prompts, steps, "exact", draft_exit=exit)
     return calls
 
 
-def measure(model: StandardTransformer, prompts: torch.Tensor, steps: int, repeats: int) -> list[dict[str, Any]]:
-    calls = ours(model, prompts, steps) | theirs(model, prompts, steps)
-    answers = {name: call() for name, call in calls.items()}  # the first calls allocate
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round in range(repeats):
-        names = list(calls) if round % 2 else list(calls)[::-1]
-        for name in names:
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
-    full = answers["full"].tokens
-    rows = []
-    for name, answer in answers.items():
-        ratios = [a / b for a, b in zip(seconds["full"], seconds[name], strict=True)]
-        tokens = answer.tokens if isinstance(answer, ease.Generation) else answer.cpu()
-        stats = answer.stats if isinstance(answer, ease.Generation) else {}
-        rows.append(
-            {
-                "way": name,
-                "batch": len(prompts),
-                "tokens_per_second": full.numel() / statistics.median(seconds[name]),
-                "ratio": statistics.median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-                "same_tokens": (tokens == full).float().mean().item(),
-                "layers_per_token": stats.get("layers_per_token"),
-                "acceptance": stats.get("acceptance"),
-                "draft_exit": stats.get("draft_exit"),
-            }
+def shallow(model: StandardTransformer, layers: int) -> StandardTransformer:
+    """The first layers alone, and the head."""
+    options = {k: v for k, v in vars(model.config).items() if not k.startswith(("adapter", "classifier"))}
+    made = StandardTransformer(**options | {"num_layers": layers}).to(model.embedding.weight).eval()
+    made.load_state_dict(model.state_dict(), strict=False)
+    return made
+
+
+@torch.no_grad()
+def roofline(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> dict[str, Any]:
+    """Routed decoding against the sum of what its steps have to do, each part timed by itself at its number of rows.
+
+    A layer at n rows is the difference between full decoding with all layers and with half of them; what is left of
+    full decoding (embedding, last head, taking the token) every step has to do. A layer runs for the rows that get
+    there, and every exit on the way asks its head.
+    """
+    L, rows, cut = model.num_layers, range(1, len(prompts) + 1), model.num_layers // 2
+    exits, half, state = ease.Policy.own(model).exits, shallow(model, cut), model.embedding(prompts[:, 0])
+    calls: dict[Any, Call] = {"routed": partial(ease.generate, model, prompts, steps, "routed")}
+    for n in rows:
+        calls["all", n] = partial(ease.generate, model, prompts[:n], steps)
+        calls["half", n] = partial(ease.generate, half, prompts[:n], steps)
+    took = least(calls, rounds, decoding)
+
+    def asking(n: int) -> None:
+        for _ in range(50):
+            model.logits(state[:n], exits[0]).softmax(-1).amax(-1)
+
+    head = {n: t / 50 for n, t in least({n: partial(asking, n) for n in rows}, rounds).items()}
+    layer = {n: (took["all", n] - took["half", n]) / (steps - 1) / (L - cut) for n in rows}
+    layer[0], head[0] = 0.0, 0.0
+    full = took["all", len(prompts)]
+    rest, chosen = full - (steps - 1) * L * layer[len(prompts)], calls["routed"]().exits[:, 1:]
+    running = [[int((column >= k).sum()) for k in range(1, L + 1)] for column in chosen.T]
+    allowed = rest + sum(sum(layer[n] for n in step) + sum(head[step[e - 1]] for e in exits) for step in running)
+    return {
+        "batch": len(prompts),
+        "exit": chosen.double().mean().item(),
+        "head": head[len(prompts)] / layer[len(prompts)],
+        "allowed": full / allowed,
+        "reached": full / took["routed"],
+        "share": allowed / took["routed"],
+    }
+
+
+@torch.no_grad()
+def prefill(model: StandardTransformer, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Reading one long prompt (1, T) of which half of the tokens leave at the first exit, and what FLOPs promise."""
+    exit, last = ease.Policy.own(model).exits[0], torch.zeros_like(ids, dtype=torch.bool)
+    last[:, -1] = True
+    sure = ease.compute_confidence(model, model.forward_to_layer(ids, exit), exit)
+    routed = with_policy(model, (exit,), (sure.median().item(),))
+    flops = {}
+    for name, policy in (("full", ease.Policy()), ("routed", ease.Policy.own(routed))):
+        stops = list(walk(model, ids, policy, wanted=last))
+        flops[name] = sum(
+            run_flops(model.config, s.layer - s.first + 1, s.arrived) + exit_flops(model.config, s.heads, s.layer)
+            for s in stops
         )
+    calls = {"full": partial(ease.generate, model, ids, 1), "routed": partial(ease.generate, routed, ids, 1, "routed")}
+    took = least(calls, rounds, lambda answer: answer.stats["prefill_seconds"])
+    promised, reached = flops["full"] / flops["routed"], took["full"] / took["routed"]
+    return {"tokens": ids.shape[1], "exit": exit, "promised": promised, "reached": reached, "share": reached / promised}
+
+
+def exits_not_taken(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """The time of a step by how many exits are asked in vain."""
+    L, calls = model.num_layers, {}
+    for count in (1, 2, 3, L // 2, L - 1):
+        other = with_policy(model, tuple(range(1, count + 1)), (1.0,) * count)
+        other.policy_options = {"always_deep": 10**9}
+        calls[count] = partial(ease.generate, other, prompts, steps, "routed")
+    took = least({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, decoding)
+    return [{"exits": n, "ms": 1e3 * t / (steps - 1), "ratio": t / took[0]} for n, t in took.items()]
+
+
+def by_length(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """The time of a token early and late in a long answer."""
+    rows = []
+    for mode in ("full", "routed", "exact"):
+        early, late = [], []
+        for _ in range(rounds):
+            at: list[float] = []
+            ease.generate(model, prompts[:1], steps, mode, stream=lambda token, at=at: at.append(time.perf_counter()))
+            early.append((at[steps // 8] - at[0]) / (steps // 8))
+            late.append((at[-1] - at[-1 - steps // 8]) / (steps // 8))
+        rows.append({"mode": mode, "tokens": steps, "early": 1e3 * min(early), "late": 1e3 * min(late)})
     return rows
+
+
+def table(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> None:
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(show(row) for show in columns.values()) + " |")
 
 
 def main() -> None:
@@ -115,7 +203,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
@@ -124,25 +212,77 @@ def main() -> None:
     device = choose_device(args.device)
     model, _, corpus, data = open_run(args.run)
     model.to(device)
-    test = ease.TokenBatches(corpus.test, PROMPT, max(args.batch))
-    prompts = next(iter(test))[0].to(device)
-    rows = [row for batch in args.batch for row in measure(model, prompts[:batch], args.new_tokens, args.repeats)]
-    print("| way | batch | tokens/s | times full (range) | same tokens | layers per token | drafts accepted |")
-    print("|---|---|---|---|---|---|---|")
-    for r in rows:
-        layers = "" if r["layers_per_token"] is None else f"{r['layers_per_token']:.1f}"
-        accepted = "" if r["acceptance"] is None else f"{r['acceptance']:.0%}"
-        print(
-            f"| {r['way']} | {r['batch']} | {r['tokens_per_second']:.0f} | {r['ratio']:.2f} ({r['low']:.2f} to "
-            f"{r['high']:.2f}) | {r['same_tokens']:.1%} | {layers} | {accepted} |"
+    if not ease.Policy.own(model).exits:
+        raise SystemExit(f"{args.run} has no policy to route by: give its exits thresholds (ease calibrate)")
+    prompts = next(iter(ease.TokenBatches(corpus.test, PROMPT, max(args.batch))))[0].to(device)
+    long = corpus.test[:PREFILL].long()[None].to(device)
+    steps, found = args.new_tokens, {"machine": machine(device), "policy": vars(ease.Policy.own(model))}
+    found["ways"] = [
+        row
+        for batch in args.batch
+        for row in side_by_side(
+            ways(model, prompts[:batch], steps) | theirs(model, prompts[:batch], steps), args.rounds
         )
-    about = machine(device)
+    ]
+    table(
+        found["ways"],
+        {
+            "way": lambda r: r["way"] + (f" (took {r['draft_exit'] or 'full'})" if r["way"] == "exact, auto" else ""),
+            "batch": lambda r: str(r["batch"]),
+            "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+            "times full (range)": lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+            "same tokens": lambda r: f"{r['same_tokens']:.1%}",
+            "layers per token": lambda r: "" if r["layers_per_token"] is None else f"{r['layers_per_token']:.1f}",
+            "drafts accepted": lambda r: "" if r["acceptance"] is None else f"{r['acceptance']:.0%}",
+        },
+    )
+    found["roofline"] = [roofline(model, prompts[:batch], steps, args.rounds) for batch in args.batch]
+    table(
+        found["roofline"],
+        {
+            "routed, batch": lambda r: str(r["batch"]),
+            "mean exit": lambda r: f"{r['exit']:.1f}",
+            "a head, in layers": lambda r: f"{r['head']:.2f}",
+            "allowed": lambda r: f"{r['allowed']:.2f}",
+            "reached": lambda r: f"{r['reached']:.2f}",
+            "share": lambda r: f"{r['share']:.2f}",
+        },
+    )
+    found["prefill"] = [prefill(model, long, args.rounds)]
+    table(
+        found["prefill"],
+        {
+            "prompt, half of it leaves": lambda r: f"{r['tokens']} tokens, exit {r['exit']}",
+            "promised by FLOPs": lambda r: f"{r['promised']:.2f}",
+            "reached": lambda r: f"{r['reached']:.2f}",
+            "share": lambda r: f"{r['share']:.2f}",
+        },
+    )
+    found["exits"] = exits_not_taken(model, prompts[:1], steps, args.rounds)
+    table(
+        found["exits"],
+        {
+            "exits asked, none taken": lambda r: str(r["exits"]),
+            "ms a token": lambda r: f"{r['ms']:.2f}",
+            "times full": lambda r: f"{r['ratio']:.2f}",
+        },
+    )
+    found["length"] = by_length(model, prompts, 4 * steps, args.rounds)
+    table(
+        found["length"],
+        {
+            "mode": lambda r: f"{r['mode']}, {r['tokens']} tokens",
+            "ms a token, first eighth": lambda r: f"{r['early']:.2f}",
+            "last eighth": lambda r: f"{r['late']:.2f}",
+        },
+    )
+    about = found["machine"]
     print(
         f"\n{about['cpu']}, {about['threads']} thread(s), {about['device']}, torch {about['torch']}; {data.tokenizer}"
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

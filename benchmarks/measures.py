@@ -1,0 +1,94 @@
+"""Measures of confidence: what each costs, how well it foretells agreement with the last exit, and what it saves.
+
+    python benchmarks/measures.py RUN [--agreement 0.99] [--out results/measures.json]
+
+RUN is the folder of a run whose model has trained exits, say one that `ease tune` wrote. Validation teaches the
+classifier and proposes thresholds; one drawn half of the test split chooses them, so that the exit taken names what
+the last exit names for the given share of tokens, and every figure is measured on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ease
+from ease.confidence import MEASURES, Evidence
+from ease.finished import halves, open_run
+from ease.flops import head_flops, layer_flops
+from ease.machine import machine
+
+TIMED = 512  # tokens
+
+
+@torch.no_grad()
+def seconds_a_token(model: ease.StandardTransformer, policy: ease.Policy, states: torch.Tensor) -> float:
+    """What asking an exit takes, of states (n, D), the head included where the measure needs it; the best of many."""
+    exit, kind = policy.exits[0], MEASURES[policy.confidence]
+    ask, places, best = kind.make(model, policy, len(states)), torch.arange(len(states)), float("inf")
+    for _ in range(50):
+        start = time.perf_counter()
+        logits = model.logits(states, exit) if kind.needs_head else None
+        ask(Evidence(exit, states, states, logits, places))
+        best = min(best, time.perf_counter() - start)
+    return best / len(states)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--agreement", type=float, default=0.99)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, _, corpus, data = open_run(args.run)
+    exits = tuple(sorted(e for e in model.trained_exits if e < model.num_layers))
+    val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+    decide, held_out = halves(corpus.test, data)
+    start = time.perf_counter()
+    ease.learn_agreement(model, val, exits)
+    learned = time.perf_counter() - start
+    states = model.forward_to_layer(held_out[0][0], exits[0]).flatten(0, 1)[:TIMED].detach()
+    layer = layer_flops(model.config, 1, 1, (data.seq_len + 1) // 2)
+    rows: list[dict[str, Any]] = []
+    for name, kind in MEASURES.items():
+        policy = ease.Policy(exits, (1.0,) * len(exits), name, patience=2 if name == "patience" else 0)
+        # A measure without head is a product or two with the state.
+        flops = head_flops(model.config, 1) if kind.needs_head else 2 * model.config.dim
+        row: dict[str, Any] = {
+            "measure": name,
+            "layers": flops / layer,
+            "us": 1e6 * seconds_a_token(model, policy, states),
+        }
+        target = ease.Target("min_agreement", args.agreement)
+        try:
+            row |= ease.calibrate(model, policy, target, val, decide, held_out).record["held_out"]
+        except ease.EaseError as error:
+            print(f"{name}: {error}")
+            row |= {"refused": str(error)}
+        rows.append(row)
+    aurocs = " | ".join(f"AUROC at {e}" for e in exits)
+    print(f"| measure | costs, in layers | us a token | {aurocs} | leaving early | FLOPs | agreement | PPL (full) |")
+    print("|---|---|---|" + "---|" * (len(exits) + 4))
+    for r in rows:
+        if "refused" in r:
+            continue
+        quality = " | ".join(f"{r['auroc'][e]:.3f}" for e in exits)
+        print(
+            f"| {r['measure']} | {r['layers']:.3f} | {r['us']:.2f} | {quality} | {r['shallow_ratio']:.1%} | "
+            f"{r['flops_share']:.1%} | {r['agreement']:.2%} | {r['ppl']:.3f} ({r['ppl_full']:.3f}) |"
+        )
+    about = machine("cpu")
+    print(f"\nThe classifiers were learned in {learned:.1f} s. {about['cpu']}, one thread, torch {about['torch']}.")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": about, "learned": learned, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

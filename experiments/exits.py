@@ -1,0 +1,79 @@
+"""What exits on a finished model are worth: the runs given, side by side, on tokens that chose nothing.
+
+    ease run deep
+    ease tune runs/deep --exits 4,8 --out runs/deep-tuned                  # and other ways to make exits
+    python -m experiments.exits runs/deep-tuned [MORE ...] [--out results/exits.json]
+
+Per exit, and for all exits together: perplexity, how often the exit names what the model's last exit names, and for two
+targets of agreement the share of tokens that leave and the FLOPs they then take, every head in them, as a share of full
+depth without exits. Validation proposes thresholds, one drawn half of the test split chooses them, the other half is
+what every figure is measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ease
+from ease.calibration import Sequences
+from ease.evaluation import perplexity, score
+from ease.finished import halves, open_run
+
+TARGETS = (0.95, 0.99)
+
+
+def study(folder: Path) -> list[dict[str, Any]]:
+    """A row for every exit of the run's model, one for all of them together, and one for the last."""
+    model, _, corpus, data = open_run(folder)
+    exits = tuple(sorted(e for e in model.trained_exits if e < model.num_layers))
+    val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
+    decide, held_out = halves(corpus.test, data)
+    seen = Sequences(model, held_out, ease.Policy(exits, (1.0,) * len(exits)))
+    agrees = dict(zip(exits, seen.views.agrees.double().mean(1).tolist()))
+    rows: list[dict[str, Any]] = []
+    for some in [*((e,) for e in exits), *([exits] if len(exits) > 1 else [])]:
+        row: dict[str, Any] = {"run": folder.name, "exits": some}
+        if len(some) == 1:
+            row["ppl"] = perplexity(score(model, held_out, last=some[0]).losses)
+            row["agreement"] = agrees[some[0]]
+        for target in TARGETS:
+            policy = ease.Policy(some, (1.0,) * len(some))
+            found = ease.calibrate(model, policy, ease.Target("min_agreement", target), val, decide, held_out)
+            row[f"{target:g}"] = found.record["held_out"]
+        rows.append(row)
+    return [
+        *rows,
+        {"run": folder.name, "exits": (model.num_layers,), "ppl": perplexity(seen.full.losses), "agreement": 1},
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("results/exits.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for folder in args.runs for row in study(folder)]
+    at = " | ".join(f"at {t:.0%}: leave | FLOPs | PPL" for t in TARGETS)
+    print(f"| run | exits | PPL | agrees | {at} |\n|---|---|---|---|{'---|' * 3 * len(TARGETS)}")
+    for row in rows:
+        cells = [row["run"], ", ".join(map(str, row["exits"]))]
+        cells += [f"{row['ppl']:.3f}", f"{row['agreement']:.1%}"] if "ppl" in row else ["", ""]
+        for held in (row.get(f"{t:g}") for t in TARGETS):
+            cells += (
+                [f"{held['shallow_ratio']:.1%}", f"{held['flops_share']:.1%}", f"{held['ppl']:.3f}"]
+                if held
+                else [""] * 3
+            )
+        print(f"| {' | '.join(cells)} |")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
