@@ -105,6 +105,22 @@ def test_routed_answers_and_costs_are_those_of_the_routed_model(
     assert one.compute["layers_run"] == pytest.approx(routed.exits[0, -1].item() / 3)
 
 
+def test_a_measure_without_head_costs_a_head_only_where_a_token_leaves(folder: Path) -> None:
+    lm = EaseLM(str(folder), 0.5, 1)
+    lm.model.model.policy_options = {"confidence": "steadiness"}
+    text, (model, T) = "def f(x):", (lm.model.model, 9)
+    ids = torch.tensor([ease.hf.load_tokenizer(folder).encode(text).ids])
+    for threshold in (1e-9, 1.0):  # all leave, none does
+        lm.model.set_routing(threshold, 1)
+        lm.flops = 0.0
+        lm.generate_until(instances("generate_until", [(text, {"until": ["\n"], "max_gen_toks": 1})]), True)
+        gone = threshold < 1
+        layers = 1 if gone else model.num_layers
+        expected = run_flops(model.config, layers, torch.ones_like(ids, dtype=torch.bool))
+        assert ids.shape[1] == T
+        assert lm.flops == pytest.approx(expected + exit_flops(model.config, T, layers))
+
+
 def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
     lm = EaseLM(str(folder))
     lm.loglikelihood(instances("loglikelihood", [("abc", "defgh")]), disable_tqdm=True)

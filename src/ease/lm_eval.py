@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ease.confidence import kind
 from ease.errors import EaseError
 from ease.evaluation import score
 from ease.flops import exit_flops, run_flops
@@ -120,8 +121,10 @@ class EaseLM(HFLM):  # type: ignore[misc]
             if not bool(arrived.any()):
                 break
             self.flops += run_flops(config, layer - done, arrived, layout)
-            # Routed, every token is asked at every exit; at full depth only the one whose successor is wanted.
-            heads = output.logits.shape[:2].numel() if output.exits is None else int(arrived.sum())
+            # Routed, every token is asked at every exit, without the head by some measures until it leaves; at full
+            # depth only the one whose successor is wanted.
+            asked = arrived if kind(model.policy.confidence).needs_head else exits == layer
+            heads = output.logits.shape[:2].numel() if output.exits is None else int(asked.sum())
             self.flops += exit_flops(config, heads, layer)
             done = layer
         self.processed += int(layout.real.sum())
