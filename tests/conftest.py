@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_runs import COMPARE, FLOPS, TINY
+from data_runs import COMPARE, TINY, budget
 from hypothesis import Phase, settings
 
 from ease import Data, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
@@ -120,5 +120,6 @@ def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EASE_CACHE", str(out.parent / "cache"))
-        assert main(["run", "demo", "--data", str(text_file), "--out", str(out), *TINY, *FLOPS, *COMPARE]) == 0
+        options = [*TINY, *budget("5e8"), *COMPARE]
+        assert main(["run", "demo", "--data", str(text_file), "--out", str(out), *options]) == 0
     return out

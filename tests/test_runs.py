@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_runs import SHORT, TINY
+from data_runs import SHORT, TINY, budget
 
 from ease.checkpoint import load_model
 from ease.cli import main
@@ -47,13 +47,25 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
 
 def test_every_line_to_compare_with_may_be_asked_for_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    limits = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
-    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *limits]
+    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *budget("6e7")]
     assert main([*args, "--compare", "full-depth", "continued"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [line["name"] for line in summary["lines"]] == [
         *("phase 1", "phase 2", "phase 2, no routing", "phase 1 continued")
     ]
+
+
+def test_a_run_without_exits_times_no_decoding(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    limits = ["--strategy.num-layers", "2", "--strategy.max-flops", "6e7", "--strategy.max-epochs", "1"]
+    assert main(["run", "standard", "--data", str(text_file), "--out", str(out), *TINY, *limits]) == 0
+    shown = capsys.readouterr()
+    assert "decoding" not in shown.out + shown.err
+    assert json.loads((out / "summary.json").read_text())["generation"] is None
+    assert '"generation":null' in (out / "report.html").read_text()
 
 
 def test_metrics_are_a_line_per_epoch(made: Path) -> None:
