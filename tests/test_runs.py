@@ -113,6 +113,26 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
     assert 0.3 < summary["hard"]["test_ratio"] < 0.7
 
 
+def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """Open growth finds its threshold when all is trained, and it sends on the share asked for."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e7", "--compare", "continued"]
+    assert main(["run", "open-growth", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *plan]) == 0
+    lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 1 continued"]
+    assert lines[1]["val"]["exit_shares"]["4"] == pytest.approx(0.3, abs=0.01)
+    assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
+
+
+def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    for name, lines in (("discriminative", {"discriminative", "standard, 4 layers"}), ("standard", {"training"})):
+        args = ["run", name, "--data", str(text_file), "--out", str(tmp_path / name), *TINY, "--compare", "standard"]
+        assert main([*args, "--strategy.max-flops", "3e7"]) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert {line["name"] for line in summary["lines"]} == lines
+
+
 def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("one line\n" * 30)
