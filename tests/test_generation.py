@@ -251,9 +251,9 @@ def test_bad_requests_are_refused_in_one_sentence(options: dict[str, Any], fix: 
 
 def test_what_a_model_cannot_continue_is_told(tiny: Make) -> None:
     ids, model = torch.zeros(1, 4, dtype=torch.long), tiny(3, max_positions=8)
-    assert generate(model, ids, 4).tokens.shape == (1, 4)
-    with pytest.raises(EaseError, match="4 tokens of a prompt and 5 new ones are more than the 8 positions"):
-        generate(model, ids, 5)
+    assert generate(model, ids, 5).tokens.shape == (1, 5)
+    with pytest.raises(EaseError, match="4 tokens of a prompt and 6 new ones are more than the 8 positions"):
+        generate(model, ids, 6)
     with torch.no_grad():
         model.layers[1].ffn.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(EaseError, match="NaN"):

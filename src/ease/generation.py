@@ -322,7 +322,7 @@ def generate(
     if draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
         raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
     longest, most = int(real.sum(1).max()), model.config.max_positions
-    if most is not None and longest + max_new_tokens > most:
+    if most is not None and longest + max_new_tokens - 1 > most:  # the last token is not read
         raise EaseError(
             f"{longest} tokens of a prompt and {max_new_tokens} new ones are more than the {most} positions of the "
             "model: shorten the prompt, or ask for fewer"
