@@ -116,10 +116,10 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
 def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_path: Path, monkeypatch) -> None:
     """Open growth finds its threshold when all is trained, and it sends on the share asked for."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e7", "--compare", "continued"]
+    plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e8", "--compare", "full-depth"]
     assert main(["run", "open-growth", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *plan]) == 0
     lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
-    assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 1 continued"]
+    assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 2, no routing"]
     assert lines[1]["val"]["exit_shares"]["4"] == pytest.approx(0.3, abs=0.01)
     assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
 
