@@ -290,7 +290,8 @@ def generate(
         ids: (B, T) prompts.
         mode: "full", "routed" by the model's own policy, or "exact".
         attention_mask: (B, T), true (or 1) for real tokens, on either side of the padding.
-        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`.
+        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with "auto" the number of
+            draws depends on the clock, so that there a seed does not repeat a sample: name the exit.
         stop: ids that end a row; they belong to the answer.
         stream: called with each `Token` as it is decided.
         draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
