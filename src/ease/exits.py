@@ -6,6 +6,7 @@ wants: it yields at every exit, and the head of the exit a token takes is comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
@@ -26,7 +27,8 @@ class Policy:
 
     Args:
         exits: layers, from shallow to deep, all below the last one.
-        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that.
+        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that. Infinity lets none
+            leave; an exit whose threshold is 0 does not route, so it is no exit and left out.
         confidence: the measure that thresholds are compared with, one of `confidence.MEASURES`.
         patience: exits that have to agree, for the measure "patience".
         half_life: tokens after which a threshold has fallen half of its way from 1: the first tokens of a text
@@ -44,6 +46,20 @@ class Policy:
 
     def __post_init__(self) -> None:
         kind(self.confidence)
+        exits, thresholds = tuple(self.exits), tuple(map(float, self.thresholds))
+        if len(exits) != len(thresholds):
+            raise EaseError(
+                f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
+                "give one threshold per exit"
+            )
+        for threshold in thresholds:
+            if not (0 <= threshold <= 1 or threshold == math.inf):
+                raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
+        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
+            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
+        routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
+        object.__setattr__(self, "exits", tuple(e for e, _ in routing))
+        object.__setattr__(self, "thresholds", tuple(t for _, t in routing))
         if (self.confidence == "patience") != (self.patience > 0):
             raise EaseError(
                 f"patience is {self.patience} and the measure {self.confidence}: give at least 1 exit that has to "
@@ -75,30 +91,14 @@ class Policy:
 
     @classmethod
     def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
-        """From the two core options; an exit whose threshold is 0 does not route, so it is no exit.
+        """From the two core options; a single threshold of 0 means no routing, whatever the exit says.
 
         `options` are the further fields.
         """
         exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
-        thresholds = (
-            (float(routing_threshold),)
-            if isinstance(routing_threshold, int | float)
-            else tuple(map(float, routing_threshold))
-        )
-        if thresholds == (0.0,):
-            return cls()
-        if len(exits) != len(thresholds):
-            raise EaseError(
-                f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
-                "give one threshold per exit"
-            )
-        for threshold in thresholds:
-            if not 0 <= threshold <= 1:
-                raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
-        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
-            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
-        routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
-        return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing), **options)
+        single = isinstance(routing_threshold, int | float)
+        thresholds = (routing_threshold,) if single else tuple(routing_threshold)
+        return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
 
     @classmethod
     def own(cls, model: ExitModel) -> Policy:

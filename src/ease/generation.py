@@ -402,11 +402,9 @@ def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) 
             length = _round(request, counts, draft_exit, length, patience)
         return counts
 
-    last = request.model.num_layers
-    exits = [e for e in sorted(request.model.trained_exits) if e < last]
     full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
     allowance, pace = PROBE_SHARE * full * request.limit, {}
-    for exit in exits:
+    for exit in request.model.early_exits:
         before, spent, length = _count(request), 0.0, 4
         for _ in range(3):
             if not bool(request.running.any()):
