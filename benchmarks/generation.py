@@ -93,7 +93,7 @@ def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dic
         return found[:, prompts.shape[1] :]
 
     calls: dict[str, Call] = {"transformers, full": generate}
-    for exit in sorted(e for e in model.trained_exits if e < model.num_layers):
+    for exit in model.early_exits:
         if len(prompts) == 1:  # assisted generation takes one row
             calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
         plain = with_final_norm(model, exit)

@@ -47,7 +47,7 @@ def taught(_trained: StandardTransformer, text_data: Callable[..., Data]) -> Sta
 def test_a_walk_follows_every_measure_and_pays_for_heads_as_it_must(name: str, taught: Any, text: torch.Tensor) -> None:
     ids = text[300:556].long().view(4, 64)
     options = {"confidence": name, "patience": int(name == "patience") * 2}
-    (all_deep,) = (s for s in walk(taught, ids, Policy((1,), (1.1,), **options)) if s.layer == 1)
+    (all_deep,) = (s for s in walk(taught, ids, Policy((1,), (math.inf,), **options)) if s.layer == 1)
     confidence = all_deep.confidence.detach()
     assert ((confidence >= 0) & (confidence <= 1)).all()
     threshold = float(confidence.median())
@@ -76,7 +76,9 @@ def test_the_classifier_tells_agreement_better_than_chance_and_changes_no_exit(
 
 def test_without_the_head_a_token_that_stays_pays_for_none(taught: StandardTransformer, text: torch.Tensor) -> None:
     batch = (text[300:556].long().view(4, 64), text[301:557].long().view(4, 64))
-    deep = {name: score(taught, [batch], Policy((1,), (1.1,), confidence=name)) for name in ("margin", "classifier")}
+    deep = {
+        name: score(taught, [batch], Policy((1,), (math.inf,), confidence=name)) for name in ("margin", "classifier")
+    }
     assert deep["margin"].flops - deep["classifier"].flops == head_flops(taught.config, 256)
 
 

@@ -52,9 +52,11 @@ def test_core_options_become_a_policy(exit_layer: Any, threshold: Any, exits: An
     ],
 )
 def test_bad_policies_are_refused_in_one_sentence(exit_layer: Any, threshold: Any, fix: str) -> None:
-    with pytest.raises(EaseError, match=fix) as error:
-        Policy.of(exit_layer, threshold)
-    assert "\n" not in str(error.value)
+    stated = [value if isinstance(value, tuple) else (value,) for value in (exit_layer, threshold)]
+    for make in (lambda: Policy.of(exit_layer, threshold), lambda: Policy(*stated)):
+        with pytest.raises(EaseError, match=fix) as error:
+            make()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("exit_layer", [3, 4, (1, 3)])

@@ -141,6 +141,15 @@ def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPat
         finished.calibrate(cached, Target("target_ratio", 0.5))
 
 
+def test_without_a_policy_the_trained_exits_below_the_last_layer_route(cached: Path) -> None:
+    edited = json.loads((cached / "config.json").read_text())
+    edited |= {"trained_exits": [1, 2], "policy": {"exits": [], "thresholds": []}}
+    (cached / "config.json").write_text(json.dumps(edited))
+    assert load_model(cached)[0].early_exits == (1, 2)
+    assert finished.evaluate(cached, [0.5])[0]["thresholds"] == (0.5, 0.5)
+    assert finished.calibrate(cached, Target("target_ratio", 0.5))["policy"]["exits"] == (1, 2)
+
+
 def test_eval_scores_the_test_split_at_thresholds(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = finished.evaluate(cached, [])[0]
     summary = json.loads((cached / "summary.json").read_text())

@@ -273,10 +273,10 @@ def generate(args: list[str]) -> None:
     model, tokenizer, eos = load_start(given.model)
     model.to(choose_device(given.device))
     if given.threshold is not None:
-        exits = ease.Policy.own(model).exits or sorted(model.trained_exits)[:-1]
+        exits = ease.Policy.own(model).exits or model.early_exits
         if not exits:
             raise EaseError(f"{given.model} has no exits to route at: leave out --threshold, or tune it first")
-        model.exit_layer, model.routing_threshold = tuple(exits), (given.threshold,) * len(exits)
+        model.exit_layer, model.routing_threshold = exits, (given.threshold,) * len(exits)
     mode = given.mode or ("routed" if ease.Policy.own(model).exits else "full")
     ids = tokenizer.encode(given.prompt).ids
     if not ids:

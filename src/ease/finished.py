@@ -58,7 +58,7 @@ def calibrate(folder: Path, target: Target, watch: Callable[[str], Watch] = lamb
     those of the other half.
     """
     model, _, corpus, data = open_run(folder)
-    exits = Policy.own(model).exits or tuple(sorted(model.trained_exits)[:-1])
+    exits = Policy.own(model).exits or model.early_exits
     if not exits:
         raise EaseError(f"{folder} has no exits to calibrate: tune it first (ease tune), or use a strategy that has")
     policy = replace(Policy.own(model), exits=exits, thresholds=(1.0,) * len(exits))
@@ -83,9 +83,10 @@ def evaluate(
     if config["calibration"]:
         test, split = halves(corpus.test, data)[1], "half of the test split that chose no threshold"
     own = Policy.own(model)
-    if thresholds and not own.exits:
+    exits = own.exits or model.early_exits
+    if thresholds and not exits:
         raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
-    policies = [Policy.of(own.exits, (t,) * len(own.exits), **own.options) for t in thresholds] or [own]
+    policies = [Policy.of(exits, (t,) * len(exits), **own.options) for t in thresholds] or [own]
     watched = Watched(test, watch("scoring"), epochs=len(policies))
     return [
         {"thresholds": policy.thresholds, "split": split, **score(model, watched, policy).figures()}

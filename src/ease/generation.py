@@ -171,6 +171,8 @@ class Request:
         layout = Layout(torch.zeros_like(ids), real.long() - 1)
         for at in walk(self.model, ids, policy, layout=layout, read=read, wanted=last, cache=self.cache):
             self.layers_run += (at.layer - at.first + 1) * int(at.arrived.sum())
+            if not at.gone:
+                continue
             leaving = at.left & last
             exits[leaving.any(1)] = at.layer
             sure = logits.new_zeros(B, T).masked_scatter(at.asked, at.confidence)
@@ -192,12 +194,15 @@ class Request:
         seen = None if self.seen is None else self.seen.clone()
         states, drafts, beliefs, sure, read = [], [], [], [], []
         for _ in range(length):
-            layout = Layout(torch.zeros(B, 1, dtype=torch.long, device=tokens.device), drafting.long()[:, None] - 1)
+            # While every row drafts, rows are not picked out: a view costs nothing.
+            every = bool(drafting.all())
+            rows: Any = slice(None) if every else drafting.nonzero().squeeze(1)
+            layout = None if every else Layout(torch.zeros_like(tokens)[:, None], drafting.long()[:, None] - 1)
             state = model.run(model.embed(tokens[:, None]), 1, exit, layout=layout, cache=self.cache)
-            logits = model.logits(state[drafting, 0], exit)
-            offer, belief = self.draw(logits, None if seen is None else seen[drafting])
+            logits = model.logits(state[rows, 0], exit)
+            offer, belief = self.draw(logits, None if seen is None else seen[rows])
             draft, confidence = tokens.clone(), logits.new_zeros(B)
-            draft[drafting], confidence[drafting] = offer, max_probability(logits)
+            draft[rows], confidence[rows] = offer, max_probability(logits)
             states.append(state)
             drafts.append(draft)
             sure.append(confidence)
@@ -422,14 +427,14 @@ class Drafter:
 
 def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) -> Drafts:
     """Drafts and checks until every row is done, or until full decoding is faster."""
-    counts, last = Drafts(), request.model.num_layers
+    counts = Drafts()
     if draft_exit != "auto":
         drafter, counts.exit = Drafter(request, counts, draft_exit, patience), draft_exit
         while bool(request.running.any()):
             drafter.round()
         return counts
 
-    exits = Policy.own(request.model).exits or tuple(sorted(e for e in request.model.trained_exits if e < last))
+    exits = Policy.own(request.model).exits or request.model.early_exits
     full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
     allowance, pace = PROBE_SHARE * full * request.limit, {}
     drafters = {exit: Drafter(request, counts, exit, patience) for exit in exits}
@@ -449,14 +454,14 @@ def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) 
         if allowance <= 0:
             break
     best = min(pace, key=lambda e: pace[e], default=None)
-    if best is None or pace[best] >= full:
+    if best is None or pace[best] >= full or allowance <= 0:
         return counts
     counts.exit = best
     before, at = _count(request), time.perf_counter()
     while bool(request.running.any()):
         drafters[best].round()
         spent, made = time.perf_counter() - at, _count(request) - before
-        if spent - full * made > PROBE_SHARE * full * request.limit:  # the text has become harder to draft
+        if spent - full * made > allowance:  # the text has become harder to draft
             counts.exit = None
             break
     return counts

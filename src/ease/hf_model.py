@@ -144,8 +144,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             EaseError: for a policy that the model cannot follow.
         """
-        trained = sorted(e for e in self.model.trained_exits if e < self.model.num_layers)
-        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or trained)
+        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or self.model.early_exits)
         if not chosen:
             raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
         thresholds = [float(threshold)] * len(chosen) if isinstance(threshold, int | float) else list(threshold)
