@@ -286,7 +286,7 @@ def generate(
     seed: int | None = None,
     stream: Callable[[Token], None] | None = None,
     draft_exit: int | Literal["auto"] = "auto",
-    draft_confidence: float = 0.3,
+    draft_confidence: float = 0.15,
     max_memory: float | None = None,
 ) -> Generation:
     """Continues each of B prompts by up to `max_new_tokens` tokens.
