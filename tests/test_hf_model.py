@@ -335,7 +335,7 @@ def test_a_cache_is_refused_for_what_it_was_not_made_for(routed: EaseForCausalLM
     seen = torch.cat([mask, torch.ones(4, 1)], 1)
     routed(new, past_key_values=cache(), attention_mask=seen)
     for refused, says in (
-        ({"past_key_values": transformers.DynamicCache()}, "past_key_values must come from this model"),
+        ({"past_key_values": transformers.DynamicCache()}, "past_key_values is a DynamicCache"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 1)}, r"attention_mask \(4, 13\)"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 13)}, "what it said then"),
         ({"past_key_values": cache(), "position_ids": torch.zeros(4, 1)}, "leave position_ids out"),
@@ -537,7 +537,7 @@ def test_generate_follows_lora_as_it_is_switched_merged_and_unloaded(
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
     )
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
 
     def told(model: Any) -> list[list[int]]:
         with_cache, without = (model.generate(input_ids=ids, use_cache=c, **options).tolist() for c in (True, False))

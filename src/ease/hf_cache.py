@@ -41,7 +41,7 @@ class EaseCache(Cache):
         """
         (B, T), (rows, columns) = ids.shape, self.real.shape
         real = torch.ones_like(ids, dtype=torch.bool)
-        known = B == rows
+        known = rows == B
         if known and attention_mask is not None:
             mask = attention_mask.bool()
             known = mask.shape == (rows, columns + T) and torch.equal(mask[:, :columns], self.real)
@@ -51,9 +51,11 @@ class EaseCache(Cache):
                 f"the cache has read {columns} columns of {rows} rows: give ids of {rows} rows, and an attention_mask "
                 f"({rows}, {columns + T}) that says of the columns read what it said then"
             )
-        if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], self.native.next(real)[real]):
+        places = self.native.next(real)
+        if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], places[real]):
             raise EaseError(
-                "with a cache a row is one text, whose positions count up: leave position_ids out, or set use_cache=False"
+                "with a cache a row is one text, whose positions count up: leave position_ids out, or the cache "
+                "(use_cache=False)"
             )
         longest = int(self.native.length.max()) + T
         if longest > self.native.capacity:
@@ -75,12 +77,13 @@ class EaseCache(Cache):
         self.real = real
         self.native.cut(real.sum(1).cpu())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Goes on with these rows in this order, each as often as it is named."""
-        self.native.select(beam_idx.long().cpu().numpy())
-        self.real = self.real[beam_idx.to(self.real.device)]
+        self.native.select(indices.long().cpu().numpy())
+        self.real = self.real[indices.to(self.real.device)]
 
-    batch_select_indices = reorder_cache
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(len(self.real)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.real)).repeat_interleave(repeats))

@@ -202,8 +202,8 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             layout = make_layout(input_ids, attention_mask, position_ids)
         elif self.training or not isinstance(cache, EaseCache):
             raise EaseError(
-                "past_key_values must come from this model in evaluation mode (`generate` or use_cache=True makes one): "
-                f"leave it out, it is a {type(cache).__name__}"
+                f"past_key_values is a {type(cache).__name__}: leave it out, or pass one that this model made in "
+                "evaluation mode, and in that mode"
             )
         else:
             layout = cache.come(input_ids, attention_mask, position_ids)
@@ -257,7 +257,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         """Training mode has none: with dropout, a token would not be read twice in the same way."""
         return None if self.training else EaseCache(self.model.new_cache(rows, capacity, key=self.policy))
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -266,7 +266,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Puts a cache with room for the longest text that may come into `model_kwargs`, unless told otherwise."""
-        # What hooks itself before a layer may count on rows (PEFT's `adapter_names` does), and a cache hands out tokens.
+        # A hook before a layer may count on rows, as that of PEFT's `adapter_names`, and a cache hands out tokens.
         if self.training or any(module._forward_pre_hooks for module in self.model.modules()):
             generation_config.use_cache = False
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
@@ -281,7 +281,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """Positions follow from the mask, or from the cache: transformers' own go wrong after padding on the right."""
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As transformers' own; a row that is padded on the right goes on from its last token."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         mask, T = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
