@@ -185,10 +185,12 @@ class StandardTransformer(ExitModel):
     def new_cache(self, rows: int, capacity: int, key: object = None) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows; `key` says what for."""
         c, like = self.config, self.embedding.weight
-        rope = rotary(
-            torch.arange(capacity, device=like.device)[None], c.head_size, c.rope_theta, like.dtype, c.rope_scaling
-        )
-        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, rope, like, key)
+
+        def turns(places: int) -> tuple[Tensor, Tensor]:
+            positions = torch.arange(places, device=like.device)[None]
+            return rotary(positions, c.head_size, c.rope_theta, like.dtype, c.rope_scaling)
+
+        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:
