@@ -96,8 +96,7 @@ class Policy:
         `options` are the further fields.
         """
         exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
-        single = isinstance(routing_threshold, int | float)
-        thresholds = (routing_threshold,) if single else tuple(routing_threshold)
+        thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
         return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
 
     @classmethod
@@ -262,6 +261,8 @@ def route(
         **model.policy_options,
     )
     policy.check(model.num_layers)
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])
