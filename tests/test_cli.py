@@ -97,7 +97,8 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
 
 @pytest.mark.parametrize("mode", ["full", "routed", "exact"])
 def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["generate", str(made), "--prompt", "import ", "--max-new-tokens", "9", "--mode", mode, "--threshold", "0.1"]
+    args = ["generate", str(made), "--prompt", "import ", "--max-new-tokens", "9", "--mode", mode]
+    args += ["--threshold", "0.1"] if mode == "routed" else []
     assert main(args) == 0
     shown = capsys.readouterr()
     model, tokenizer = load_model(made)[0], Tokenizer.from_file(str(made / "tokenizer.json"))
@@ -107,6 +108,37 @@ def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFi
     assert shown.out == "import " + tokenizer.decode(answer.tokens[0].tolist()) + "\n"
     assert f"{answer.tokens.numel()} tokens" in shown.err
     assert "layer " in shown.err
+
+
+def test_a_checkpoint_s_positions_are_the_limit(
+    made: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
+    assert main(["export", str(made), checkpoint]) == 0
+    refused = [
+        (
+            ["tune", checkpoint, "--exits", "1", "--data", str(text_file), "--out", out, "--data.seq-len", "32"],
+            "has 16",
+        ),
+        (["tune", str(made), "--out", out, "--dtype", "bfloat16"], "is a run with its own"),
+        (["generate", checkpoint, "--prompt", "import json", "--max-new-tokens", "100"], "more than the 16 positions"),
+        (["eval", checkpoint], "is a checkpoint and no run"),
+    ]
+    for command, says in refused:
+        capsys.readouterr()
+        assert main(command) == 2
+        shown = capsys.readouterr()
+        assert says in shown.err
+        assert not shown.out
+    assert main(["generate", checkpoint, "--prompt", "import json"]) == 0
+    assert "6 tokens" in capsys.readouterr().err, "as many as fit"
+
+
+def test_a_recipe_must_return_a_run_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def config():\n    return None\n")
+    assert main(["run", str(tmp_path / "own.py")]) == 2
+    assert "returns NoneType: return an ease.runs.RunConfig" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +165,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "no/such/run"], "no/such/run"),
         (["report"], "no run given"),
         (["export", "no/such/run", "out"], "no run folder"),
+        (["generate", "no/such/model", "--prompt", "x\udcff"], "the prompt is no valid text at character 2"),
+        (["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"], "--threshold is for mode routed"),
+        (["export", "some", "./some", "--overwrite"], "is the run itself"),
+        (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),
+        (["run", "demo", "--start", "x", "--data.tokenizer", "bpe:300"], "leave out --model.* and --data.tokenizer"),
+        (["run", "demo", "--data.tokenizer", f"bpe:{10**24}"], "unknown tokenizer"),
+        (["run", "demo", "--data", "hf:"], "use hf:NAME"),
+        (["run", "demo", "--seed", "99999999999999999999"], "seed must lie in"),
+        (["run", "demo", "--dtype", "bfloat16"], "name one with --start"),
         (["tune", "--exits", "1"], "name the checkpoint first"),
         (["generate", "no/such/model", "--prompt", "x"], "no folder no/such/model"),
         (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
@@ -157,6 +198,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path:
         (["--strategy.hard-example-ratio", "0"], "must lie in (0, 1]"),
         (["--strategy.phase1-lr", "fast"], "phase1-lr"),
         (["--no-such-option", "1"], "no-such-option"),
+        (["--data.seq-len", "0"], "seq_len must be at least 1"),
     ],
 )
 def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

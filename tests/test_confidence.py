@@ -107,6 +107,7 @@ def test_a_threshold_with_a_half_life_falls_from_one() -> None:
         (lambda m: route(m, torch.zeros(1, 2, dtype=torch.long), 1, 0.5), "exit 1 has no classifier"),
         (lambda m: learn_agreement(m, [], [3]), "must lie below the last"),
         (lambda m: learn_agreement(m, [], []), "no exit to learn"),
+        (lambda m: learn_agreement(m, [], (1,)), "no scored token to learn the agreement from"),
     ],
 )
 def test_bad_policies_are_refused_in_one_sentence(make: Any, fix: str, tiny: Make) -> None:

@@ -70,6 +70,12 @@ def test_exits_at_or_beyond_the_last_layer_are_refused_while_routing_is_on(exit_
     assert (route(tiny(3), torch.zeros(1, 2, dtype=torch.long), exit_layer, 0.0).exits == 3).all()
 
 
+def test_a_mask_of_another_shape_is_refused(tiny: Make) -> None:
+    for shape in ((2,), (1, 3), (2, 2)):
+        with pytest.raises(EaseError, match=r"attention_mask has shape .*: give \(1, 2\), as the ids"):
+            route(tiny(2), torch.zeros(1, 2, dtype=torch.long), 1, 0.5, torch.ones(shape))
+
+
 def test_confidence_is_the_largest_probability() -> None:
     logits = torch.randn(4, 5, 9)
     torch.testing.assert_close(max_probability(logits), torch.softmax(logits, -1).max(-1).values)

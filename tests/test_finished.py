@@ -133,6 +133,25 @@ def test_what_fails_leaves_the_policy_as_it_was(
     assert "has format 9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("run", "command"),
+    [
+        ({}, ["eval"]),
+        ({"data": {}}, ["export", "--overwrite"]),
+        ({"data": 3}, ["export", "--overwrite"]),
+        ({"data": {"seq_len": "a"}}, ["eval"]),
+    ],
+)
+def test_a_run_that_does_not_say_its_data_is_told(
+    cached: Path, run: Any, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = json.loads((cached / "config.json").read_text()) | {"run": run}
+    (cached / "config.json").write_text(json.dumps(edited))
+    target = [str(tmp_path / "out")] if command[0] == "export" else []
+    assert main([command[0], str(cached), *target, *command[1:]]) == 2
+    assert "does not say what data it was made from" in capsys.readouterr().err
+
+
 def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config, *rest = finished.open_run(cached)
     model.exit_layer, model.routing_threshold, model.trained_exits = 1, 0.0, {model.num_layers}

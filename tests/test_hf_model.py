@@ -119,6 +119,8 @@ def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids
 def test_what_forward_cannot_do_is_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
     with pytest.raises(EaseError, match=what):
         routed(ids, **{what: torch.ones(1)})
+    with pytest.raises(EaseError, match="position_ids has shape"):
+        routed(ids, position_ids=torch.arange(3))
 
 
 @pytest.mark.parametrize(
@@ -431,6 +433,9 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     ease.save_pretrained(native, tmp_path / "out", tokenizer=tokenizer)
     model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
+    for options, says in (({"device_map": "auto", "token": "x"}, "device_map, token"), ({"torch_dtype": "f99"}, "f99")):
+        with pytest.raises(EaseError, match=says):
+            EaseForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert model.policy == Policy((1,), (0.5,))
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (1, 1, 0)
 

@@ -160,9 +160,17 @@ def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
 def test_bad_input_is_one_sentence_and_exit_code_2(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: EaseLM(str(folder), 0.5, "1+7"))
-    assert main() == 2
-    assert capsys.readouterr().err.startswith("ease: exit_layer 7 must lie below the last")
+    for options, says in (
+        ({"routing_threshold": 0.5, "exits": "1+7"}, "exit_layer 7 must lie below the last"),
+        ({"exits": "1+2"}, "exits are for routing: give routing_threshold"),
+        ({"routing_threshold": "abc"}, "routing_threshold is a number and exits are layers"),
+        ({"routing_threshold": 0.5, "exits": "a"}, "routing_threshold is a number and exits are layers"),
+        ({"dtype": "float99"}, "no dtype 'float99'"),
+        ({"device": "tpu"}, "no device 'tpu'"),
+    ):
+        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda options=options: EaseLM(str(folder), **options))
+        assert main() == 2
+        assert capsys.readouterr().err.startswith(f"ease: {says}")
 
 
 TASK = """

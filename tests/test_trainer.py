@@ -395,6 +395,20 @@ def test_a_one_shot_iterator_is_refused(make: Callable[[], Any], tiny: Make) -> 
         assert "\n" not in str(error.value)
 
 
+def test_an_epoch_without_a_target_is_refused(tiny: Make) -> None:
+    """A loss of 0 would be a false figure."""
+    model, trainer = tiny(2), Trainer(create_standard_config(2), 256)
+    optimizer, x = trainer.create_optimizer(model, 1e-3), torch.zeros(2, 4, dtype=torch.long)
+    nothing = [(x, torch.full_like(x, -100))]
+    for use in (
+        lambda: trainer.train_epoch(model, [], optimizer),
+        lambda: trainer.train_epoch(model, nothing, optimizer),
+        lambda: trainer.train_with_early_stopping(model, nothing, [(x, x)], optimizer, 1, verbose=False),
+    ):
+        with pytest.raises(EaseError, match="has no token to learn from: use more text, or targets"):
+            use()
+
+
 def test_one_epoch_is_one_pass(tiny: Make, text: Tensor) -> None:
     """Looking whether batches can be walked again must not begin a pass: shuffled batches would skip windows."""
     batches = TokenBatches(text[:600], 16, 4, shuffle=True, max_batches=2)

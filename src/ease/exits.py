@@ -271,6 +271,8 @@ def route(
         **model.policy_options,
     )
     policy.check(model.num_layers)
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])

@@ -26,16 +26,22 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     """The model of a run with its configuration, and the text it was made from."""
     model, config = load_model(folder)
     model.to(choose_device("auto"))
-    try:
-        data = DataConfig(**config["run"]["data"])
-        corpus_hash, source = config["data"]["hash"], config["data"]["source"]
-    except (KeyError, TypeError) as error:
-        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
+    data = made_from(folder, config)
+    corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "a source that is not told")
     given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
     corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
     return model, config, corpus, data
+
+
+def made_from(folder: Path, config: dict[str, Any]) -> DataConfig:
+    """How the text was cut that a run was made from."""
+    try:
+        told = config["run"]["data"]
+        return DataConfig(**{**told, "seq_len": told["seq_len"]})
+    except (KeyError, TypeError, EaseError) as error:
+        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
 
 
 def halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:

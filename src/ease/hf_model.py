@@ -17,16 +17,21 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ease.errors import EaseError
+from ease.errors import EaseError, needs
 from ease.exits import Policy, walk
 from ease.hf import NATIVE, checkpoint_folder, from_pretrained, read_json
 from ease.hf_cache import EaseCache
 from ease.models import DeepSupervisionTransformer
 from ease.seam import Layout
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+except ImportError:
+    needs("transformers", "hf")
+    raise
 
 
 class EaseConfig(PreTrainedConfig):
@@ -119,10 +124,13 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         if raw.get("model_type") == NATIVE:
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
             return loaded
-        if isinstance(name := kwargs.get("dtype"), str):
-            kwargs["dtype"] = None if name == "auto" else getattr(torch, name)
+        if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "device"}):
+            raise EaseError(f"{', '.join(unknown)} is not to be had for this checkpoint: give dtype and device alone")
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        model = cls.wrap(from_pretrained(folder, **kwargs), **{name: raw.get(name) for name in names})
+        model = cls.wrap(
+            from_pretrained(folder, dtype=dtype, device=kwargs.get("device")), **{name: raw.get(name) for name in names}
+        )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
@@ -327,6 +335,8 @@ def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor
         raise EaseError(f"attention_mask has shape {tuple(mask.shape)}: give one of {tuple(ids.shape)}, as the ids")
     layout = Layout.from_attention_mask(mask)
     if position_ids is not None:
+        if position_ids.shape not in (ids.shape, ids.shape[1:], (1, ids.shape[1])):
+            raise EaseError(f"position_ids has shape {tuple(position_ids.shape)}: give one of {tuple(ids.shape)}")
         positions = position_ids.expand_as(ids)
         documents = (layout.real & (positions == 0)).cumsum(1)
         layout = Layout(positions, torch.where(layout.real, documents, -1))

@@ -11,19 +11,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ease.confidence import kind
-from ease.errors import EaseError
+from ease.errors import EaseError, needs, told
 from ease.evaluation import score
 from ease.flops import exit_flops, layer_flops, real_pairs
-from ease.hf_model import EaseForCausalLM
+from ease.machine import choose_device
 from ease.seam import IGNORE, Batch, Layout
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from ease.hf_model import EaseForCausalLM
+except ImportError:
+    with told() if __name__ == "__main__" else nullcontext():
+        needs("lm_eval.models.huggingface", "eval")
+    raise
 
 Request = tuple[Any, list[int], list[int]]  # what was asked in words, the context's ids, the continuation's ids
 MADE: list[EaseLM] = []
@@ -45,7 +54,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str,
-        routing_threshold: float | None = None,
+        routing_threshold: float | str | Sequence[float] | None = None,
         exits: int | str | Sequence[int] | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -53,11 +62,20 @@ class EaseLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if not torch.cuda.is_available() and (device is None or device.startswith("cuda")):
             device = "cpu"  # the harness asks for cuda where nobody said anything
+        if exits is not None and routing_threshold is None:
+            raise EaseError("exits are for routing: give routing_threshold beside them, or leave them out")
+        device = choose_device(device or "cuda")
         model = EaseForCausalLM.from_pretrained(pretrained, dtype=dtype)
-        model.to(device or "cuda")  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
         if routing_threshold is not None:
-            layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
-            model.set_routing(routing_threshold, layers)
+            try:
+                layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
+                threshold = float(routing_threshold) if isinstance(routing_threshold, str) else routing_threshold
+            except ValueError:
+                raise EaseError(
+                    f"routing_threshold is a number and exits are layers, such as 4+8: got {routing_threshold}, {exits}"
+                ) from None
+            model.set_routing(threshold, layers)
         super().__init__(model, backend="causal", tokenizer=pretrained, **options)
         self.flops, self.processed, self.predicted, self.layers = 0.0, 0, 0, 0
         MADE.append(self)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_least
 from ease.exits import Policy
 from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, light_layer, rotary
 from ease.seam import ExitModel, Layout
@@ -86,9 +86,9 @@ class ModelConfig:
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
                 "a classifier needs at least 2 labels and a head of its own"
             )
-        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
+        check_least(1, **{name: getattr(self, name) for name in (*sizes, "max_positions")})
+        check_least(0, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
         if self.head_dim is None and self.dim % self.num_heads:
             raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
         if self.head_size % 2:
