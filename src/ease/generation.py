@@ -168,7 +168,7 @@ class Request:
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
             mine = flat[places]
-            logits[places[mine] // T] = chunk[mine]
+            logits[places[mine] // T] = chunk[mine].to(logits)
             return chunk[:, :0]  # what is wanted has been taken
 
         layout = Layout(torch.zeros_like(ids), real.long() - 1)
