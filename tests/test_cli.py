@@ -141,6 +141,26 @@ def test_a_recipe_must_return_a_run_configuration(tmp_path: Path, capsys: pytest
     assert "returns NoneType: return an ease.runs.RunConfig" in capsys.readouterr().err
 
 
+MISSING = """
+import runpy, sys
+sys.modules |= {"lm_eval": None, "transformers": None}
+try:
+    import ease.hf_model
+except ValueError as error:
+    print(f"ease: {error}", file=sys.stderr)
+runpy.run_module("ease.lm_eval", run_name="__main__")
+"""
+
+
+def test_a_missing_extra_is_one_sentence_that_names_it() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"ease: this needs the package {package}: pip install -e '.[{extra}]' in a checkout of ease"
+        for package, extra in (("transformers", "hf"), ("lm_eval", "eval"))
+    ]
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "ease run RECIPE" in capsys.readouterr().out
