@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     check_folder(out, overwrite)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial, alone = out.with_name(f".{out.name}.partial-{os.getpid()}"), not out.parent.exists()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -82,6 +82,9 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if alone and not out.exists():
+            with suppress(OSError):
+                out.parent.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

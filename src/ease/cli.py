@@ -2,7 +2,9 @@
 
 import importlib.util
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report,
         "export": export,
     }
+    if threading.current_thread() is threading.main_thread():  # a kill clears away what is half written, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(USAGE, end="")

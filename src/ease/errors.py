@@ -48,7 +48,9 @@ def needs(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise EaseError(f"this needs the package {module}: pip install -e '.[{extra}]' in a checkout of ease") from None
+        raise EaseError(
+            f"this needs the package {module.split('.')[0]}: pip install -e '.[{extra}]' in a checkout of ease"
+        ) from None
 
 
 @contextmanager
