@@ -43,6 +43,7 @@ def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
             row["ppl"] = perplexity(score(model, held_out, last=some[0]).losses)
             row["agreement"] = agrees[some[0]]
         for target in TARGETS:
+            print(f"{folder.name}: exits {some} at {target:.0%}", file=sys.stderr, flush=True)
             policy = Policy(some, (1.0,) * len(some))
             found = ease.calibrate(model, policy, ease.Target("min_agreement", target), val, decide, held_out)
             row[f"{target:g}"] = found.record["held_out"]
