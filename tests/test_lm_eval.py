@@ -103,8 +103,8 @@ def test_generated_text_costs_what_a_cache_leaves_to_do(
     ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
     model = ease.from_pretrained(folder)
-    policy = even_policy(model, ids[:1], (1, 2)) if routing else Policy((1,), (0.0,))
-    lm = EaseLM(str(folder), list(policy.thresholds), "+".join(map(str, policy.exits)), batch_size=3)
+    policy = even_policy(model, ids[:1], (1, 2)) if routing else Policy()
+    lm = EaseLM(str(folder), list(policy.thresholds) or 0.0, "+".join(map(str, policy.exits)) or None, batch_size=3)
     questions = [(prompt, {"until": ["?!?!"], "max_gen_toks": new}) for prompt in prompts]
     lm.generate_until(instances("generate_until", questions), True)
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ease.errors import EaseError, needs
 from ease.exits import Policy, walk
 from ease.hf import NATIVE, checkpoint_folder, from_pretrained, read_json
-from ease.hf_cache import EaseCache
 from ease.models import DeepSupervisionTransformer
 from ease.seam import Layout
 
@@ -29,6 +28,8 @@ try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from ease.hf_cache import EaseCache
 except ImportError:
     needs("transformers", "hf")
     raise
