@@ -45,6 +45,8 @@ def test_a_configuration_describes_itself() -> None:
     for part in ("layer 1: weight 0.5", "layer 2: weight 0.5", "after layer 1 when", "at least 0.9", "at least 0.25"):
         assert part in text
     assert "no routing" in create_standard_config(2).describe()
+    budget = TrainingConfig(layer_weights={1: 1.0, 2: 1.0}, going_on={1: 0.3}).describe()
+    assert "training sends on the 30% that exit 1 is least sure of" in budget
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,20 @@ def test_a_configuration_describes_itself() -> None:
         (lambda: TrainingConfig([StageConfig((1, 1))], -0.2), r"routing_threshold must lie in \[0, 1\]"),
         (lambda: TrainingConfig([StageConfig((1, 1))], (0.5, 0.5)), "give one threshold per exit"),
         (lambda: TrainingConfig([StageConfig((1, 1))], 0.5, (1, 2)), "give one threshold per exit"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={3: 0.5}), "going_on names exit 3: choose one below"),
+        (lambda: TrainingConfig(layer_weights={2: 1.0, 3: 0.0}, going_on={2: 0.5}), "below layer 2, the last with a"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={0: 0.5}), "going_on names exit 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.0}), r"at exit 1 must lie in \(0, 1\], got 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 1.5}), r"must lie in \(0, 1\], got 1.5"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.5}).check(3, 2), "mine the tokens"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: 0.0}), "scales lie above 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: -1.0}), "scales lie above 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: math.inf}), "scales lie above 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={0: 1.0}), "layers are counted from 1"),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={4: 1.0}).check(3),
+            "layer_lr_scales names layer 4 but the model has 3",
+        ),
         (lambda: TrainingConfig([StageConfig((2, 4))]).check(3), "shorten the stage or use a deeper model"),
         (lambda: TrainingConfig(layer_weights={4: 0.0, 1: 1.0}).check(3), "reaches layer 4 but the model has 3"),
         (lambda: TrainingConfig([StageConfig((1, 3))], 0.5, 3).check(3), "choose a lower exit"),

@@ -8,7 +8,7 @@ from ease.ashem import ASHEMConfig
 from ease.calibration import Calibration, Target, calibrate
 from ease.data import Corpus, TokenBatches, load_corpus
 from ease.errors import EaseError
-from ease.evaluation import Scores, score
+from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy, Routed, route
 from ease.generation import Generation, generate
 from ease.hf import from_pretrained, save_pretrained
@@ -16,7 +16,6 @@ from ease.layerskip import LayerSkipConfig
 from ease.mining import (
     MinedBatches,
     collect_hard_examples,
-    compute_confidence,
     compute_confidence_threshold,
 )
 from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer

@@ -47,6 +47,12 @@ class TrainingConfig:
         exit_layer: the exit, or a sequence of exits from shallow to deep.
         layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
         objective: what a token's loss is at the exits below the last one; there it is always cross entropy.
+        going_on: exit -> share in (0, 1] of the tokens of a batch that arrive there. In training only so many, those
+            that the exit is least sure of (at least one token, no gradient through the choice), run the layers
+            above it and are scored there. A token that has no teacher for that reason learns from the text.
+        layer_lr_scales: layer -> what the learning rate is multiplied by, above 0, in the layer's block and in its
+            exit's norm and adapter; layer 1's holds for the embedding too. The shared head learns at 1, also where it
+            is the embedding, and so do layers that are not named.
     """
 
     stages: Sequence[StageConfig] | None = None
@@ -54,6 +60,8 @@ class TrainingConfig:
     exit_layer: int | Sequence[int] = 1
     layer_weights: Mapping[int, float] | None = None
     objective: Objective = field(default=CrossEntropy())
+    going_on: Mapping[int, float] = field(default_factory=dict)
+    layer_lr_scales: Mapping[int, float] = field(default_factory=dict)
     _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +80,18 @@ class TrainingConfig:
         if not any(weights.values()):
             raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
         object.__setattr__(self, "_weights", weights)
+        deepest = max(self.weights)
+        for exit, share in self.going_on.items():
+            if not 1 <= exit < deepest:
+                raise EaseError(f"going_on names exit {exit}: choose one below layer {deepest}, the last with a loss")
+            if not 0 < share <= 1:
+                raise EaseError(f"the share of tokens going on at exit {exit} must lie in (0, 1], got {share}")
+        for layer, scale in self.layer_lr_scales.items():
+            if layer < 1 or not (scale > 0 and math.isfinite(scale)):
+                raise EaseError(
+                    f"layer_lr_scales has {scale} for layer {layer}: layers are counted from 1 and scales lie above 0"
+                )
+        object.__setattr__(self, "going_on", dict(sorted(self.going_on.items())))
         Policy.of(self.exit_layer, self.routing_threshold)
 
     @property
@@ -83,13 +103,23 @@ class TrainingConfig:
     def policy(self) -> Policy:
         return Policy.of(self.exit_layer, self.routing_threshold)
 
-    def check(self, num_layers: int) -> None:
-        """Refuses a configuration that a model of `num_layers` layers cannot follow."""
+    def check(self, num_layers: int, first: int = 1) -> None:
+        """Refuses a configuration that a model of `num_layers` layers, of which `first` and up learn, cannot follow."""
         deepest = max(self._weights)
         if deepest > num_layers:
             raise EaseError(
                 f"a stage reaches layer {deepest} but the model has {num_layers}: "
                 "shorten the stage or use a deeper model"
+            )
+        if max(self.layer_lr_scales, default=0) > num_layers:
+            raise EaseError(
+                f"layer_lr_scales names layer {max(self.layer_lr_scales)} but the model has {num_layers}: "
+                "leave it out or use a deeper model"
+            )
+        if min(self.going_on, default=first) < first:
+            raise EaseError(
+                f"going_on chooses at exit {min(self.going_on)}, and everyone runs in the frozen trunk below layer "
+                f"{first}: choose from there up, or mine the tokens (ease.MinedBatches)"
             )
         self.policy.check(num_layers)
 
@@ -98,7 +128,9 @@ class TrainingConfig:
         lines = [f"loss at layer {layer}: weight {w:g}" for layer, w in self.weights.items()]
         pairs = zip(self.policy.exits, self.policy.thresholds, strict=True)
         lines += [f"a token leaves after layer {e} when its confidence is at least {t:g}" for e, t in pairs]
-        return "\n".join(lines if self.policy.exits else [*lines, "no routing: every token runs every layer"])
+        lines += [] if self.policy.exits else ["no routing: every token runs every layer"]
+        lines += [f"training sends on the {s:.0%} that exit {e} is least sure of" for e, s in self.going_on.items()]
+        return "\n".join(lines)
 
 
 def create_standard_config(num_layers: int) -> TrainingConfig:

@@ -23,10 +23,10 @@ from ease.config import TrainingConfig as TrainingConfig
 from ease.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.config import create_standard_config as create_standard_config
 from ease.errors import EaseError
-from ease.evaluation import Scores, score
+from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy
 from ease.flops import exit_flops, full_depth_flops, run_flops
-from ease.losses import CrossEntropy, exit_loss
+from ease.losses import CrossEntropy, Term, exit_loss
 from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -175,20 +175,28 @@ class Trainer:
         torch.empty(2**23 - 2**14)
 
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-        """AdamW over the parameters that learn; norms and other vectors are not decayed."""
+        """AdamW over the parameters that learn; norms and other vectors are not decayed.
+
+        The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group has
+        the highest rate among what is decayed.
+        """
         self.config.check(model.num_layers)
         if model.config.outputs != self.vocab_size:
             raise EaseError(
                 f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.outputs}: "
                 "give both the vocabulary of your tokenizer"
             )
-        learning = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        scales = {p: scale for k, scale in self.config.layer_lr_scales.items() for p in model.parameters_of(k)}
+        groups: dict[tuple[bool, float], list[Tensor]] = {}
+        for p in model.parameters():
+            if p.requires_grad:
+                groups.setdefault((p.ndim >= 2, scales.get(p, 1.0)), []).append(p)
+        parts = [
+            {"params": params, "lr": base_lr * scale, "weight_decay": weight_decay if decayed else 0.0}
+            for (decayed, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         ]
         # Fused: one pass over each parameter's memory instead of a dozen.
-        return torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.95), fused=True)
+        return torch.optim.AdamW(parts, lr=base_lr, betas=(0.9, 0.95), fused=True)
 
     def compute_loss(
         self,
@@ -201,6 +209,7 @@ class Trainer:
         layout: Layout | None = None,
         first: int = 1,
         step: Step | None = None,
+        went: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
 
@@ -210,23 +219,23 @@ class Trainer:
             state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
             layout: positions and segments; padding is never scored.
             step: loss weights and layer dropout of this step, instead of the configuration's.
+            went: is told, for each exit that lets only a share go on, the tokens (B, T) that did.
         """
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        self.config.check(model.num_layers)
+        self.config.check(model.num_layers, first)
         batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         weights, skip = step or Step(self.config.weights)
         last, objective = model.num_layers, self.config.objective
-        scored = batch.scored
-        # Indexing copies every state; with nothing to leave out, a view does.
-        pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
-        learns = torch.is_grad_enabled()
+        deepest = last if objective.teacher else max(weights)
+        choices = {exit: share for exit, share in self.config.going_on.items() if exit < deepest and share < 1}
+        pick, learns = picking(batch.scored), torch.is_grad_enabled()
         at = 0 if batch.state is None else first - 1
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
-        exits = []
-        for stop in stops(at, first, [*weights, last] if objective.teacher else weights, skip):
+        terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
+        for stop in stops(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
                 stays = (torch.rand(len(batch.x)) >= skip[stop]).to(batch.x.device)[:, None]
@@ -235,14 +244,22 @@ class Trainer:
                 state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
             at = stop
             if stop in weights:
-                exits.append(model.exit_norm(pick(state), stop))
+                aim = objective if stop < last else CrossEntropy()
+                term = Term(model.exit_norm(pick(state), stop), pick(batch.y), weights[stop], aim)
+                terms.append((term, batch.scored))
+            if stop in choices:
+                batch = batch._replace(active=least_sure(model, state, stop, batch.running, choices[stop]))
+                pick = picking(batch.scored)
+                if went is not None:
+                    went[stop] = batch.running
         if learns:
             model.trained_exits |= set(weights)
+        if not objective.teacher:
+            return exit_loss(model.output_head.weight, [term for term, _ in terms])
         with torch.no_grad():
-            teacher = model.exit_norm(pick(state), last) if objective.teacher else None
-        objectives = [objective if layer < last else CrossEntropy() for layer in sorted(weights)]
-        shares = [weights[layer] for layer in sorted(weights)]
-        return exit_loss(model.output_head.weight, pick(batch.y), exits, shares, objectives, teacher)
+            teacher = model.exit_norm(pick(state), last)
+        taught = [part for term, scored in terms for part in term.taught(batch.scored[scored], teacher)]
+        return exit_loss(model.output_head.weight, taught)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -406,7 +423,10 @@ class Trainer:
             if not scored:
                 continue
             step = next_step()
-            loss = self.compute_loss(model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step)
+            went: dict[int, Tensor] = {}
+            loss = self.compute_loss(
+                model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, went=went
+            )
             if not bool(loss.isfinite()):
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
@@ -417,21 +437,42 @@ class Trainer:
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
-            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step)
+            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, went)
 
     def step_flops(
-        self, model: ExitModel, batch: Batch, scored: int, first: int = 1, step: Step | None = None
+        self,
+        model: ExitModel,
+        batch: Batch,
+        scored: int,
+        first: int = 1,
+        step: Step | None = None,
+        went: Mapping[int, Tensor] = {},
     ) -> dict[str, float]:
-        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once."""
+        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once.
+
+        Args:
+            scored: tokens of the batch that are scored.
+            went: exit -> (B, T) tokens that went on there, where that was a choice; it took the exit's head.
+        """
         weights, skip = step or Step(self.config.weights)
-        everyone = batch._replace(active=None).running
-        deepest = model.num_layers if self.config.objective.teacher else max(weights)
-        # A frozen head hands a gradient through but needs none of its own; a teacher is asked beside each exit.
-        factor = (3 if model.output_head.weight.requires_grad else 2) + self.config.objective.teacher
-        heads = sum(exit_flops(model.config, scored, layer) for layer in weights)
-        trunk = run_flops(model.config, min(first - 1, deepest), everyone, batch.layout)
-        layers = sum(1 - skip.get(layer, 0.0) for layer in range(first, deepest + 1))
-        training = 3 * layers * run_flops(model.config, 1, batch.running, batch.layout) + factor * heads
+        config, last, teacher = model.config, model.num_layers, self.config.objective.teacher
+        deepest = last if teacher else max(weights)
+        trunk = run_flops(config, min(first - 1, deepest), batch._replace(active=None).running, batch.layout)
+        # A frozen head hands a gradient through but needs none of its own.
+        factor = 3 if model.output_head.weight.requires_grad else 2
+        training: float = 0
+        below = 0
+        for exit in [*went, deepest]:
+            layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(first, below + 1), exit + 1))
+            training += 3 * layers * run_flops(config, 1, batch.running, batch.layout)
+            training += factor * sum(exit_flops(config, scored, layer) for layer in weights if below < layer <= exit)
+            if exit in went:
+                training += exit_flops(config, int(batch.running.sum()), exit)
+                batch = batch._replace(active=went[exit].to(batch.x.device))
+                scored = int(batch.scored.sum())
+            below = exit
+        # A teacher is asked beside each exit, for the tokens that came to it.
+        training += teacher * sum(exit_flops(config, scored, layer) for layer in weights if layer < last)
         return {"training": training, "trunk": trunk if batch.state is None else batch.flops}
 
 
@@ -451,6 +492,23 @@ def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> lis
     exits, skip = set(exits), set(skip)
     pauses = exits | skip | {layer - 1 for layer in skip} | {first - 1}
     return sorted(layer for layer in pauses if at < layer <= max(exits))
+
+
+def picking(scored: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes the scored tokens (B, T) out of (B, T, ...): a view where that is all, since indexing copies."""
+    return (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
+
+
+@torch.no_grad()
+def least_sure(model: ExitModel, state: Tensor, exit: int, arrived: Tensor, share: float) -> Tensor:
+    """(B, T): of the tokens that arrived, the share that `exit` is least sure of; at least one, if any arrived."""
+    if model.config.num_labels is not None:
+        raise EaseError("going_on chooses among tokens, and this model decides once a sequence: leave it out")
+    places = arrived.flatten().nonzero().squeeze(1)
+    confidence = compute_confidence(model, state.flatten(0, 1)[places], exit)
+    count = min(len(places), max(1, round(share * len(places))))
+    going = places[confidence.topk(count, largest=False).indices]
+    return torch.zeros_like(arrived).flatten().index_fill(0, going, True).view_as(arrived)
 
 
 def re_iterable(batches: Any) -> Any:
