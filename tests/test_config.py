@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ease import (
     PhaseOptions,
     Policy,
     StageConfig,
+    StandardConfig,
     TrainingConfig,
     create_deep_supervision_config,
     create_standard_config,
@@ -38,6 +40,22 @@ def test_presets() -> None:
     assert create_deep_supervision_config(4).weights == pytest.approx(dict.fromkeys(range(1, 5), 0.25))
     for config in (create_standard_config(5), create_deep_supervision_config(4)):
         assert config.policy == Policy()
+
+
+def test_weights_of_deep_supervision_may_grow_with_depth() -> None:
+    config = create_deep_supervision_config(4, "depth")
+    assert config.weights == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4})
+    with pytest.raises(EaseError, match="weighting must be uniform or depth, got 'steep'"):
+        create_deep_supervision_config(4, "steep")  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_options_has_a_share_of_the_limits() -> None:
+    whole = PhaseOptions(lr=1e-2, warmup=0.1, max_epochs=10, max_flops=100.0)
+    assert whole.part(0.25) == replace(whole, max_epochs=2, max_flops=25.0)
+    assert whole.part(0.01, lr=1e-3) == replace(whole, max_epochs=1, max_flops=1.0, lr=1e-3)
+    assert replace(whole, max_flops=None).part(0.5).max_flops is None
+    # What a strategy adds to the options is not the phase's.
+    assert type(StandardConfig(num_layers=2, max_epochs=10).part(0.5)) is PhaseOptions
 
 
 def test_a_configuration_describes_itself() -> None:

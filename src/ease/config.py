@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ease.errors import EaseError, check_choice
@@ -138,9 +138,13 @@ def create_standard_config(num_layers: int) -> TrainingConfig:
     return TrainingConfig(stages=[StageConfig((num_layers, num_layers))])
 
 
-def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
-    """The loss on every layer, with weights that sum to 1 (Lee et al. 2015)."""
-    return TrainingConfig(stages=[StageConfig((k, k), 1 / num_layers) for k in range(1, num_layers + 1)])
+def create_deep_supervision_config(
+    num_layers: int, weighting: Literal["uniform", "depth"] = "uniform"
+) -> TrainingConfig:
+    """The loss on every layer (Lee et al. 2015), with weights that sum to 1: all equal, or w_k in proportion to k."""
+    check_choice("weighting", weighting, ("uniform", "depth"))
+    sizes = {k: k if weighting == "depth" else 1 for k in range(1, num_layers + 1)}
+    return TrainingConfig(stages=[StageConfig((k, k), size / sum(sizes.values())) for k, size in sizes.items()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,14 @@ class PhaseOptions:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
         if self.max_epochs < 1 or (self.patience is not None and self.patience < 1):
             raise EaseError(f"max_epochs ({self.max_epochs}) and patience ({self.patience}) must be at least 1")
+
+    def part(self, share: float, lr: float | None = None) -> PhaseOptions:
+        """These for one of several phases: a share in (0, 1] of epochs and FLOPs, and by choice a rate of its own."""
+        own = {part.name: getattr(self, part.name) for part in fields(PhaseOptions)}
+        own["lr"] = self.lr if lr is None else lr
+        own["max_epochs"] = max(1, round(share * self.max_epochs))
+        own["max_flops"] = self.max_flops and share * self.max_flops
+        return PhaseOptions(**own)
 
     def lr_factor(self, progress: float) -> float:
         """What the learning rate is multiplied by at `progress` in [0, 1]."""
