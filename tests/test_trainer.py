@@ -28,6 +28,7 @@ from ease import (
     Trainer,
     TrainingConfig,
     create_standard_config,
+    score,
     train,
 )
 from ease.flops import head_flops, run_flops
@@ -505,7 +506,7 @@ def script(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[st
     """Validation says what the script says; returns the weights of every epoch as they come."""
     epochs: list[dict[str, Tensor]] = []
 
-    def scores(_: Trainer, model: StandardTransformer, batches: object, last: int) -> SimpleNamespace:
+    def scores(_: Trainer, model: StandardTransformer, batches: object, **options: object) -> SimpleNamespace:
         epochs.append(snapshot(model))
         loss = losses[len(epochs) - 1]
         return SimpleNamespace(flops=7.0, figures=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})
@@ -639,6 +640,34 @@ class Log(Watch):
 
     def epoch(self, row: Any) -> None:
         self.rows.append(row)
+
+
+def test_a_phase_may_find_its_routing_before_every_validation(tiny: Make) -> None:
+    """Who leaves where follows the model, and finding it is counted with the validation."""
+    model, batch, asked = tiny(2, sharp=True), pair(4, 16), []
+    config = TrainingConfig([StageConfig((1, 2), 0.5)])
+
+    def route(model: Any) -> tuple[Policy, float]:
+        asked.append(model.exit_norms[0].weight.clone())
+        shallow = score(model, [batch], last=1)
+        return Policy((1,), (shallow.confidences.median().item(),)), shallow.flops
+
+    shown: list[Any] = []
+    inner = Trainer.scores
+
+    def noted(*args: Any, **options: Any) -> Any:
+        shown.append(inner(*args, **options))
+        return shown[-1]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "scores", noted)
+        options = PhaseOptions(lr=1e-2, max_epochs=2, patience=None)
+        history = Trainer(config, 256).run(model, Phase("one", config, [batch], [batch], options, route=route))
+    assert len(asked) == len(shown) == 2
+    assert not torch.equal(*asked)
+    assert all(s.figures()["shallow_ratio"] == pytest.approx(0.5, abs=0.05) for s in shown)
+    finding = run_flops(model.config, 1, torch.ones(4, 16, dtype=torch.bool)) + head_flops(model.config, 64)
+    assert history.flops["validation"] == sum(s.flops for s in shown) + 2 * finding
 
 
 def test_packed_and_padded_tokens_are_those_of_their_documents(tiny: Make) -> None:

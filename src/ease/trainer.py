@@ -107,6 +107,8 @@ class Phase:
         spent: FLOPs of what was done to prepare the phase, by kind.
         step: what a step is made of, from the steps done and the share of the phase that is done; by default always
             what `config` says.
+        route: where that moves with the model, finds who leaves where in validation, and says what finding it cost in
+            FLOPs; by default the policy of `config`.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Phase:
     restore_best: bool = True
     spent: Mapping[str, float] = field(default_factory=dict)
     step: Callable[[int, float], Step] | None = None
+    route: Callable[[ExitModel], tuple[Policy, float]] | None = None
 
     def __post_init__(self) -> None:
         dead = [layer for layer in self.config.weights if layer < self.first and layer not in self.exits]
@@ -268,9 +271,11 @@ class Trainer:
             total, tokens = total + loss * scored, tokens + scored
         return total / max(1, tokens)
 
-    def scores(self, model: ExitModel, batches: Batches, last: int | None = None) -> Scores:
-        """Per-token scores under this configuration's policy, up to layer `last`; routing really runs."""
-        policy = self.config.policy
+    def scores(
+        self, model: ExitModel, batches: Batches, last: int | None = None, policy: Policy | None = None
+    ) -> Scores:
+        """Per-token scores under a policy, this configuration's by default, up to layer `last`; routing really runs."""
+        policy = policy or self.config.policy
         untrained = set(policy.exits) - set(self.config.weights) - model.trained_exits
         if untrained and not self._warned:
             self._warned = True
@@ -369,8 +374,9 @@ class Trainer:
                     if progress() >= 1:
                         break
                 # As deep as the loss: where only exits learn, the layers above them would say the same every time.
-                scores = self.scores(model, val, last=max(phase.config.weights))
-                validation = scores.flops
+                policy, finding = phase.route(model) if phase.route else (None, 0.0)
+                scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
+                validation = scores.flops + finding
                 history.flops["validation"] = history.flops.get("validation", 0.0) + validation
                 figures = scores.figures()
                 history.seconds = time.perf_counter() - start
