@@ -50,7 +50,13 @@ def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"])
+RECIPES = [
+    *("demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
+    *("discriminative", "early-exit", "open-growth", "stacking"),
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.__doc__
@@ -62,7 +68,7 @@ def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> N
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(recipes()) == {"demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
+    assert set(recipes()) == set(RECIPES)
 
 
 def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
@@ -231,6 +237,26 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(made, text, t
     assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
     assert summary["hard"]["fixed_by"] == "phase 1's final model"
     assert 0.3 < summary["hard"]["test_ratio"] < 0.7
+
+
+def test_a_run_has_the_policy_that_its_strategy_ends_with(text, tmp_path: Path, monkeypatch) -> None:
+    """Open growth finds its threshold when all is trained, and it sends on the share asked for."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e7", "--compare", "continued"]
+    assert main(["run", "open-growth", "--data", str(text), "--out", str(tmp_path / "run"), *TINY, *plan]) == 0
+    lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 1 continued"]
+    assert lines[1]["val"]["exit_shares"]["4"] == pytest.approx(0.3, abs=0.01)
+    assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
+
+
+def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    for name, lines in (("discriminative", {"discriminative", "standard, 4 layers"}), ("standard", {"training"})):
+        args = ["run", name, "--data", str(text), "--out", str(tmp_path / name), *TINY, "--compare", "standard"]
+        assert main([*args, "--strategy.max-flops", "3e7"]) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert {line["name"] for line in summary["lines"]} == lines
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_choice
 from ease.seam import IGNORE
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
@@ -88,6 +88,14 @@ class Distillation:
             if self.share < 1:
                 loss = loss + (1 - self.share) * F.cross_entropy(logits, y, reduction="sum")
             yield loss
+
+
+def objective_named(name: str, temperature: float = 1.0) -> Objective:
+    """Learning from the text ("cross-entropy"), the last exit ("distillation"), or "both" in equal parts."""
+    check_choice("objective", name, ("cross-entropy", "distillation", "both"))
+    if name == "cross-entropy":
+        return CrossEntropy()
+    return Distillation(temperature, 1.0 if name == "distillation" else 0.5)
 
 
 class Term(NamedTuple):
