@@ -19,7 +19,13 @@ from ease.checkpoint import load_model
 from ease.cli import load_recipe, main, recipes
 
 
-@pytest.mark.parametrize("name", ["demo", "standard", "deep-supervision", "ashem", "staged", "tune", "layerskip"])
+RECIPES = [
+    *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
+    *("discriminative", "early-exit", "open-growth", "stacking"),
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.__doc__
@@ -31,7 +37,7 @@ def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> N
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(recipes()) == {"demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"}
+    assert set(recipes()) == set(RECIPES)
 
 
 def test_report_of_several_runs(made: Path, tmp_path: Path) -> None:

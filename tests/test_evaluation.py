@@ -154,3 +154,17 @@ def test_scores_on_real_text_beat_chance(trained: StandardTransformer, text_data
     figures = score(trained, text_data(1, 2).train).figures()
     assert figures["ppl"] < 60
     assert figures["acc"] > 0.1
+
+
+def test_compute_confidence_is_per_token(trained: StandardTransformer, batches: list[tuple[Tensor, Tensor]]) -> None:
+    x, _ = batches[0]
+    with torch.no_grad():
+        state = trained.forward_to_layer(x, 2)
+        expected = trained.logits(state, 2).softmax(-1).amax(-1)
+    state.requires_grad_()
+    confidence = compute_confidence(trained, state)
+    assert confidence.shape == x.shape
+    assert not confidence.requires_grad
+    torch.testing.assert_close(confidence, expected)
+    torch.testing.assert_close(compute_confidence(trained, state[1:2, 3:4]), confidence[1:2, 3:4])
+    assert not torch.allclose(compute_confidence(trained, state, 1), confidence)

@@ -1,5 +1,7 @@
 """The loss over exits equals the naive sum, in value and gradient, with and without PyTorch's fused loss."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import losses
-from ease.losses import Distillation, exit_loss, token_loss_sum
+from ease.losses import CrossEntropy, Distillation, Term, exit_loss, token_loss_sum
 from ease.seam import IGNORE
 
 
@@ -40,14 +42,68 @@ def test_value_and_gradients_are_those_of_the_naive_sum() -> None:
         inputs = exits if frozen else [head, *exits]
         expected = naive(head, targets, exits, weights)
         expected_grads = torch.autograd.grad(upstream * expected, inputs)
-        found = exit_loss(head, targets, exits, weights)
+        terms = [Term(states, targets, weight) for states, weight in zip(exits, weights)]
+        found = exit_loss(head, terms)
         grads = torch.autograd.grad(upstream * found, inputs)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(grads, expected_grads)
         with torch.no_grad():
-            torch.testing.assert_close(exit_loss(head, targets, exits, weights), expected)
+            torch.testing.assert_close(exit_loss(head, terms), expected)
 
     check()
+
+
+@pytest.mark.usefixtures("_both")
+def test_each_term_is_a_mean_over_tokens_of_its_own() -> None:
+    head = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    states = [torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (30, 7, 0)]
+    targets = [torch.randint(13, (len(h),)) for h in states]
+    targets[0][3] = IGNORE
+    weights = (0.3, 1.5, 2.0)
+    expected = sum(naive(head, y, [h], [w]) for h, y, w in zip(states[:2], targets, weights))
+    found = exit_loss(head, [Term(*term) for term in zip(states, targets, weights)])
+    torch.testing.assert_close(found, expected)
+    inputs = [head, *states[:2]]
+    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_logits_of_one_term_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def plain(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        assert all(logits() is None for logits in alive)
+        logits = F.linear(states, head)
+        alive.append(weakref.ref(logits))
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    monkeypatch.setattr(losses, "token_loss_sum", plain)
+    head, states = torch.randn(7, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    terms = [Term(states[:n], torch.arange(5)[:n], 1.0) for n in (5, 3, 4)]
+    exit_loss(head, terms).backward()
+    assert len(alive) == 3
+
+
+def test_tokens_without_a_teacher_learn_from_the_text() -> None:
+    head = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    targets, teacher = torch.randint(13, (20,)), torch.randn(8, 6, dtype=torch.float64)
+    seen = torch.zeros(20, dtype=torch.bool)
+    seen[torch.randperm(20)[:8]] = True
+    term = Term(states, targets, 0.7, Distillation(2.0, 0.5))
+    lost = F.cross_entropy(states @ head.T, targets, reduction="none")
+    goal = (teacher @ head.detach().T / 2).log_softmax(-1)
+    student = (states[seen] @ head.T / 2).log_softmax(-1)
+    apart = (goal.exp() * (goal - student)).sum(-1)
+    expected = 0.7 * (lost[~seen].sum() + 0.5 * lost[seen].sum() + 0.5 * 4 * apart.sum()) / 20
+    found = exit_loss(head, term.taught(seen, teacher))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, (head, states)) for loss in (expected, found))):
+        torch.testing.assert_close(one, other)
+    (whole,) = term.taught(torch.ones_like(seen), states)
+    assert whole.states is states
+    nobody = term.taught(torch.zeros_like(seen), teacher[:0])
+    torch.testing.assert_close(exit_loss(head, nobody), exit_loss(head, [term._replace(objective=CrossEntropy())]))
 
 
 @pytest.mark.usefixtures("_both")
@@ -64,7 +120,7 @@ def test_more_tokens_than_a_chunk() -> None:
 def test_with_nothing_scored_the_loss_is_zero(tokens: int) -> None:
     head = torch.randn(7, 4, requires_grad=True)
     states = torch.randn(tokens, 4, requires_grad=True)
-    loss = exit_loss(head, torch.full((tokens,), IGNORE), [states], [1.0])
+    loss = exit_loss(head, [Term(states, torch.full((tokens,), IGNORE), 1.0)])
     loss.backward()
     assert loss.item() == 0
     assert head.grad is not None
@@ -73,7 +129,7 @@ def test_with_nothing_scored_the_loss_is_zero(tokens: int) -> None:
 
 def test_a_frozen_head_gets_no_gradient_and_costs_no_buffer() -> None:
     head, states = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
-    loss = exit_loss(head, torch.arange(5), [states, states], [1.0, 2.0])
+    loss = exit_loss(head, [Term(states, torch.arange(5), weight) for weight in (1.0, 2.0)])
     assert loss.grad_fn is not None
     assert loss.grad_fn.grads[0] is None  # type: ignore[attr-defined]
     loss.backward()
@@ -95,7 +151,7 @@ def test_distillation_is_the_divergence_from_the_last_exit(
     student = ((states @ head.T) / temperature).log_softmax(-1)
     divergence = (goal * (goal.log() - student)).sum(-1)[scored].mean()
     expected = share * temperature**2 * divergence + (1 - share) * naive(head, targets, [states], [1.0])
-    found = exit_loss(head, targets, [states], [1.0], [Distillation(temperature, share)], teacher)
+    found = exit_loss(head, [Term(states, targets, 1.0, Distillation(temperature, share), teacher)])
     torch.testing.assert_close(found, expected)
     for one, other in zip(*(torch.autograd.grad(loss, (head, states)) for loss in (expected, found))):
         torch.testing.assert_close(one, other)

@@ -81,18 +81,6 @@ def test_hard_is_said_of_tokens_and_not_of_sequences(trained: StandardTransforme
         assert torch.equal(batch.active, row < mined.threshold)
 
 
-def test_compute_confidence_is_per_token(trained: StandardTransformer, batches: list[Pair]) -> None:
-    x, _ = batches[0]
-    with torch.no_grad():
-        state = trained.forward_to_layer(x, 2)
-    confidence = compute_confidence(trained, state)
-    assert confidence.shape == x.shape
-    assert not confidence.requires_grad
-    torch.testing.assert_close(confidence, all_confidences(trained, batches, 2)[0])
-    torch.testing.assert_close(compute_confidence(trained, state[1:2, 3:4]), confidence[1:2, 3:4])
-    assert not torch.allclose(compute_confidence(trained, state, 1), confidence)
-
-
 def test_hard_examples_are_aligned(trained: StandardTransformer, batches: list[Pair]) -> None:
     """Each field speaks of the same token: the state gives the confidence back, and (input, target) is in the text."""
     hard = collect_hard_examples(trained, batches, 0.3, exit=1)

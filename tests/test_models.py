@@ -144,3 +144,20 @@ def test_bad_growth_is_refused_and_changes_nothing(layers: int, init: Any, fix: 
     with pytest.raises(EaseError, match=fix):
         model.grow(layers, init)
     assert model.num_layers == model.config.num_layers == len(model.exit_norms) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_but_the_head_belongs_to_one_layer(tied: bool, tiny: Make) -> None:
+    model = tiny(3, tie_embeddings=tied, adapter_exits=(1,), adapter_dim=8, classifier_exits=(2,))
+    found = [(layer, p) for layer in (1, 2, 3) for p in model.parameters_of(layer)]
+    assert len({p for _, p in found}) == len(found), "in two layers"
+    names = {p: name for name, p in model.named_parameters()}
+    assert set(names) - {p for _, p in found} == {model.output_head.weight}
+    layer_of = {names[p]: layer for layer, p in found}
+    expected = {
+        "layers.1.ffn.up_proj.weight": 2,
+        "exit_norms.2.weight": 3,
+        "exit_adapters.1.up_proj.weight": 1,
+        "exit_classifiers.2.bias": 2,
+    } | ({} if tied else {"embedding.weight": 1})
+    assert {name: layer_of[name] for name in expected} == expected

@@ -39,6 +39,15 @@ def test_deep_supervision_trains_every_exit_and_may_route(tiny: Make, text_data:
     assert model.trained_exits == {1, 2, 3}
 
 
+def test_deep_supervision_may_weigh_by_depth(tiny: Make, text_data: Callable[..., Data]) -> None:
+    config = DeepSupervisionConfig(num_layers=3, weighting="depth", lr=3e-3, max_epochs=2)
+    ((phase, history),) = train(tiny(3), config.strategy(), text_data(4, 1))
+    assert phase.config.weights == pytest.approx({1: 1 / 6, 2: 2 / 6, 3: 3 / 6})
+    assert history.rows[1]["val_loss"] < history.rows[0]["val_loss"]
+    with pytest.raises(EaseError, match="weighting must be uniform or depth"):
+        DeepSupervisionConfig(weighting="steep")  # type: ignore[arg-type]
+
+
 def test_without_a_threshold_deep_supervision_does_not_route() -> None:
     assert DeepSupervisionConfig(num_layers=2).strategy().policy() == Policy()
 

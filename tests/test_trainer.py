@@ -27,11 +27,13 @@ from ease import (
     TokenBatches,
     Trainer,
     TrainingConfig,
-    create_deep_supervision_config,
     create_standard_config,
+    score,
     train,
 )
-from ease.trainer import Watch, Watched, re_iterable
+from ease.flops import head_flops, run_flops
+from ease.losses import CrossEntropy, Distillation
+from ease.trainer import Step, Watch, Watched, re_iterable
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -91,72 +93,6 @@ def test_patterns_reach_their_weights_and_reduce_the_loss(
     assert after["loss"] == pytest.approx(min(result["val_losses"]))
     assert after["ppl"] == pytest.approx(math.exp(after["loss"]), rel=1e-4)
     assert model.trained_exits == set(weights)
-
-
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5))
-def test_overlapping_stages_add_up(drawn: list[tuple[int, int, float]]) -> None:
-    stages = [StageConfig((min(a, b), max(a, b)), w) for a, b, w in drawn]
-    expected = {k: sum(s.loss_weight for s in stages if s.layers[0] <= k <= s.layers[1]) for k in range(1, 7)}
-    expected = {k: w for k, w in expected.items() if w > 0}
-    if not expected:
-        with pytest.raises(EaseError, match="every loss weight is 0"):
-            TrainingConfig(stages)
-        return
-    weights = TrainingConfig(stages).weights
-    assert weights == pytest.approx(expected)
-    assert list(weights) == sorted(weights)
-
-
-def test_presets() -> None:
-    assert create_standard_config(5).weights == {5: 1.0}
-    assert create_deep_supervision_config(4).weights == pytest.approx(dict.fromkeys(range(1, 5), 0.25))
-    for config in (create_standard_config(5), create_deep_supervision_config(4)):
-        assert config.policy == Policy()
-
-
-def test_a_configuration_describes_itself() -> None:
-    text = TrainingConfig([StageConfig((1, 2), 0.5)], (0.9, 0.25), (1, 2)).describe()
-    for part in ("layer 1: weight 0.5", "layer 2: weight 0.5", "after layer 1 when", "at least 0.9", "at least 0.25"):
-        assert part in text
-    assert "no routing" in create_standard_config(2).describe()
-
-
-@pytest.mark.parametrize(
-    ("make", "fix"),
-    [
-        (lambda: StageConfig((2, 1)), r"reversed: write \(1, 2\)"),
-        (lambda: StageConfig((0, 2)), "layers are counted from 1"),
-        (lambda: StageConfig((-3, -1)), "layers are counted from 1"),
-        (lambda: TrainingConfig(), "give either stages or layer_weights, and not both"),
-        (lambda: TrainingConfig([StageConfig((1, 1))], layer_weights={1: 1.0}), "and not both"),
-        (lambda: TrainingConfig([]), "give one layer a weight above 0"),
-        (lambda: TrainingConfig([StageConfig((1, 2), 0.0)]), "give one layer a weight above 0"),
-        (lambda: TrainingConfig(layer_weights={}), "give one layer a weight above 0"),
-        (lambda: TrainingConfig(layer_weights={1: 0.0, 2: 0.0}), "give one layer a weight above 0"),
-        (lambda: TrainingConfig(layer_weights={0: 1.0}), "layers are counted from 1"),
-        (lambda: TrainingConfig([StageConfig((1, 1), -1.0)]), "must be finite and not negative"),
-        (lambda: TrainingConfig([StageConfig((1, 2), 2.0), StageConfig((2, 2), -1.0)]), "not negative"),
-        (lambda: TrainingConfig(layer_weights={1: math.nan}), "must be finite"),
-        (lambda: TrainingConfig(layer_weights={1: math.inf}), "must be finite"),
-        (lambda: TrainingConfig([StageConfig((1, 1))], 1.2), r"routing_threshold must lie in \[0, 1\]"),
-        (lambda: TrainingConfig([StageConfig((1, 1))], -0.2), r"routing_threshold must lie in \[0, 1\]"),
-        (lambda: TrainingConfig([StageConfig((1, 1))], (0.5, 0.5)), "give one threshold per exit"),
-        (lambda: TrainingConfig([StageConfig((1, 1))], 0.5, (1, 2)), "give one threshold per exit"),
-        (lambda: TrainingConfig([StageConfig((2, 4))]).check(3), "shorten the stage or use a deeper model"),
-        (lambda: TrainingConfig(layer_weights={4: 0.0, 1: 1.0}).check(3), "reaches layer 4 but the model has 3"),
-        (lambda: TrainingConfig([StageConfig((1, 3))], 0.5, 3).check(3), "choose a lower exit"),
-        (lambda: TrainingConfig([StageConfig((1, 3))], 0.5, 9).check(3), "choose a lower exit"),
-        (lambda: PhaseOptions(lr=0), "lr must be above 0"),
-        (lambda: PhaseOptions(lr=math.nan), "lr must be above 0"),
-        (lambda: PhaseOptions(warmup=1.0), "warmup is a share of the phase"),
-        (lambda: PhaseOptions(max_epochs=0), "must be at least 1"),
-        (lambda: PhaseOptions(patience=0), "must be at least 1"),
-    ],
-)
-def test_bad_configurations_are_refused_in_one_sentence(make: Callable[[], object], fix: str) -> None:
-    with pytest.raises(EaseError, match=fix) as error:
-        make()
-    assert "\n" not in str(error.value)
 
 
 def test_a_model_too_shallow_for_its_stages_is_refused_everywhere(tiny: Make) -> None:
@@ -274,6 +210,152 @@ def test_a_weight_of_zero_computes_no_head(tiny: Make, monkeypatch: pytest.Monke
     assert calls == [3]
 
 
+# Only a share of the tokens goes on
+
+
+def by_hand(
+    model: StandardTransformer, batch: Batch, config: TrainingConfig, teacher: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a batch layer by layer and token by token, and who ran each layer."""
+    active, state, ran, parts = batch.running, model.embed(batch.x), [], []
+    for layer in range(1, max(config.weights) + 1):
+        state = model.run(state, layer, layer, layout=batch.layout, active=active)
+        ran.append(active)
+        parts.append((layer, state, active & batch.scored))
+        if layer in config.going_on:
+            confidence = model.logits(state, layer).softmax(-1).amax(-1).masked_fill(~active, 2.0).flatten()
+            count = max(1, round(config.going_on[layer] * int(active.sum())))
+            active = torch.zeros_like(active)
+            active.view(-1)[confidence.argsort()[:count]] = True
+    goal = model.logits(state, layer).detach().log_softmax(-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for at, state, scored in parts:
+        if at in config.weights:
+            logits = model.logits(state, at)
+            lost = F.cross_entropy(logits.transpose(1, 2), batch.y, reduction="none")
+            if teacher and at < layer:
+                apart = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
+                lost = torch.where(parts[-1][2], apart, lost)
+            total = total + config.weights[at] * lost[scored].sum() / scored.sum()
+    return total, ran
+
+
+SHARES: list[dict[int, float]] = [{1: 0.5}, {2: 0.3}, {1: 0.6, 3: 0.4}]
+
+
+@pytest.mark.parametrize("kind", ["plain", "active", "layout", "ignored"])
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("going_on", SHARES)
+def test_only_the_least_sure_go_on_and_are_scored_above(
+    going_on: dict[int, float], teacher: bool, kind: str, tiny: Make
+) -> None:
+    """The loss, its gradients and the work done are those of a forward by hand."""
+    model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11, ignored=0.3 if kind == "ignored" else 0.0)
+    batch = Batch(x, y, torch.rand(3, 11) < 0.7 if kind == "active" else None)
+    if kind == "layout":
+        batch = batch._replace(layout=Layout.from_attention_mask(torch.arange(11) >= torch.tensor([[0], [4], [9]])))
+    objective = Distillation() if teacher else CrossEntropy()
+    config = TrainingConfig(layer_weights={1: 0.2, 3: 0.3, 4: 0.5}, going_on=going_on, objective=objective)
+    expected, ran = by_hand(model, batch, config, teacher)
+    learning = [p for name, p in model.named_parameters() if name != "exit_norms.1.weight"]  # exit 2 has no loss
+    gradients = torch.autograd.grad(expected, learning)
+    asked: list[int] = []
+    for layer in model.layers:
+        layer.ffn.register_forward_hook(lambda m, i, out: asked.append(i[0].numel() // 32))
+    went: dict[int, Tensor] = {}
+    loss = Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout, went=went)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for p, gradient in zip(learning, gradients):
+        torch.testing.assert_close(p.grad, gradient)
+    assert asked == [int(active.sum()) for active in ran]
+    assert asked[-1] < asked[0]
+    assert all(torch.equal(went[exit], ran[exit]) for exit in going_on)
+    with torch.no_grad():
+        torch.testing.assert_close(Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout), expected)
+
+
+def test_a_share_goes_on_above_a_frozen_trunk(tiny: Make) -> None:
+    model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11)
+    config = TrainingConfig(layer_weights={2: 0.4, 4: 0.6}, going_on={2: 0.5})
+    expected, _ = by_hand(model, Batch(x, y), config)
+    for state in (None, model.forward_to_layer(x, 1).detach()):
+        torch.testing.assert_close(Trainer(config, 256).compute_loss(model, x, y, state=state, first=2), expected)
+    with pytest.raises(EaseError, match="everyone runs in the frozen trunk below layer 3"):
+        Trainer(config, 256).compute_loss(model, x, y, first=3)
+
+
+def test_at_a_share_of_one_nothing_is_chosen(tiny: Make) -> None:
+    model, (x, y), went = tiny(3), pair(), {}
+    weights = {1: 0.5, 3: 0.5}
+    plain = Trainer(TrainingConfig(layer_weights=weights), 256).compute_loss(model, x, y)
+    calls: list[int] = []
+    model.output_head.register_forward_hook(lambda *_: calls.append(1))
+    trainer = Trainer(TrainingConfig(layer_weights=weights, going_on={1: 1.0}), 256)
+    assert torch.equal(trainer.compute_loss(model, x, y, went=went), plain)
+    assert not calls
+    assert not went
+
+
+@pytest.mark.parametrize(("tokens", "share", "going"), [((1, 1), 0.1, 1), ((2, 3), 0.01, 1), ((4, 5), 0.3, 6)])
+def test_ties_and_tiny_batches_send_on_as_many_as_asked_and_at_least_one(
+    tokens: tuple[int, int], share: float, going: int, tiny: Make
+) -> None:
+    model, (x, y), went = tiny(2), pair(*tokens), {}
+    with torch.no_grad():
+        model.output_head.weight.zero_()  # every token is as unsure as any other
+    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: share})
+    loss = Trainer(config, 256).compute_loss(model, x, y, went=went)
+    assert int(went[1].sum()) == going
+    assert loss.item() == pytest.approx(math.log(256))
+
+
+def test_a_share_goes_on_where_layers_are_dropped(tiny: Make) -> None:
+    """Always skipping layer 2 gives the loss of the model without it, with the same choice at layer 1."""
+    model, (x, y) = tiny(3, sharp=True), pair(3, 11)
+    skipped = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, going_on={1: 0.4}), 256)
+    loss = skipped.compute_loss(model, x, y, step=Step({1: 0.5, 3: 0.5}, {2: 1.0}))
+    without = tiny(3, sharp=True)
+    del without.layers[1], without.exit_norms[1]
+    shorter = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.4}), 256)
+    torch.testing.assert_close(loss, shorter.compute_loss(without, x, y))
+
+
+def test_a_choice_above_the_deepest_loss_of_a_step_is_not_made(tiny: Make) -> None:
+    model, (x, y), went = tiny(3), pair(), {}
+    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, going_on={1: 0.4}), 256)
+    trainer.compute_loss(model, x, y, step=Step({1: 1.0}), went=went)
+    assert not went
+
+
+def test_a_share_of_whole_sequences_is_refused(tiny: Make) -> None:
+    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.4}), 3)
+    x, _ = pair()
+    with pytest.raises(EaseError, match="this model decides once a sequence: leave it out"):
+        trainer.compute_loss(tiny(2, num_labels=3), x, x % 3)
+
+
+def test_a_history_counts_the_choices(tiny: Make, text_data: Callable[..., Data]) -> None:
+    data, model = text_data(3, 1), tiny(2)
+    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.25})
+    phase = Phase("one", config, data.train, data.val, PhaseOptions(max_epochs=1))
+    seen: list[float] = []
+    inner = Trainer.compute_loss
+
+    def noted(self: Trainer, model: Any, x: Tensor, y: Tensor, *args: Any, **options: Any) -> Tensor:
+        loss = inner(self, model, x, y, *args, **options)
+        going = options["went"][1]
+        c, everyone = model.config, torch.ones_like(x, dtype=torch.bool)
+        layers = run_flops(c, 1, everyone) + run_flops(c, 1, going)
+        seen.append(3 * layers + 4 * head_flops(c, x.numel()) + 3 * head_flops(c, int(going.sum())))
+        return loss
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "compute_loss", noted)
+        history = Trainer(config, 256).run(model, phase)
+    assert history.flops["training"] == sum(seen)
+
+
 def test_bad_batches_are_refused(tiny: Make) -> None:
     trainer, model = Trainer(create_standard_config(2), 256), tiny(2)
     x, y = pair()
@@ -369,6 +451,45 @@ def test_the_optimizer_takes_what_learns_and_decays_matrices_only(tiny: Make) ->
     assert {*decayed["params"], *free["params"]} == learning
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_learn_at_rates_of_their_own_and_schedules_keep_their_ratio(tied: bool, tiny: Make) -> None:
+    scales = {1: 0.1, 2: 0.5}
+    model, config = tiny(3, tie_embeddings=tied), TrainingConfig([StageConfig((3, 3))], layer_lr_scales=scales)
+    trainer = Trainer(config, 256)
+    optimizer = trainer.create_optimizer(model, 2e-3, weight_decay=0.2)
+    rate = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(rate) == sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    for number, scale in (1, 0.1), (2, 0.5), (3, 1.0):
+        assert rate[model.layers[number - 1].ffn.up_proj.weight] == pytest.approx((2e-3 * scale, 0.2))
+        assert rate[model.layers[number - 1].ffn_norm.weight] == pytest.approx((2e-3 * scale, 0.0))
+        assert rate[model.exit_norms[number - 1].weight] == pytest.approx((2e-3 * scale, 0.0))
+    assert rate[model.output_head.weight] == (2e-3, 0.2)
+    assert rate[model.embedding.weight] == pytest.approx((2e-3 if tied else 2e-4, 0.2))
+    options = PhaseOptions(lr=2e-3, schedule="cosine", max_epochs=4, patience=None)
+    history = trainer.fit(model, Phase("one", config, [pair()], [pair()], options), optimizer, Watch())
+    assert history.column("lr") == pytest.approx([2e-3 * options.lr_factor(i / 4) for i in (1, 2, 3, 4)])
+    assert sorted({g["lr"] / optimizer.param_groups[0]["lr"] for g in optimizer.param_groups}) == pytest.approx(
+        [0.1, 0.5, 1.0]
+    )
+
+
+def test_what_is_frozen_has_no_rate_and_a_slow_layer_moves_less(tiny: Make) -> None:
+    model, trainer = tiny(3), Trainer(TrainingConfig([StageConfig((3, 3))], layer_lr_scales={1: 1.0, 2: 1e-3}), 256)
+    model.freeze_below(2)
+    optimizer = trainer.create_optimizer(model, 1e-2, weight_decay=0.0)
+    learning = {p for g in optimizer.param_groups for p in g["params"]}
+    assert learning == {p for p in model.parameters() if p.requires_grad}
+    before = snapshot(model)
+    trainer.train_epoch(model, [pair()], optimizer)
+    moved = [
+        float((layer.ffn.up_proj.weight.detach() - before[f"layers.{i}.ffn.up_proj.weight"]).abs().max())
+        for i, layer in enumerate(model.layers)
+    ]
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(1e-5, rel=0.01)  # the first step of Adam is as long as the rate
+    assert moved[2] == pytest.approx(1e-2, rel=0.01)
+
+
 def test_gradients_are_clipped(tiny: Make) -> None:
     model, trainer = tiny(1), Trainer(TrainingConfig(layer_weights={1: 1e6}), 256)
     before = snapshot(model)
@@ -385,7 +506,7 @@ def script(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[st
     """Validation says what the script says; returns the weights of every epoch as they come."""
     epochs: list[dict[str, Tensor]] = []
 
-    def scores(_: Trainer, model: StandardTransformer, batches: object, last: int) -> SimpleNamespace:
+    def scores(_: Trainer, model: StandardTransformer, batches: object, **options: object) -> SimpleNamespace:
         epochs.append(snapshot(model))
         loss = losses[len(epochs) - 1]
         return SimpleNamespace(flops=7.0, figures=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})
@@ -499,19 +620,6 @@ def test_an_interrupt_keeps_the_best_weights(tiny: Make, monkeypatch: pytest.Mon
 # The loop
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_the_learning_rate_follows_its_schedule(schedule: Any, warmup: float) -> None:
-    options = PhaseOptions(schedule=schedule, warmup=warmup)
-    factors = [options.lr_factor(i / 100) for i in range(101)]
-    start = int(100 * warmup)
-    assert factors[start] == pytest.approx(1)
-    assert factors[: start + 1] == sorted(factors[: start + 1])
-    assert factors[start:] == sorted(factors[start:], reverse=True)
-    assert factors[-1] == pytest.approx(1 if schedule == "constant" else 0.05)
-    assert min(factors) > 0
-
-
 def test_the_schedule_reaches_the_optimizer(tiny: Make) -> None:
     model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
     options = PhaseOptions(lr=1e-3, schedule="cosine", max_epochs=4, patience=None)
@@ -532,6 +640,34 @@ class Log(Watch):
 
     def epoch(self, row: Any) -> None:
         self.rows.append(row)
+
+
+def test_a_phase_may_find_its_routing_before_every_validation(tiny: Make) -> None:
+    """Who leaves where follows the model, and finding it is counted with the validation."""
+    model, batch, asked = tiny(2, sharp=True), pair(4, 16), []
+    config = TrainingConfig([StageConfig((1, 2), 0.5)])
+
+    def route(model: Any) -> tuple[Policy, float]:
+        asked.append(model.exit_norms[0].weight.clone())
+        shallow = score(model, [batch], last=1)
+        return Policy((1,), (shallow.confidences.median().item(),)), shallow.flops
+
+    shown: list[Any] = []
+    inner = Trainer.scores
+
+    def noted(*args: Any, **options: Any) -> Any:
+        shown.append(inner(*args, **options))
+        return shown[-1]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "scores", noted)
+        options = PhaseOptions(lr=1e-2, max_epochs=2, patience=None)
+        history = Trainer(config, 256).run(model, Phase("one", config, [batch], [batch], options, route=route))
+    assert len(asked) == len(shown) == 2
+    assert not torch.equal(*asked)
+    assert all(s.figures()["shallow_ratio"] == pytest.approx(0.5, abs=0.05) for s in shown)
+    finding = run_flops(model.config, 1, torch.ones(4, 16, dtype=torch.bool)) + head_flops(model.config, 64)
+    assert history.flops["validation"] == sum(s.flops for s in shown) + 2 * finding
 
 
 def test_packed_and_padded_tokens_are_those_of_their_documents(tiny: Make) -> None:

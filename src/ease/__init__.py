@@ -7,8 +7,10 @@ from ease.agreement import learn_agreement
 from ease.ashem import ASHEMConfig
 from ease.calibration import Calibration, Target, calibrate
 from ease.data import Corpus, TokenBatches, load_corpus
+from ease.discriminative import DiscriminativeConfig
+from ease.early_exit import EarlyExitConfig
 from ease.errors import EaseError
-from ease.evaluation import Scores, score
+from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy, Routed, route
 from ease.generation import Generation, generate
 from ease.hf import from_pretrained, save_pretrained
@@ -16,12 +18,13 @@ from ease.layerskip import LayerSkipConfig
 from ease.mining import (
     MinedBatches,
     collect_hard_examples,
-    compute_confidence,
     compute_confidence_threshold,
 )
 from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransformer
+from ease.open_growth import OpenGrowthConfig
 from ease.seam import Batch, ExitModel, Layout
 from ease.simple import DeepSupervisionConfig, StandardConfig
+from ease.stacking import StackingConfig
 from ease.staged import PhaseConfig, StagedConfig
 from ease.trainer import (
     Data,
@@ -47,6 +50,10 @@ STRATEGIES = {
     "staged": StagedConfig,
     "tune": TuneConfig,
     "layerskip": LayerSkipConfig,
+    "discriminative": DiscriminativeConfig,
+    "early-exit": EarlyExitConfig,
+    "open-growth": OpenGrowthConfig,
+    "stacking": StackingConfig,
 }
 
 __all__ = [
@@ -58,6 +65,8 @@ __all__ = [
     "Data",
     "DeepSupervisionConfig",
     "DeepSupervisionTransformer",
+    "DiscriminativeConfig",
+    "EarlyExitConfig",
     "EaseError",
     "ExitModel",
     "Generation",
@@ -65,12 +74,14 @@ __all__ = [
     "Layout",
     "MinedBatches",
     "ModelConfig",
+    "OpenGrowthConfig",
     "Phase",
     "PhaseConfig",
     "PhaseOptions",
     "Policy",
     "Routed",
     "Scores",
+    "StackingConfig",
     "StageConfig",
     "StagedConfig",
     "StandardConfig",

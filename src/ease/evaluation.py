@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ease.confidence import max_probability
 from ease.errors import EaseError
-from ease.exits import Policy, walk
+from ease.exits import HEAD_CHUNK, Policy, walk
 from ease.flops import exit_flops, run_flops
 from ease.seam import IGNORE, Batch, ExitModel, eval_mode
 
@@ -100,6 +101,14 @@ def perplexity(losses: Tensor) -> float:
         return math.nan
     mean = losses.double().mean().item()
     return math.exp(mean) if mean < 700 else math.inf
+
+
+@torch.no_grad()
+def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None = None) -> Tensor:
+    """Confidence (B, T) of the predictions that `exit` (the last by default) makes from states (B, T, D)."""
+    exit = model.num_layers if exit is None else exit
+    chunks = hidden_state.flatten(0, -2).split(HEAD_CHUNK)
+    return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])
 
 
 @torch.no_grad()

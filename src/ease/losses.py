@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_choice
 from ease.seam import IGNORE
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
@@ -90,28 +90,52 @@ class Distillation:
             yield loss
 
 
+def objective_named(name: str, temperature: float = 1.0) -> Objective:
+    """Learning from the text ("cross-entropy"), the last exit ("distillation"), or "both" in equal parts."""
+    check_choice("objective", name, ("cross-entropy", "distillation", "both"))
+    if name == "cross-entropy":
+        return CrossEntropy()
+    return Distillation(temperature, 1.0 if name == "distillation" else 0.5)
+
+
+class Term(NamedTuple):
+    """One exit's part of the loss: a weight on the mean over its scored tokens."""
+
+    states: Tensor
+    """(N, D) normed states at the exit."""
+    targets: Tensor
+    """(N,) token ids; -100 is not scored."""
+    weight: float
+    objective: Objective = CrossEntropy()
+    """What a token's loss is."""
+    teacher: Tensor | None = None
+    """(N, D) normed states at the last exit, for an objective that asks it; no gradient goes there."""
+
+    def taught(self, seen: Tensor, teacher: Tensor) -> list[Term]:
+        """The same with a teacher (n, D) for the n tokens that it has seen (N,); the others learn from the text."""
+        if bool(seen.all()):
+            return [self._replace(teacher=teacher)]
+        share = seen.double().mean().item()
+        return [
+            Term(self.states[seen], self.targets[seen], share * self.weight, self.objective, teacher),
+            Term(self.states[~seen], self.targets[~seen], (1 - share) * self.weight),
+        ]
+
+
 class _ExitLosses(torch.autograd.Function):
-    """Sum over exits of weight * loss, with the gradients worked out exit by exit in the forward pass."""
+    """Sum over terms of weight * loss, with the gradients worked out term by term in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        head: Tensor,
-        targets: Tensor,
-        weights: Sequence[float],
-        objectives: Sequence[Objective],
-        teacher: Tensor | None,
-        *exits: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, head: Tensor, terms: Sequence[Term], *states: Tensor) -> Tensor:
         total, grads = head.new_zeros(()), []
         w = head.detach().requires_grad_(ctx.needs_input_grad[0])
-        for states, weight, objective in zip(exits, weights, objectives, strict=True):
-            h = states.detach().requires_grad_()
+        for term in terms:
+            h = term.states.detach().requires_grad_()
             with torch.enable_grad():
-                for loss in objective.parts(h, w, targets, teacher):
+                for loss in term.objective.parts(h, w, term.targets, term.teacher):
                     # Into .grad, which sums over parts and exits; the logits of one part are gone before the next.
-                    (weight * loss).backward()
-                    total += weight * loss.detach()
+                    (term.weight * loss).backward()
+                    total += term.weight * loss.detach()
             grads.append(h.grad)
         ctx.grads = (w.grad, grads)
         return total
@@ -121,33 +145,19 @@ class _ExitLosses(torch.autograd.Function):
         (scale,) = upstream
         head_grad, grads = ctx.grads
         ctx.grads = None
-        none = (None, None, None, None)
-        return None if head_grad is None else head_grad * scale, *none, *(g * scale for g in grads)
+        return None if head_grad is None else head_grad * scale, None, *(g * scale for g in grads)
 
 
-def exit_loss(
-    head: Tensor,
-    targets: Tensor,
-    exits: Sequence[Tensor],
-    weights: Sequence[float],
-    objectives: Sequence[Objective] = (),
-    teacher: Tensor | None = None,
-) -> Tensor:
-    """Sum over exits of weight * mean loss (nats) over the scored tokens.
+def exit_loss(head: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Sum over terms of weight * mean loss (nats) over the term's scored tokens; 0 where a term scores none.
 
     Args:
         head: (V, D), the shared output head.
-        targets: (N,) token ids; -100 is not scored. With nothing scored the loss is 0.
-        exits: per exit its normed states (N, D).
-        weights: per exit the weight of its loss.
-        objectives: per exit what a token's loss is; cross entropy by default.
-        teacher: (N, D) normed states of the last exit, for an objective that asks it; no gradient goes there.
+        terms: one or more, each with tokens of its own.
     """
-    scored = max(1, int((targets != IGNORE).sum()))
-    shares, objectives = [weight / scored for weight in weights], objectives or [CrossEntropy()] * len(exits)
+    terms = [term._replace(weight=term.weight / max(1, int((term.targets != IGNORE).sum()))) for term in terms]
     if torch.is_grad_enabled():
-        loss: Tensor = _ExitLosses.apply(head, targets, shares, objectives, teacher, *exits)  # type: ignore[no-untyped-call]
+        loss: Tensor = _ExitLosses.apply(head, terms, *(term.states for term in terms))  # type: ignore[no-untyped-call]
         return loss
-    plan = zip(exits, shares, objectives, strict=True)
-    parts = [w * part for h, w, objective in plan for part in objective.parts(h, head, targets, teacher)]
+    parts = [t.weight * part for t in terms for part in t.objective.parts(t.states, head, t.targets, t.teacher)]
     return torch.stack(parts).sum()

@@ -13,23 +13,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ease.confidence import max_probability
 from ease.errors import EaseError
-from ease.exits import HEAD_CHUNK, Policy, Stop, walk
+from ease.exits import Policy, Stop, walk
 from ease.flops import exit_flops, run_flops
 from ease.seam import Batch, ExitModel, Layout, eval_mode
 from ease.trainer import Batches, re_iterable
 
 EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
 BINS = 2**20
-
-
-@torch.no_grad()
-def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None = None) -> Tensor:
-    """Confidence (B, T) of the predictions that `exit` (the last by default) makes from states (B, T, D)."""
-    exit = model.num_layers if exit is None else exit
-    chunks = hidden_state.flatten(0, -2).split(HEAD_CHUNK)
-    return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])
 
 
 class Quantile:

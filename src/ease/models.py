@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -245,6 +246,12 @@ class StandardTransformer(ExitModel):
             self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
         self.config = replace(self.config, num_layers=num_layers)
         return self
+
+    def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
+        modules = [self.layers[layer - 1], self.exit_norms[layer - 1]]
+        modules += [part[str(layer)] for part in (self.exit_adapters, self.exit_classifiers) if str(layer) in part]
+        modules += [self.embedding] if layer == 1 and not self.config.tie_embeddings else []
+        return itertools.chain.from_iterable(module.parameters() for module in modules)
 
     def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
         if first > 1 and not head and self.config.tie_embeddings:

@@ -191,6 +191,7 @@ class Workshop:
             line = line.then(phase.name, phase, history, copy.deepcopy(model))
             lines.append(line)
             phases.append(phase)
+        lines[-1] = line._replace(policy=strategy.policy())  # which may have been found when all was trained
         return lines, phases, strategy
 
     def base(self, lines: list[Line], phases: list[Phase]) -> tuple[Line, TrainingConfig]:
@@ -217,7 +218,9 @@ class Workshop:
             "deep-supervision": ease.create_deep_supervision_config(depth),
         }
         for name, config in plans.items():
-            if name not in self.config.compare or (len(lines) == 1 and config.weights == phases[0].config.weights):
+            own = phases[0].config
+            same = len(lines) == 1 and config.weights == own.weights and not (own.layer_lr_scales or own.going_on)
+            if same or name not in self.config.compare:
                 continue
             line = self.trained_on(
                 f"{name}, {depth} layers",

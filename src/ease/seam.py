@@ -143,6 +143,13 @@ class ExitModel(nn.Module, ABC):
         """State (..., D) -> how likely it is that exit `exit` agrees with the last one (...), in [0, 1]."""
         raise EaseError("this model has no classifier at its exits: use another measure of confidence")
 
+    def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
+        """The parameters that belong to layer `layer`: its own, its exit's, and for layer 1 the embedding's.
+
+        The shared head belongs to none, and neither does an embedding that is tied to it.
+        """
+        raise EaseError("this model does not say which parameters are a layer's: leave out layer_lr_scales")
+
     @abstractmethod
     def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
         """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ease.errors import EaseError
 from ease.exits import Policy
@@ -36,13 +37,19 @@ class StandardConfig(PhaseOptions):
 class DeepSupervisionConfig(StandardConfig):
     """The loss on every layer, so that every layer can be an exit."""
 
+    weighting: Literal["uniform", "depth"] = "uniform"
+    """Weights of the losses: all equal, or in proportion to depth."""
     exit_layer: int | Sequence[int] = 1
     """The exit, or several from shallow to deep."""
     routing_threshold: float | Sequence[float] = 0.0
     """Confidence in [0, 1] at which a token leaves, one per exit; 0 means no routing."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.training()
+
     def training(self) -> TrainingConfig:
-        weights = create_deep_supervision_config(self.num_layers).weights
+        weights = create_deep_supervision_config(self.num_layers, self.weighting).weights
         return TrainingConfig(None, self.routing_threshold, self.exit_layer, weights)
 
 

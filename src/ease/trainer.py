@@ -1,7 +1,6 @@
-"""Training in stages under two core options, `stages` and `routing_threshold`, and the loop that runs a phase.
+"""Phases and the loop that runs them.
 
-- A `TrainingConfig` says which exits have a loss, and who leaves where when routing is on.
-- A `Trainer` turns it into a loss, an optimizer, epochs and figures. There is one training loop, `fit`.
+- A `Trainer` turns a `TrainingConfig` into a loss, an optimizer, epochs and figures. There is one training loop, `fit`.
 - A `Phase` is one round of it and a `Strategy` hands out phases. The trainer knows no strategy.
 """
 
@@ -12,114 +11,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_choice
-from ease.evaluation import Scores, score
+# Under both names, so that they can be imported from here as well.
+from ease.config import PhaseOptions as PhaseOptions
+from ease.config import StageConfig as StageConfig
+from ease.config import TrainingConfig as TrainingConfig
+from ease.config import create_deep_supervision_config as create_deep_supervision_config
+from ease.config import create_standard_config as create_standard_config
+from ease.errors import EaseError
+from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy
 from ease.flops import exit_flops, full_depth_flops, run_flops
-from ease.losses import CrossEntropy, Objective, exit_loss
+from ease.losses import CrossEntropy, Term, exit_loss
 from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """A contiguous run of layers, one brick, with a weight on the loss at every layer of it.
-
-    Args:
-        layers: (first, last), counted from 1, both included.
-        loss_weight: weight of the loss at each of these layers; 0 means the exit's head is never computed.
-    """
-
-    layers: tuple[int, int]
-    loss_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        first, last = self.layers
-        if first < 1:
-            raise EaseError(f"stage layers {tuple(self.layers)}: layers are counted from 1")
-        if first > last:
-            raise EaseError(f"stage layers {tuple(self.layers)} are reversed: write ({last}, {first})")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The two core options, `stages` and `routing_threshold`, and where routing leaves.
-
-    Args:
-        stages: bricks whose loss weights add up, layer by layer.
-        routing_threshold: confidence in [0, 1] at which a token leaves; 0.0 means no routing, and `exit_layer`
-            is then ignored. For N exits, a sequence as long as `exit_layer`.
-        exit_layer: the exit, or a sequence of exits from shallow to deep.
-        layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
-        objective: what a token's loss is at the exits below the last one; there it is always cross entropy.
-    """
-
-    stages: Sequence[StageConfig] | None = None
-    routing_threshold: float | Sequence[float] = 0.0
-    exit_layer: int | Sequence[int] = 1
-    layer_weights: Mapping[int, float] | None = None
-    objective: Objective = field(default=CrossEntropy())
-    _weights: dict[int, float] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if (self.stages is None) == (self.layer_weights is None):
-            raise EaseError("give either stages or layer_weights, and not both")
-        weights: dict[int, float] = {}
-        for stage in self.stages or ():
-            for layer in range(stage.layers[0], stage.layers[1] + 1):
-                weights[layer] = weights.get(layer, 0.0) + stage.loss_weight
-        weights = dict(sorted((self.layer_weights or weights).items()))
-        if any(layer < 1 for layer in weights):
-            raise EaseError(f"layer_weights names layer {min(weights)}: layers are counted from 1")
-        parts = [stage.loss_weight for stage in self.stages or ()] + list(weights.values())
-        if any(not (w >= 0 and math.isfinite(w)) for w in parts):
-            raise EaseError(f"loss weights must be finite and not negative, got {parts}: use 0 to leave a layer out")
-        if not any(weights.values()):
-            raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
-        object.__setattr__(self, "_weights", weights)
-        Policy.of(self.exit_layer, self.routing_threshold)
-
-    @property
-    def weights(self) -> dict[int, float]:
-        """Layer -> weight, from shallow to deep, for the layers whose loss counts."""
-        return {layer: w for layer, w in self._weights.items() if w > 0}
-
-    @property
-    def policy(self) -> Policy:
-        return Policy.of(self.exit_layer, self.routing_threshold)
-
-    def check(self, num_layers: int) -> None:
-        """Refuses a configuration that a model of `num_layers` layers cannot follow."""
-        deepest = max(self._weights)
-        if deepest > num_layers:
-            raise EaseError(
-                f"a stage reaches layer {deepest} but the model has {num_layers}: "
-                "shorten the stage or use a deeper model"
-            )
-        self.policy.check(num_layers)
-
-    def describe(self) -> str:
-        """A few lines for people."""
-        lines = [f"loss at layer {layer}: weight {w:g}" for layer, w in self.weights.items()]
-        pairs = zip(self.policy.exits, self.policy.thresholds, strict=True)
-        lines += [f"a token leaves after layer {e} when its confidence is at least {t:g}" for e, t in pairs]
-        return "\n".join(lines if self.policy.exits else [*lines, "no routing: every token runs every layer"])
-
-
-def create_standard_config(num_layers: int) -> TrainingConfig:
-    """The loss on the last layer only."""
-    return TrainingConfig(stages=[StageConfig((num_layers, num_layers))])
-
-
-def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
-    """The loss on every layer, with weights that sum to 1 (Lee et al. 2015)."""
-    return TrainingConfig(stages=[StageConfig((k, k), 1 / num_layers) for k in range(1, num_layers + 1)])
 
 
 class Batches(Protocol):
@@ -172,46 +82,6 @@ class Data(NamedTuple):
     """Makes, from its name, what is told of the progress of anything that takes a while between phases."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhaseOptions:
-    """How a phase learns, and the rule that ends it, whichever limit comes first."""
-
-    lr: float = 1e-3
-    """Learning rate of AdamW."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate over the phase: as it is, or falling to a twentieth."""
-    warmup: float = 0.0
-    """Share of the phase in which the learning rate rises from nothing."""
-    weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
-    patience: int | None = 3
-    """Epochs without a better (routed) validation loss before the phase ends; None: never for that reason."""
-    max_epochs: int = 100
-    """At most that many epochs."""
-    max_flops: float | None = None
-    """At most that many FLOPs, validation and mining included."""
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise EaseError(f"lr must be above 0, got {self.lr}")
-        check_choice("schedule", self.schedule, ("constant", "cosine"))
-        if self.max_flops is not None and self.max_flops <= 0:
-            raise EaseError(f"max_flops must be above 0, got {self.max_flops}: use None for no such limit")
-        if not 0 <= self.warmup < 1:
-            raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
-        if self.max_epochs < 1 or (self.patience is not None and self.patience < 1):
-            raise EaseError(f"max_epochs ({self.max_epochs}) and patience ({self.patience}) must be at least 1")
-
-    def lr_factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by at `progress` in [0, 1]."""
-        if progress < self.warmup:
-            return max(progress / self.warmup, 1e-2)
-        if self.schedule == "constant":
-            return 1.0
-        done = (progress - self.warmup) / (1 - self.warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-
-
 class Step(NamedTuple):
     """What one optimizer step is made of, where a phase changes it on the way."""
 
@@ -237,6 +107,8 @@ class Phase:
         spent: FLOPs of what was done to prepare the phase, by kind.
         step: what a step is made of, from the steps done and the share of the phase that is done; by default always
             what `config` says.
+        route: where that moves with the model, finds who leaves where in validation, and says what finding it cost in
+            FLOPs; by default the policy of `config`.
     """
 
     name: str
@@ -250,6 +122,7 @@ class Phase:
     restore_best: bool = True
     spent: Mapping[str, float] = field(default_factory=dict)
     step: Callable[[int, float], Step] | None = None
+    route: Callable[[ExitModel], tuple[Policy, float]] | None = None
 
     def __post_init__(self) -> None:
         dead = [layer for layer in self.config.weights if layer < self.first and layer not in self.exits]
@@ -305,20 +178,28 @@ class Trainer:
         torch.empty(2**23 - 2**14)
 
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-        """AdamW over the parameters that learn; norms and other vectors are not decayed."""
+        """AdamW over the parameters that learn; norms and other vectors are not decayed.
+
+        The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group has
+        the highest rate among what is decayed.
+        """
         self.config.check(model.num_layers)
         if model.config.outputs != self.vocab_size:
             raise EaseError(
                 f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.outputs}: "
                 "give both the vocabulary of your tokenizer"
             )
-        learning = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        scales = {p: scale for k, scale in self.config.layer_lr_scales.items() for p in model.parameters_of(k)}
+        groups: dict[tuple[bool, float], list[Tensor]] = {}
+        for p in model.parameters():
+            if p.requires_grad:
+                groups.setdefault((p.ndim >= 2, scales.get(p, 1.0)), []).append(p)
+        parts = [
+            {"params": params, "lr": base_lr * scale, "weight_decay": weight_decay if decayed else 0.0}
+            for (decayed, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         ]
         # Fused: one pass over each parameter's memory instead of a dozen.
-        return torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.95), fused=True)
+        return torch.optim.AdamW(parts, lr=base_lr, betas=(0.9, 0.95), fused=True)
 
     def compute_loss(
         self,
@@ -331,6 +212,7 @@ class Trainer:
         layout: Layout | None = None,
         first: int = 1,
         step: Step | None = None,
+        went: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
 
@@ -340,23 +222,23 @@ class Trainer:
             state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
             layout: positions and segments; padding is never scored.
             step: loss weights and layer dropout of this step, instead of the configuration's.
+            went: is told, for each exit that lets only a share go on, the tokens (B, T) that did.
         """
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        self.config.check(model.num_layers)
+        self.config.check(model.num_layers, first)
         batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         weights, skip = step or Step(self.config.weights)
         last, objective = model.num_layers, self.config.objective
-        scored = batch.scored
-        # Indexing copies every state; with nothing to leave out, a view does.
-        pick: Callable[[Tensor], Tensor] = (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
-        learns = torch.is_grad_enabled()
+        deepest = last if objective.teacher else max(weights)
+        choices = {exit: share for exit, share in self.config.going_on.items() if exit < deepest and share < 1}
+        pick, learns = picking(batch.scored), torch.is_grad_enabled()
         at = 0 if batch.state is None else first - 1
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
-        exits = []
-        for stop in stops(at, first, [*weights, last] if objective.teacher else weights, skip):
+        terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
+        for stop in stops(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
                 stays = (torch.rand(len(batch.x)) >= skip[stop]).to(batch.x.device)[:, None]
@@ -365,14 +247,22 @@ class Trainer:
                 state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
             at = stop
             if stop in weights:
-                exits.append(model.exit_norm(pick(state), stop))
+                aim = objective if stop < last else CrossEntropy()
+                term = Term(model.exit_norm(pick(state), stop), pick(batch.y), weights[stop], aim)
+                terms.append((term, batch.scored))
+            if stop in choices:
+                batch = batch._replace(active=least_sure(model, state, stop, batch.running, choices[stop]))
+                pick = picking(batch.scored)
+                if went is not None:
+                    went[stop] = batch.running
         if learns:
             model.trained_exits |= set(weights)
+        if not objective.teacher:
+            return exit_loss(model.output_head.weight, [term for term, _ in terms])
         with torch.no_grad():
-            teacher = model.exit_norm(pick(state), last) if objective.teacher else None
-        objectives = [objective if layer < last else CrossEntropy() for layer in sorted(weights)]
-        shares = [weights[layer] for layer in sorted(weights)]
-        return exit_loss(model.output_head.weight, pick(batch.y), exits, shares, objectives, teacher)
+            teacher = model.exit_norm(pick(state), last)
+        taught = [part for term, scored in terms for part in term.taught(batch.scored[scored], teacher)]
+        return exit_loss(model.output_head.weight, taught)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -381,9 +271,11 @@ class Trainer:
             total, tokens = total + loss * scored, tokens + scored
         return total / max(1, tokens)
 
-    def scores(self, model: ExitModel, batches: Batches, last: int | None = None) -> Scores:
-        """Per-token scores under this configuration's policy, up to layer `last`; routing really runs."""
-        policy = self.config.policy
+    def scores(
+        self, model: ExitModel, batches: Batches, last: int | None = None, policy: Policy | None = None
+    ) -> Scores:
+        """Per-token scores under a policy, this configuration's by default, up to layer `last`; routing really runs."""
+        policy = policy or self.config.policy
         untrained = set(policy.exits) - set(self.config.weights) - model.trained_exits
         if untrained and not self._warned:
             self._warned = True
@@ -482,8 +374,9 @@ class Trainer:
                     if progress() >= 1:
                         break
                 # As deep as the loss: where only exits learn, the layers above them would say the same every time.
-                scores = self.scores(model, val, last=max(phase.config.weights))
-                validation = scores.flops
+                policy, finding = phase.route(model) if phase.route else (None, 0.0)
+                scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
+                validation = scores.flops + finding
                 history.flops["validation"] = history.flops.get("validation", 0.0) + validation
                 figures = scores.figures()
                 history.seconds = time.perf_counter() - start
@@ -536,7 +429,10 @@ class Trainer:
             if not scored:
                 continue
             step = next_step()
-            loss = self.compute_loss(model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step)
+            went: dict[int, Tensor] = {}
+            loss = self.compute_loss(
+                model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, went=went
+            )
             if not bool(loss.isfinite()):
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
@@ -547,21 +443,42 @@ class Trainer:
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
-            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step)
+            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, went)
 
     def step_flops(
-        self, model: ExitModel, batch: Batch, scored: int, first: int = 1, step: Step | None = None
+        self,
+        model: ExitModel,
+        batch: Batch,
+        scored: int,
+        first: int = 1,
+        step: Step | None = None,
+        went: Mapping[int, Tensor] = {},
     ) -> dict[str, float]:
-        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once."""
+        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once.
+
+        Args:
+            scored: tokens of the batch that are scored.
+            went: exit -> (B, T) tokens that went on there, where that was a choice; it took the exit's head.
+        """
         weights, skip = step or Step(self.config.weights)
-        everyone = batch._replace(active=None).running
-        deepest = model.num_layers if self.config.objective.teacher else max(weights)
-        # A frozen head hands a gradient through but needs none of its own; a teacher is asked beside each exit.
-        factor = (3 if model.output_head.weight.requires_grad else 2) + self.config.objective.teacher
-        heads = sum(exit_flops(model.config, scored, layer) for layer in weights)
-        trunk = run_flops(model.config, min(first - 1, deepest), everyone, batch.layout)
-        layers = sum(1 - skip.get(layer, 0.0) for layer in range(first, deepest + 1))
-        training = 3 * layers * run_flops(model.config, 1, batch.running, batch.layout) + factor * heads
+        config, last, teacher = model.config, model.num_layers, self.config.objective.teacher
+        deepest = last if teacher else max(weights)
+        trunk = run_flops(config, min(first - 1, deepest), batch._replace(active=None).running, batch.layout)
+        # A frozen head hands a gradient through but needs none of its own.
+        factor = 3 if model.output_head.weight.requires_grad else 2
+        training: float = 0
+        below = 0
+        for exit in [*went, deepest]:
+            layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(first, below + 1), exit + 1))
+            training += 3 * layers * run_flops(config, 1, batch.running, batch.layout)
+            training += factor * sum(exit_flops(config, scored, layer) for layer in weights if below < layer <= exit)
+            if exit in went:
+                training += exit_flops(config, int(batch.running.sum()), exit)
+                batch = batch._replace(active=went[exit].to(batch.x.device))
+                scored = int(batch.scored.sum())
+            below = exit
+        # A teacher is asked beside each exit, for the tokens that came to it.
+        training += teacher * sum(exit_flops(config, scored, layer) for layer in weights if layer < last)
         return {"training": training, "trunk": trunk if batch.state is None else batch.flops}
 
 
@@ -581,6 +498,23 @@ def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> lis
     exits, skip = set(exits), set(skip)
     pauses = exits | skip | {layer - 1 for layer in skip} | {first - 1}
     return sorted(layer for layer in pauses if at < layer <= max(exits))
+
+
+def picking(scored: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes the scored tokens (B, T) out of (B, T, ...): a view where that is all, since indexing copies."""
+    return (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
+
+
+@torch.no_grad()
+def least_sure(model: ExitModel, state: Tensor, exit: int, arrived: Tensor, share: float) -> Tensor:
+    """(B, T): of the tokens that arrived, the share that `exit` is least sure of; at least one, if any arrived."""
+    if model.config.num_labels is not None:
+        raise EaseError("going_on chooses among tokens, and this model decides once a sequence: leave it out")
+    places = arrived.flatten().nonzero().squeeze(1)
+    confidence = compute_confidence(model, state.flatten(0, 1)[places], exit)
+    count = min(len(places), max(1, round(share * len(places))))
+    going = places[confidence.topk(count, largest=False).indices]
+    return torch.zeros_like(arrived).flatten().index_fill(0, going, True).view_as(arrived)
 
 
 def re_iterable(batches: Any) -> Any:

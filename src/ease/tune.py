@@ -15,7 +15,7 @@ import torch
 from ease.errors import EaseError, check_choice
 from ease.exits import Policy
 from ease.flops import exit_flops, run_flops
-from ease.losses import CrossEntropy, Distillation, Objective
+from ease.losses import Objective, objective_named
 from ease.mining import Quantile, check_ratio, read_states
 from ease.models import StandardTransformer
 from ease.seam import IGNORE, Batch, ExitModel
@@ -49,12 +49,8 @@ class TuneConfig(PhaseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("adapter", ("none", "mlp")),
-            ("objective", ("cross-entropy", "distillation", "both")),
-            ("tokens", ("all", "hard", "kept")),
-        ):
-            check_choice(name, getattr(self, name), choices)
+        check_choice("adapter", self.adapter, ("none", "mlp"))
+        check_choice("tokens", self.tokens, ("all", "hard", "kept"))
         check_ratio(self.hard_ratio)
         if self.select_epochs < 1:
             raise EaseError(f"select_epochs must be at least 1, got {self.select_epochs}")
@@ -67,9 +63,7 @@ class TuneConfig(PhaseOptions):
 
     def loss(self) -> Objective:
         """What a token's loss is."""
-        if self.objective == "cross-entropy":
-            return CrossEntropy()
-        return Distillation(self.temperature, 1.0 if self.objective == "distillation" else 0.5)
+        return objective_named(self.objective, self.temperature)
 
     def strategy(self) -> Tune:
         return Tune(self)

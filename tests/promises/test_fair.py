@@ -141,6 +141,33 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
 
 
 @pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(("first", "stored", "freeze_head"), [(1, False, False), (2, False, True), (2, True, False)])
+@pytest.mark.parametrize("going_on", [{2: 0.4}, {2: 0.6, 3: 0.3}, {3: 1.0}])
+def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
+    going_on: dict[int, float], first: int, stored: bool, freeze_head: bool, teacher: bool, tiny: Make
+) -> None:
+    model = tiny(4, sharp=True)
+    model.freeze_below(first, head=freeze_head)
+    objective = losses.Distillation(2.0, 0.5) if teacher else losses.CrossEntropy()
+    weights = {2: 0.2, 3: 0.3, 4: 0.5}
+    trainer = Trainer(TrainingConfig(layer_weights=weights, objective=objective, going_on=going_on), 256)
+    x = torch.randint(256, (3, 11))
+    y = x.roll(-1, 1)
+    y[:, -2:] = -100
+    layout = Layout.from_attention_mask(torch.arange(11) < torch.tensor([[11], [7], [9]]))
+    state = model.run(model.embed(x), 1, first - 1, layout=layout).detach() if stored else None
+    batch = Batch(x, y, torch.rand(3, 11) < 0.9, state, layout=layout)
+    went: dict[int, Tensor] = {}
+    step = lambda: trainer.compute_loss(model, x, y, batch.active, state=state, layout=layout, first=first, went=went)  # noqa: E731
+    work = counted(lambda: step().backward())
+    assert list(went) == [exit for exit, share in going_on.items() if share < 1]
+    expected = trainer.step_flops(model, batch, int(batch.scored.sum()), first, went=went)
+    assert work == expected["training"] + expected["trunk"]
+    model.freeze_below(1)
+
+
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("exits", [(), (1,), (1, 3)])
 def test_a_routed_pass_costs_what_torch_counts(
     exits: tuple[int, ...], tiny: Make, even_policy: Callable[..., Policy]

@@ -1,0 +1,22 @@
+"""Progressive stacking: two layers, then four of which the upper two start as copies, all of them learning."""
+
+from ease import StackingConfig
+from ease.runs import DataConfig, RunConfig, ShapeConfig
+
+
+def config() -> RunConfig[StackingConfig]:
+    return RunConfig(
+        name="stacking",
+        model=ShapeConfig(dim=128),
+        data=DataConfig(epoch_batches=200, eval_batches=40),
+        strategy=StackingConfig(
+            layers=(2, 4),
+            lr=3e-3,
+            schedule="cosine",
+            warmup=0.05,
+            patience=None,
+            max_epochs=100_000,
+            max_flops=2e13,
+        ),
+        compare=("continued", "standard"),
+    )
