@@ -18,7 +18,6 @@ from ease import STRATEGIES, runs
 from ease.checkpoint import load_model
 from ease.cli import load_recipe, main, recipes
 
-
 RECIPES = [
     *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
     *("discriminative", "early-exit", "open-growth", "stacking"),
