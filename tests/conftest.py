@@ -7,13 +7,14 @@ import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from data_runs import COMPARE, FLOPS, TINY
+from data_runs import COMPARE, TINY, budget
 from hypothesis import Phase, settings
 
-from ease import Data, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
+from ease import Data, Layout, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
 from ease.cli import main
 from ease.exits import walk
 
@@ -90,18 +91,31 @@ def trained(_trained: StandardTransformer) -> StandardTransformer:
 
 @pytest.fixture(scope="session")
 def even_policy() -> Callable[..., Policy]:
-    """Makes the policy under which equal shares of the tokens leave at each exit and at the end."""
+    """Makes the policy under which equal shares of the tokens leave at each exit and at the end.
 
-    def make(model: StandardTransformer, ids: torch.Tensor, exits: tuple[int, ...], layout: object = None) -> Policy:
+    `options` are the policy's further fields. Patience counts exits, which no threshold can divide evenly.
+    """
+
+    def make(
+        model: StandardTransformer,
+        ids: torch.Tensor,
+        exits: tuple[int, ...],
+        layout: Layout | None = None,
+        **options: Any,
+    ) -> Policy:
         thresholds: tuple[float, ...] = ()
+        places = torch.arange(ids.shape[1]).expand_as(ids) if layout is None else layout.positions
         for i, layer in enumerate(exits):
-            policy = Policy(exits[:i], thresholds)
+            policy = Policy(exits[: i + 1], (*thresholds, 2.0), **options)
             with torch.no_grad():
-                *_, stop = walk(model, ids, policy, layout=layout, last=layer)  # type: ignore[arg-type]
-            confidence = stop.confidence.sort(descending=True).values.tolist()
-            leaving = max(1, round(len(confidence) / (len(exits) + 1 - i)))
-            thresholds += ((confidence[leaving - 1] + confidence[leaving]) / 2,)
-        return Policy(exits, thresholds)
+                stop = next(stop for stop in walk(model, ids, policy, layout=layout) if stop.layer == layer)
+            # A threshold t asks for t + (1 - t) raised: this is the t that a token just meets.
+            raised = policy.limits(0.0, places[stop.asked], torch.float64)
+            leaves_at = ((stop.confidence - raised) / (1 - raised)).masked_fill(raised >= 1, -torch.inf)
+            ordered = leaves_at.sort(descending=True).values.tolist()
+            leaving = max(1, round(len(ordered) / (len(exits) + 1 - i)))
+            thresholds += ((ordered[leaving - 1] + ordered[leaving]) / 2,)
+        return Policy(exits, thresholds, **options)
 
     return make
 
@@ -120,5 +134,6 @@ def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EASE_CACHE", str(out.parent / "cache"))
-        assert main(["run", "demo", "--data", str(text_file), "--out", str(out), *TINY, *FLOPS, *COMPARE]) == 0
+        options = [*TINY, *budget("5e8"), *COMPARE]
+        assert main(["run", "demo", "--data", str(text_file), "--out", str(out), *options]) == 0
     return out

@@ -44,6 +44,23 @@ def curve(phase: str, start: float, losses: list[float]) -> list[dict[str, Any]]
     ]
 
 
+def way(name: str, batch: int, speed: float, ratio: float, layers: float, **extra: Any) -> dict[str, Any]:
+    """A row of figures of one way to decode."""
+    return {
+        "way": name,
+        "batch": batch,
+        "tokens_per_second": speed,
+        "ratio": ratio,
+        "low": 0.95 * ratio,
+        "high": 1.05 * ratio,
+        "same_tokens": 1.0,
+        "layers_per_token": layers,
+        "acceptance": None,
+        "draft_exit": None,
+        **extra,
+    }
+
+
 def synthetic_summary(**changes: Any) -> dict[str, Any]:
     first = curve("phase 1", 0, [5.1, 4.5, 4.15, 3.95])
     spent = {"training": 9.1e12, "mining": 0.0, "trunk": 0.0, "validation": 0.9e12}
@@ -82,6 +99,7 @@ def synthetic_summary(**changes: Any) -> dict[str, Any]:
             "device": "cpu",
             "cpu": "Imaginary 9000",
             "cores": 2,
+            "threads": 1,
             "torch": "2.13.0",
             "python": "3.11.7",
             "platform": "Linux",
@@ -175,6 +193,24 @@ def synthetic_summary(**changes: Any) -> dict[str, Any]:
                 "compute_cost": 1.0,
             },
         ],
+        "generation": {
+            "line": "phase 2",
+            "split": "test",
+            "prompt_tokens": 32,
+            "new_tokens": 33,
+            "rounds": 3,
+            "seconds": 4.2,
+            "rows": [
+                way("full", 1, 500.0, 1.0, 6.0),
+                way("routed, own policy", 1, 605.0, 1.21, 4.5, same_tokens=0.4),
+                way("exact, auto", 1, 500.0, 1.01, 6.0, acceptance=0.97),
+                way("exact, exit 3", 1, 450.0, 0.9, 6.0, acceptance=0.91, draft_exit=3),
+                way("full", 8, 3200.0, 1.0, 6.0),
+                way("routed, own policy", 8, 2400.0, 0.75, 4.6, same_tokens=0.7),
+                way("exact, auto", 8, 3600.0, 1.125, 6.0, acceptance=0.93, draft_exit=3),
+                way("exact, exit 3", 8, 3700.0, 1.16, 6.0, acceptance=0.94, draft_exit=3),
+            ],
+        },
         "reliability": {
             "split": "test",
             "exits": [

@@ -2,5 +2,9 @@
 
 SHORT = ["--data.seq-len", "16", "--data.batch-size", "8", "--data.epoch-batches", "8", "--data.eval-batches", "8"]
 TINY = ["--model.dim", "16", "--model.num-heads", "2", "--data.tokenizer", "byte", *SHORT]
-FLOPS = ["--strategy.phase1-max-flops", "5e8", "--strategy.phase2-max-flops", "5e8"]
 COMPARE = ["--compare", "continued", "standard", "deep-supervision"]
+
+
+def budget(flops: str) -> list[str]:
+    """So many FLOPs for each phase."""
+    return ["--strategy.phase1-max-flops", flops, "--strategy.phase2-max-flops", flops]

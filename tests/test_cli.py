@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_runs import FLOPS, SHORT, TINY
+from data_runs import SHORT, TINY, budget
 from tokenizers import Tokenizer
 
 import ease
@@ -169,7 +169,7 @@ def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: 
 def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     done = subprocess.run(
-        [*command, *TINY, *FLOPS, "--compare", "continued"],
+        [*command, *TINY, *budget("6e7"), "--compare", "continued"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -178,4 +178,6 @@ def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert "phase 1 continued" in done.stdout
+    assert "Speed beside full decoding: with 1 row, routed at " in done.stdout
     assert "epoch" in done.stderr
+    assert "\ndecoding\n" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 from data_report import run_folder, synthetic_explorer, synthetic_summary
 
 from ease.errors import EaseError
-from ease.report import text_table, verdict, write_report
+from ease.report import decoding, decoding_table, text_table, verdict, write_report
 
 # ---------------------------------------------------------------------------------------------------------
 # The verdict
@@ -117,20 +117,20 @@ def test_verdict_without_a_fair_opponent_claims_nothing() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The terminal's table
+# The terminal's tables
 
 
-def printed(summary: dict[str, Any]) -> str:
+def printed(table: object) -> str:
     from rich.console import Console
 
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(text_table(summary))
+        console.print(table)
     return capture.get()
 
 
 def test_text_table_has_one_row_a_line() -> None:
-    text = printed(synthetic_summary())
+    text = printed(text_table(synthetic_summary()))
     row = next(row for row in text.splitlines() if "phase 2" in row)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
         "phase 2",
@@ -148,10 +148,40 @@ def test_text_table_has_one_row_a_line() -> None:
 
 
 def test_text_table_shows_dashes_and_names_as_they_are() -> None:
-    text = printed({"name": "[red]x", "lines": [{"name": "[bold]odd", "test": {"ppl": float("nan")}}]})
+    text = printed(text_table({"name": "[red]x", "lines": [{"name": "[bold]odd", "test": {"ppl": float("nan")}}]}))
     assert "[red]x" in text
     assert "[bold]odd" in text
     assert text.count("–") == 7
+
+
+def test_the_ways_to_decode_stand_side_by_side_and_slower_is_called_slower() -> None:
+    summary = synthetic_summary()
+    text = printed(decoding_table(summary))
+    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in text.splitlines() if "│" in row]
+    assert rows[1] == ["routed, own policy", "1", "605", "1.21", "4.50", "40.0%", "–"]
+    assert [row[0] for row in rows] == [row["way"] for row in summary["generation"]["rows"]]
+    assert "phase 2, 33 new tokens a row" in text
+    assert "median of 3 rounds on Imaginary 9000, 1 thread(s)" in text
+    assert decoding(summary) == (
+        "Speed beside full decoding: with 1 row, routed at 1.21 times (faster) and exact at 1.01 times (even); "
+        "with 8 rows, routed at 0.75 times (slower) and exact at 1.12 times (faster)."
+    )
+
+
+@pytest.mark.parametrize("told", [None, {}, {"rows": None}, {"rows": []}, {"rows": [3]}, 3])
+def test_a_run_that_timed_no_decoding_says_nothing_of_it(told: object) -> None:
+    summary = synthetic_summary(generation=told)
+    assert decoding(summary) is decoding_table(summary) is None
+    del summary["generation"]
+    assert decoding(summary) is decoding_table(summary) is None
+
+
+def test_figures_of_decoding_that_are_missing_are_dashes() -> None:
+    summary = synthetic_summary(generation={"rows": [{"way": "[red]odd"}, {"way": "routed", "ratio": float("nan")}]})
+    text = printed(decoding_table(summary))
+    assert "[red]odd" in text
+    assert text.count("–") == 10
+    assert decoding(summary) is None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -309,11 +339,19 @@ def test_browser_draws_the_page(browser: Any, tmp_path: Path) -> None:
         "Phase 2 beats phase 1 continued overall",
         "in-sample: measured on tokens that training saw",
         "measured on the held-out test split, 48,000 tokens",
+        "Speed beside full decoding: with 1 row, routed at 1.21 times (faster)",
+        "Phase 2 writes 33 tokens after 32 of the held-out test split, greedily",
+        "the median of 3 rounds",
     ):
         assert said in text
     assert "undefined" not in text
     assert "[object" not in text
     assert "NaN" not in text
+    ways = [row.text.split("\n") for row in browser.find_elements("css selector", "#decoding tbody tr")]
+    four = ["full", "routed,", "exact,", "exact,"]
+    assert [row[0].split(" ")[0] for row in ways] == ["One", *four, "8", *four]
+    assert ways[3][1].startswith("went on in full")
+    assert ways[8][1].startswith("drafted at exit 3")
     # Keys choose what a chart and a table show, and walk a chart's points.
     browser.find_element("css selector", "#curves input[value=flops]").send_keys("\ue014")
     settled(browser, "document.querySelector('#curves .plot svg')?.textContent.includes('seconds of training')")
@@ -405,6 +443,7 @@ def test_browser_says_what_a_bare_run_lacks(browser: Any, tmp_path: Path) -> Non
         "This run measured no exit on its own.",
         "no threshold sweep",
         "no reliability",
+        "This run did not time decoding",
         "no explorer.json",
     ):
         assert said in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_runs import SHORT, TINY
+from data_runs import SHORT, TINY, budget
 
 from ease.checkpoint import load_model
 from ease.cli import main
@@ -47,13 +47,25 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
 
 def test_every_line_to_compare_with_may_be_asked_for_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    limits = ["--strategy.phase1-max-flops", "6e7", "--strategy.phase2-max-flops", "6e7"]
-    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *limits]
+    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *budget("6e7")]
     assert main([*args, "--compare", "full-depth", "continued"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [line["name"] for line in summary["lines"]] == [
         *("phase 1", "phase 2", "phase 2, no routing", "phase 1 continued")
     ]
+
+
+def test_a_run_without_exits_times_no_decoding(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    limits = ["--strategy.num-layers", "2", "--strategy.max-flops", "6e7", "--strategy.max-epochs", "1"]
+    assert main(["run", "standard", "--data", str(text_file), "--out", str(out), *TINY, *limits]) == 0
+    shown = capsys.readouterr()
+    assert "decoding" not in shown.out + shown.err
+    assert json.loads((out / "summary.json").read_text())["generation"] is None
+    assert '"generation":null' in (out / "report.html").read_text()
 
 
 def test_metrics_are_a_line_per_epoch(made: Path) -> None:
@@ -99,6 +111,26 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
     assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
     assert summary["hard"]["fixed_by"] == "phase 1's final model"
     assert 0.3 < summary["hard"]["test_ratio"] < 0.7
+
+
+def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """Open growth finds its threshold when all is trained, and it sends on the share asked for."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e8", "--compare", "full-depth"]
+    assert main(["run", "open-growth", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *plan]) == 0
+    lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 2, no routing"]
+    assert lines[1]["val"]["exit_shares"]["4"] == pytest.approx(0.3, abs=0.01)
+    assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
+
+
+def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    for name, lines in (("discriminative", {"discriminative", "standard, 4 layers"}), ("standard", {"training"})):
+        args = ["run", name, "--data", str(text_file), "--out", str(tmp_path / name), *TINY, "--compare", "standard"]
+        assert main([*args, "--strategy.max-flops", "3e7"]) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert {line["name"] for line in summary["lines"]} == lines
 
 
 def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

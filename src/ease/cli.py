@@ -101,7 +101,7 @@ def run(args: list[str]) -> None:
     from rich.console import Console
 
     from ease import runs
-    from ease.report import text_table, verdict
+    from ease.report import decoding, decoding_table, text_table, verdict
 
     recipe = load_recipe(args[0]).config()
     kind: Any = runs.RunConfig[type(recipe.strategy)]  # type: ignore[misc]  # options are those of its strategy
@@ -127,6 +127,9 @@ def run(args: list[str]) -> None:
     shown.print(text_table(summary))
     judged = verdict(summary)
     shown.print(f"{judged.headline}\n{judged.detail}", markup=False)
+    if ways := decoding_table(summary):
+        shown.print(ways)
+        shown.print(decoding(summary), markup=False)
     if summary["note"]:
         shown.print(summary["note"], markup=False)
     shown.print(f"The report: {out / 'report.html'}", markup=False, soft_wrap=True)

@@ -1,11 +1,13 @@
-"""What a run measures: its lines on validation and test, the hard set, the sweep, reliability, the explorer.
+"""What a run measures: its lines on validation and test, the hard set, the sweep, reliability, decoding, the explorer.
 
 Nothing is trained here, and nothing is chosen on the test split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -17,9 +19,11 @@ from ease.evaluation import Scores, perplexity, score
 from ease.exits import Policy, route
 from ease.mining import Quantile
 from ease.models import StandardTransformer
+from ease.speed import side_by_side, ways
 from ease.trainer import History, Phase, Watch
 
 SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
+BATCH, NEW_TOKENS, ROUNDS = 8, 64, 3  # rows that are decoded together beside one alone, tokens a row, rounds of timing
 EXPLORER_TOKENS = 384
 MATCH = 3  # likeliest tokens that the explorer shows
 
@@ -167,6 +171,35 @@ def matched(model: StandardTransformer, val: TokenBatches, exits: tuple[int, ...
         share = going * len(so_far.exits) / max(1, len(arrived))
         thresholds = (*thresholds, max(1e-9, sending(arrived, min(1.0, share))))
     return thresholds
+
+
+def decoding(line: Line, test: TokenBatches, watch: Callable[[str], Watch]) -> dict[str, Any] | None:
+    """The ways to decode side by side on this machine, greedy, from the first halves of held-out sequences.
+
+    None where the line has no exits to leave or to draft at, or writes no text.
+    """
+    if not line.policy.exits or line.model.config.num_labels is not None:
+        return None
+    model, watching = copy.copy(line.model), watch("decoding")  # the same weights, with the line's policy as its own
+    model.exit_layer, model.routing_threshold = line.policy.exits, line.policy.thresholds
+    model.policy_options = line.policy.options
+    half = (test.seq_len + 1) // 2
+    steps = min(NEW_TOKENS, test.seq_len + 1 - half)  # the last token is not read, so no position lies beyond seq_len
+    prompts = test.windows[:BATCH, :half].long()
+    batches = sorted({1, len(prompts)})
+    rows, start = [], time.perf_counter()
+    for at, batch in enumerate(batches):
+        told = lambda done, at=at: watching.step((at + done) / len(batches))  # noqa: E731
+        rows += side_by_side(ways(model, prompts[:batch], steps), ROUNDS, told)
+    return {
+        "line": line.name,
+        "split": "test",
+        "prompt_tokens": half,
+        "new_tokens": steps,
+        "rounds": ROUNDS,
+        "seconds": time.perf_counter() - start,
+        "rows": rows,
+    }
 
 
 @torch.no_grad()

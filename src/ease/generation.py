@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -180,10 +181,11 @@ class Request:
         tokens[answers], _ = self.draw(logits[answers], seen)
         self.take(tokens[:, None], exits[:, None], confidences[:, None], answers.long())
 
-    def draft_and_check(self, exit: int, length: int, patience: float) -> tuple[int, int]:
+    def draft_and_check(self, exit: int, length: int, patience: float) -> tuple[int, int, int]:
         """One round of exact decoding: up to `length` tokens drafted at `exit`, then checked by the layers above.
 
-        A row stops drafting after a token less confident than `patience`. Returns tokens drafted and accepted.
+        A row stops drafting after a token less confident than `patience`. Returns tokens drafted and accepted, and rows
+        of which one was refused.
         """
         model, start = self.model, self.cache.length
         B, last, drafting, tokens = len(start), model.num_layers, self.running.clone(), self.current
@@ -223,7 +225,7 @@ class Request:
         counts = torch.minimum(leading + 1, mine.sum(1))
         self.cache.cut(start + counts.cpu().numpy())
         self.take(answer, torch.full_like(answer, exit), torch.stack(sure, 1), counts)
-        return int(mine.sum()), int(leading.sum())
+        return int(mine.sum()), int(leading.sum()), int((leading < mine.sum(1)).sum())
 
     def _seen_on_the_way(self, offered: Tensor, mine: Tensor) -> Tensor | None:
         """(M, V) for each drafted token, the tokens seen before it."""
@@ -288,7 +290,8 @@ def generate(
         ids: (B, T) prompts.
         mode: "full", "routed" by the model's own policy, or "exact".
         attention_mask: (B, T), true (or 1) for real tokens, on either side of the padding.
-        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`.
+        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with "auto" the number of
+            draws depends on the clock, so that there a seed does not repeat a sample: name the exit.
         stop: ids that end a row; they belong to the answer.
         stream: called with each `Token` as it is decided.
         draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
@@ -322,7 +325,7 @@ def generate(
     if draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
         raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
     longest, most = int(real.sum(1).max()), model.config.max_positions
-    if most is not None and longest + max_new_tokens > most:
+    if most is not None and longest + max_new_tokens - 1 > most:  # the last token is not read
         raise EaseError(
             f"{longest} tokens of a prompt and {max_new_tokens} new ones are more than the {most} positions of the "
             "model: shorten the prompt, or ask for fewer"
@@ -393,26 +396,50 @@ class Drafts:
     accepted: int = 0
 
 
+class Drafter:
+    """Rounds of drafting at one exit, each as long as pays by what was accepted so far.
+
+    If a draft is accepted with probability p, then a round of K gives (1 - p^K) / (1 - p) tokens and takes K times the
+    layers up to the exit and once those above. p is estimated from the last rounds, older ones counting less.
+    """
+
+    def __init__(self, request: Request, counts: Drafts, exit: int, patience: float) -> None:
+        self.request, self.counts, self.exit, self.patience = request, counts, exit, patience
+        self.kept, self.asked = 3.0, 4.0  # before anything is known
+
+    @property
+    def length(self) -> int:
+        p, above = min(0.999, self.kept / self.asked), self.request.model.num_layers - self.exit
+        pays = {k: (1 - p**k) / (1 - p) / (k * self.exit + above) for k in range(1, LONGEST_DRAFT + 1)}
+        return max(pays, key=lambda k: pays[k])
+
+    def round(self) -> None:
+        drafted, accepted, refused = self.request.draft_and_check(self.exit, self.length, self.patience)
+        self.counts.drafted, self.counts.accepted = self.counts.drafted + drafted, self.counts.accepted + accepted
+        # What comes after a refused draft was never asked, and a few rounds of a batch weigh as many of one row.
+        self.kept, self.asked = 0.8 * self.kept + accepted, 0.8 * self.asked + accepted + refused
+
+
 def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) -> Drafts:
     """Drafts and checks until every row is done, or until full decoding is faster."""
-    counts = Drafts()
+    counts, last = Drafts(), request.model.num_layers
     if draft_exit != "auto":
-        counts.exit, length = draft_exit, 4
+        drafter, counts.exit = Drafter(request, counts, draft_exit, patience), draft_exit
         while bool(request.running.any()):
-            length = _round(request, counts, draft_exit, length, patience)
+            drafter.round()
         return counts
 
-    last = request.model.num_layers
-    exits = [e for e in sorted(request.model.trained_exits) if e < last]
+    exits = Policy.own(request.model).exits or tuple(sorted(e for e in request.model.trained_exits if e < last))
     full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
     allowance, pace = PROBE_SHARE * full * request.limit, {}
-    for exit in exits:
-        before, spent, length = _count(request), 0.0, 4
+    drafters = {exit: Drafter(request, counts, exit, patience) for exit in exits}
+    for exit, drafter in drafters.items():
+        before, spent, made = _count(request), 0.0, 0.0
         for _ in range(3):
             if not bool(request.running.any()):
                 return counts
             at = time.perf_counter()
-            length = _round(request, counts, exit, length, patience)
+            drafter.round()
             spent += time.perf_counter() - at
             made = _count(request) - before
             if spent - full * made > allowance:  # what this exit has cost beyond full decoding
@@ -424,23 +451,15 @@ def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) 
     best = min(pace, key=lambda e: pace[e], default=None)
     if best is None or pace[best] >= full:
         return counts
-    counts.exit, length = best, 4
+    counts.exit = best
     before, at = _count(request), time.perf_counter()
     while bool(request.running.any()):
-        length = _round(request, counts, best, length, patience)
+        drafters[best].round()
         spent, made = time.perf_counter() - at, _count(request) - before
         if spent - full * made > PROBE_SHARE * full * request.limit:  # the text has become harder to draft
             counts.exit = None
             break
     return counts
-
-
-def _round(request: Request, counts: Drafts, exit: int, length: int, patience: float) -> int:
-    """One round; the draft length to go on with: longer while all is accepted, about what is accepted otherwise."""
-    rows = max(1, int(request.running.sum()))
-    drafted, accepted = request.draft_and_check(exit, length, patience)
-    counts.drafted, counts.accepted = counts.drafted + drafted, counts.accepted + accepted
-    return min(LONGEST_DRAFT, length + 1) if accepted == drafted else max(1, round(accepted / rows) + 1)
 
 
 def _count(request: Request) -> float:
@@ -449,14 +468,14 @@ def _count(request: Request) -> float:
 
 
 def _pace(request: Request, step: Callable[[], object], steps: int) -> float:
-    """Seconds per step, the fastest of a few."""
+    """Seconds per step, the middle one of a few."""
     seconds = []
     for _ in range(steps):
         if bool(request.running.any()):
             at = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - at)
-    return min(seconds, default=0.0)
+    return statistics.median(seconds) if seconds else 0.0
 
 
 def finish(request: Request, mode: str, start: float, begun: float, drafted: Drafts) -> Generation:

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 # Perplexities closer than this (relative) are called even: a single seed cannot order them.
 EVEN = 0.01
+# Speeds closer than this (relative) are called even: rounds of one measurement lie that far apart.
+EVEN_SPEED = 0.03
 # What follows the name of a line where the same model is scored without routing.
 UNROUTED = ", no routing"
 # Training FLOPs closer than this (relative) are called equal: a budget ends on a whole step.
 EQUAL_FLOPS = 0.02
 
 # The page's script, in the order its parts build on each other.
-SCRIPTS = ("ui.js", "charts.js", "sections.js", "explorer.js", "page.js")
+SCRIPTS = ("ui.js", "charts.js", "sections.js", "decoding.js", "explorer.js", "page.js")
 
 SPLITS = {"test": "held-out test tokens", "val": "validation tokens (choices were made on them)"}
 
@@ -222,6 +224,62 @@ def text_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def decoding_table(summary: dict[str, Any]) -> Table | None:
+    """The ways to decode, side by side, as a table for the terminal; None where they were not measured.
+
+    Args:
+        summary: what a run's `summary.json` holds.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = _ways(summary)
+    if not rows:
+        return None
+    told, about = summary["generation"], summary.get("machine") or {}
+    where = f"median of {told.get('rounds')} rounds on {about.get('cpu')}, {about.get('threads')} thread(s)"
+    table = Table(title=escape(f"{told.get('line')}, {told.get('new_tokens')} new tokens a row"), caption=escape(where))
+    table.add_column("way")
+    for column in ("rows", "tokens/s", "times full", "layers/token", "same tokens", "drafts accepted"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        speed, ratio, layers = (_number(row, key) for key in ("tokens_per_second", "ratio", "layers_per_token"))
+        table.add_row(
+            escape(str(row.get("way"))),
+            str(row.get("batch")),
+            "–" if speed is None else f"{speed:.0f}",
+            "–" if ratio is None else f"{ratio:.2f}",
+            "–" if layers is None else f"{layers:.2f}",
+            _share(_number(row, "same_tokens")),
+            _share(_number(row, "acceptance")),
+        )
+    return table
+
+
+def decoding(summary: dict[str, Any]) -> str | None:
+    """How routed and exact decoding compare with full, in words; None where they were not measured.
+
+    Args:
+        summary: what a run's `summary.json` holds.
+    """
+    said: dict[Any, list[str]] = {}
+    for row in _ways(summary):
+        way, ratio = str(row.get("way")).split(",")[0], _number(row, "ratio")
+        # Exact decoding stands for itself as it comes: with the draft exit that it finds on the way.
+        if ratio is None or way == "full" or (way == "exact" and row.get("way") != "exact, auto"):
+            continue
+        mark = "even" if abs(ratio - 1) < EVEN_SPEED else "faster" if ratio > 1 else "slower"
+        said.setdefault(row.get("batch"), []).append(f"{way} at {ratio:.2f} times ({mark})")
+    each = [f"with {n} row{'' if n == 1 else 's'}, {' and '.join(parts)}" for n, parts in said.items()]
+    return f"Speed beside full decoding: {'; '.join(each)}." if each else None
+
+
+def _ways(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    told = summary.get("generation")
+    rows = told.get("rows") if isinstance(told, dict) else None
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
 def _leaving_early(line: dict[str, Any], split: str) -> float | None:
     """The share of tokens that leave before the line's last layer."""
     shares, layers = (line.get(split) or {}).get("exit_shares"), _number(line, "num_layers")
@@ -312,8 +370,8 @@ def _load(folder: Path) -> dict[str, Any]:
     if not sound or not lines:
         raise EaseError(f"{folder / 'summary.json'} is damaged (its lines cannot be read): run it again.")
     explorer = _read(folder / "explorer.json")
-    judged = asdict(verdict(summary))
-    return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, "verdict": judged}
+    told = {"verdict": asdict(verdict(summary)), "decoding": decoding(summary)}
+    return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, **told}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer
 from ease.errors import EaseError
 from ease.evaluation import score
 from ease.exits import Policy
-from ease.figures import Line, explorer, figures, matched
+from ease.figures import Line, decoding, explorer, figures, matched
 from ease.flops import head_flops, layer_flops
 from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
@@ -286,6 +286,7 @@ def run(
         val, test = shop.batches("val"), shop.batches("test")
         mined = getattr(strategy, "mined", [])
         summary |= figures(lines, base, final, val, test, mined, shop.in_sample, shop.watch("scoring"))
+        summary["generation"] = decoding(final, test, watch)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}

@@ -29,6 +29,7 @@ const SECTIONS = [
   ["curves", "Phases and their curves", curvesSection],
   ["exits", "What each exit is worth", exitsSection],
   ["compute", "Quality against compute", computeSection],
+  ["decoding", "Three ways to decode", decodingSection],
   ["reliability", "Can confidence be trusted?", reliabilitySection],
   ["explorer", "Exit explorer", explorerSection],
   ["made", "How it was made", madeSection],

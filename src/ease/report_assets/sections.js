@@ -1,4 +1,4 @@
-// What the page says about a run {label, folder, summary, explorer, verdict}. Each section is a function of
+// What the page says about a run {label, folder, summary, explorer, verdict, decoding}. Each section is a function of
 // a run that returns nodes, or says in one sentence what the run does not hold.
 
 const SPLITS = { test: "held-out test split", val: "validation split (choices were made on it)" };
@@ -394,7 +394,7 @@ function computeSection(run) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 6. Reliability
+// 7. Reliability (6, the ways to decode, has its own file)
 
 function reliabilitySection(run) {
   const { reliability } = run.summary;
@@ -443,7 +443,7 @@ function reliabilitySection(run) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 8. How it was made (7, the exit explorer, has its own file)
+// 9. How it was made (8, the exit explorer, has its own file too)
 
 function say(value) {
   if (value === null || value === undefined || value === "") return "–";

@@ -1,0 +1,238 @@
+"""Promise 2: exact decoding gives the tokens of full greedy decoding for every row, and with sampling the distribution.
+
+The reference knows neither cache nor drafts: it reads whole texts at full depth, and a text is what greedy decoding
+gives if each of its tokens is the likeliest after those before it. Everything is float64, and at every exit between 10
+and 90% of the drafts are kept.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ease import Generation, Layout, StandardTransformer, generate
+
+Make = Callable[..., StandardTransformer]
+LAYERS, VOCAB = 4, 256
+
+
+@pytest.fixture
+def restless_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that runs fast and slow by turns, so that "auto" takes every turn it has, on any machine."""
+    ticks = (3 * (torch.arange(200_000) / 9).sin()).exp().cumsum(0, dtype=torch.float64).tolist()
+    monkeypatch.setattr("ease.generation.time", SimpleNamespace(perf_counter=iter(ticks).__next__))
+
+
+def prompts(vocab: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Random prompts of 1 to `width` tokens, padded on either side, and their mask."""
+    lengths, left, place = torch.randint(1, width + 1, (rows, 1)), torch.rand(rows, 1) < 0.5, torch.arange(width)
+    return torch.randint(vocab, (rows, width)), torch.where(left, place >= width - lengths, place < lengths)
+
+
+def answers(found: Generation) -> list[list[int]]:
+    """The tokens up to each row's stop."""
+    return [row[: int(exits.gt(0).sum())] for row, exits in zip(found.tokens.tolist(), found.exits)]
+
+
+# Greedy
+
+
+@torch.no_grad()
+def greedy(
+    model: StandardTransformer, asked: list[list[int]], answered: list[list[int]], penalty: float
+) -> list[list[int]]:
+    """The likeliest token in each place of the answers, given the tokens before it."""
+    texts = [prompt + answer for prompt, answer in zip(asked, answered)]
+    T = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (T - len(text)) for text in texts])
+    mask = torch.tensor([[True] * len(text) + [False] * (T - len(text)) for text in texts])
+    logits = model.logits(model.run(model.embed(ids), 1, LAYERS, layout=Layout.from_attention_mask(mask)), LAYERS)
+    seen = torch.nn.functional.one_hot(ids, VOCAB).cumsum(1) > 0
+    logits = logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
+    best = logits.argmax(-1).tolist()
+    return [row[len(prompt) - 1 : len(text) - 1] for row, prompt, text in zip(best, asked, texts)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "draft_exit"), [("full", "auto"), ("exact", 1), ("exact", 2), ("exact", 3), ("exact", "auto")]
+)
+def test_every_token_is_the_one_of_full_greedy_decoding(
+    mode: Any, draft_exit: Any, tiny: Make, restless_clock: None
+) -> None:
+    counts, chosen = Counter[str](), set[int | None]()
+
+    @settings(max_examples=20)
+    @given(
+        seed=st.integers(0, 99),
+        rows=st.sampled_from((64, 1, 64, 48)),
+        width=st.integers(1, 9),
+        steps=st.integers(1, 24),
+        patience=st.sampled_from((0.0, 0.3, 0.6, 1.1)),
+        penalty=st.sampled_from((1.0, 1.3, 0.8)),
+        stops=st.integers(0, 20),
+    )
+    def check(seed: int, rows: int, width: int, steps: int, patience: float, penalty: float, stops: int) -> None:
+        model = tiny(LAYERS, seed=seed, sharp=True, num_kv_heads=2).double()
+        model.trained_exits = {1, 2, 3}
+        (ids, mask), stop = prompts(VOCAB, rows, width), set(range(stops))
+        found = generate(
+            model,
+            ids,
+            steps,
+            mode,
+            attention_mask=mask,
+            repetition_penalty=penalty,
+            stop=tuple(stop),
+            draft_exit=draft_exit,
+            draft_confidence=patience,
+        )
+        answered = answers(found)
+        assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, penalty)
+        for answer in answered:
+            assert len(answer) == steps or answer[-1] in stop
+            assert not stop.intersection(answer[:-1])
+            counts["stopped"] += answer[-1] in stop
+        counts["prompts"] += rows
+        for key in ("drafted", "accepted"):
+            counts[key] += found.stats.get(key, 0)
+        chosen.add(found.stats.get("draft_exit"))
+
+    check()
+    assert counts["prompts"] > 400
+    assert counts["stopped"] > 50
+    if mode == "exact":
+        assert 0.1 <= counts["accepted"] / counts["drafted"] <= 0.9
+        assert draft_exit != "auto" or len(chosen) > 1, f"auto always chose {chosen}"
+
+
+def test_drafts_that_are_all_kept_grow_and_change_nothing(tiny: Make) -> None:
+    """New layers start as the identity, so the old last exit drafts what the new one says."""
+    model = tiny(2, sharp=True).double().grow(LAYERS).eval()
+    ids, mask = prompts(VOCAB, 16, 9)
+    found = generate(model, ids, 100, "exact", attention_mask=mask, draft_exit=2, draft_confidence=0.0)
+    answered = answers(found)
+    assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, 1.0)
+    assert found.stats["acceptance"] == 1
+    assert set(map(len, answered)) == {100}
+
+
+# Sampling
+
+
+FEW = 5  # tokens in the vocabulary, so that every answer comes often enough to be counted
+LENGTH, ROWS = 3, 2000
+PROMPTS = ([1, 4, 2], [3])
+DRAWS: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.6},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 1.2, "repetition_penalty": 1.8},
+    {"temperature": 1.3, "top_k": 4, "top_p": 0.9, "repetition_penalty": 0.7, "stop": 2},
+]
+
+
+def chances(
+    logits: list[float],
+    text: list[int],
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+) -> dict[int, float]:
+    """The tokens that may follow a text, and how likely each is."""
+    for token in set(text):
+        logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
+    weights = sorted(((math.exp(logit / temperature), token) for token, logit in enumerate(logits)), reverse=True)
+    total, before, kept = sum(weight for weight, _ in weights[:top_k]), 0.0, {}
+    for weight, token in weights[:top_k]:
+        if before < top_p * total:
+            kept[token] = weight
+        before += weight
+    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
+
+
+@torch.no_grad()
+def distribution(
+    model: StandardTransformer, prompt: list[int], stop: int = -1, **options: Any
+) -> dict[tuple[int, ...], float]:
+    """How likely each answer is, one that ends at `stop` or has its full length."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(LENGTH):
+        longer = {}
+        for answer, chance in found.items():
+            if answer[-1:] == (stop,):
+                longer[answer] = chance
+                continue
+            text = [*prompt, *answer]
+            for token, share in chances(model(torch.tensor([text]))[0, -1].tolist(), text, **options).items():
+                longer[*answer, token] = chance * share
+        found = longer
+    return found
+
+
+def p_value(tables: list[tuple[Counter[tuple[int, ...]], dict[tuple[int, ...], float]]]) -> float:
+    """How likely counts at least as far off are if these are the chances (Pearson's chi-squared test)."""
+    statistic, freedom = 0.0, 0
+    for counted, expected in tables:
+        if not counted.keys() <= expected.keys():
+            return 0.0
+        groups, count, mean = 0, 0, 0.0
+        for answer, chance in sorted(expected.items(), key=lambda item: item[1]):
+            count, mean = count + counted[answer], mean + chance * counted.total()
+            if mean >= 5:  # rare answers are counted together
+                statistic, groups = statistic + (count - mean) ** 2 / mean, groups + 1
+                count, mean = 0, 0.0
+        freedom += groups - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)).item()
+
+
+def drawn(model: StandardTransformer, mode: Any, options: dict[str, Any], **drafting: Any) -> tuple[float, Any]:
+    """The p value of answers to prompts of different lengths, by turns in one batch; the share of drafts kept."""
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS]).repeat(ROWS // len(PROMPTS), 1)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    found = generate(
+        model, ids, LENGTH, mode, attention_mask=mask.repeat(ROWS // len(PROMPTS), 1), seed=1, **options, **drafting
+    )
+    answered = list(map(tuple, answers(found)))
+    tables = [
+        (Counter(answered[i :: len(PROMPTS)]), distribution(model, prompt, **options))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    return p_value(tables), found.stats.get("acceptance")
+
+
+@pytest.fixture
+def few(tiny: Make) -> StandardTransformer:
+    return tiny(LAYERS, vocab_size=FEW, sharp=True).double()
+
+
+@pytest.mark.parametrize("options", DRAWS, ids=lambda options: " ".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    ("mode", "draft_exit", "patience"), [("full", "auto", 0.0), ("exact", 1, 0.0), ("exact", 2, 0.4)]
+)
+def test_answers_are_as_frequent_as_full_decoding_makes_them(
+    mode: Any, draft_exit: Any, patience: float, options: dict[str, Any], few: StandardTransformer
+) -> None:
+    p, kept = drawn(few, mode, options, draft_exit=draft_exit, draft_confidence=patience)
+    assert p > 1e-4
+    assert mode == "full" or 0.1 <= kept <= 0.9
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.8, 1.25], ids=["keeps every draft", "keeps too many", "keeps too few"])
+def test_the_statistic_sees_drafts_that_are_kept_too_often_or_too_rarely(
+    wrong: float, few: StandardTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft is kept where a number in [0, 1) is small enough; numbers that are too small or too large are noticed."""
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: wrong * rand(*shape, **options))
+    p, _ = drawn(few, "exact", DRAWS[0], draft_exit=1, draft_confidence=0.0)
+    assert p < 1e-9

@@ -1,0 +1,71 @@
+"""The ways to decode, side by side: what is called how often, and that a row's figures are those of its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ease import Generation, Policy, StandardTransformer, generate
+from ease.speed import Call, side_by_side, ways
+
+Make = Callable[..., StandardTransformer]
+
+
+def test_calls_take_turns_and_the_first_of_each_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, done, now = [], [], [0.0]
+    monkeypatch.setattr("ease.speed.time.perf_counter", lambda: now[0])
+
+    def call(name: str, seconds: list[float], tokens: list[int]) -> Call:
+        def answer() -> Tensor:
+            now[0] += seconds[calls.count(name)]
+            calls.append(name)
+            return torch.tensor([tokens])
+
+        return answer
+
+    given = {
+        "a": call("a", [99.0, 2.0, 3.0, 8.0], [1, 2, 3, 4]),
+        "b": call("b", [99.0, 1.0, 2.0, 2.0], [1, 2, 4, 3]),
+        "c": call("c", [99.0, 4.0, 4.0, 8.0], [1, 2, 3, 4]),
+    }
+    rows = side_by_side(given, 3, done.append)
+    assert "".join(calls) == "abccbaabccba"
+    assert done == pytest.approx([k / 12 for k in range(1, 13)])
+    assert [row["way"] for row in rows] == ["a", "b", "c"]
+    assert [row["same_tokens"] for row in rows] == [1.0, 0.5, 1.0]
+    assert [row["tokens_per_second"] for row in rows] == [4 / 3, 4 / 2, 4 / 4]
+    # Of each round, the first's time over the other's; then their median and range.
+    assert [(row["low"], row["ratio"], row["high"]) for row in rows] == [(1, 1, 1), (1.5, 2, 4), (0.5, 0.75, 1)]
+    assert all(row["batch"] == 1 and row["layers_per_token"] is None for row in rows)
+
+
+def test_the_figures_are_those_of_real_decoding(tiny: Make, even_policy: Callable[..., Policy]) -> None:
+    model, ids = tiny(2, sharp=True).double(), torch.randint(256, (3, 12))
+    policy = even_policy(model, ids, (1,))
+    model.exit_layer, model.routing_threshold = policy.exits, policy.thresholds
+    before = torch.get_rng_state()
+    rows = {row["way"]: row for row in side_by_side(ways(model, ids, 20), 1)}
+    assert torch.equal(torch.get_rng_state(), before), "greedy decoding draws nothing"
+    assert list(rows) == ["full", "routed, own policy", "exact, auto", "exact, exit 1"]
+    full, routed = generate(model, ids, 20), generate(model, ids, 20, "routed")
+    drafted = generate(model, ids, 20, "exact", draft_exit=1)
+    assert rows["routed, own policy"]["layers_per_token"] == routed.stats["layers_per_token"] < 2
+    assert rows["routed, own policy"]["same_tokens"] == pytest.approx((routed.tokens == full.tokens).double().mean())
+    assert 0 < rows["routed, own policy"]["same_tokens"] < 1, "a policy under which nothing changes shows little"
+    assert rows["exact, exit 1"]["acceptance"] == drafted.stats["acceptance"] > 0
+    assert rows["exact, exit 1"]["same_tokens"] == rows["exact, auto"]["same_tokens"] == 1.0
+    assert rows["full"]["layers_per_token"] == 2
+    assert {row["batch"] for row in rows.values()} == {3}
+
+
+def test_without_a_policy_the_trained_exits_draft_and_nothing_is_routed(tiny: Make) -> None:
+    model = tiny(3)
+    model.trained_exits = {1, 2, 3}
+    calls = ways(model, torch.ones(2, 4, dtype=torch.long), 3)
+    assert list(calls) == ["full", "exact, auto", "exact, exit 1", "exact, exit 2"]
+    answer = calls["exact, exit 2"]()
+    assert isinstance(answer, Generation)
+    assert answer.stats["draft_exit"] == 2
