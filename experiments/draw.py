@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.analysis import Fronts, Place
 from experiments.statistics import Fit, Interval
-from experiments.tables import Fronts, Place, percent
+from experiments.tables import percent
 
 # Okabe and Ito's colours, told apart by most eyes and, with the marks, in print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -49,6 +50,12 @@ def front(data: dict[str, Any], stem: Path) -> None:
             curve(ax, plain, cost, color="black", marker="x", linestyle="none", label="_", bars=True)
             curve(ax, fronts.corners, cost, color="black", marker="x", label="plain models", linewidth=1.8)
             ax.set_xlabel(label)
+        # All means are in the picture; an interval may leave it, so that it does not hide the differences.
+        means = [
+            math.exp(place.mean("loss")) for name in (*order, *fronts.data["plain"]) for place in fronts.front(name)
+        ]
+        margin = 0.1 * (max(means) - min(means)) or 1.0
+        axes[0][0].set_ylim(min(means) - margin, max(means) + margin)
         axes[0][0].set_ylabel("test perplexity")
         if order[len(COLOURS) :]:
             axes[0][0].plot([], [], color="0.75", marker=".", label="other strategies")
@@ -85,7 +92,10 @@ def scales(gaps: dict[str, list[tuple[float, Interval]]], fits: dict[str, Fit], 
             ax.errorbar(x, y, (low, high), color=colour, marker=mark, linestyle="none", capsize=1.5, label=name)
             if name in fits:
                 ax.plot(x, [percent(fits[name].at(math.log10(flops)).mean) for flops in x], color=colour)
+        budgets = sorted({flops for seen in gaps.values() for flops, _ in seen})
         ax.set_xscale("log")
+        ax.set_xticks(budgets, [f"{flops:.1e}" for flops in budgets])
+        ax.set_xticks([], minor=True)
         ax.set_xlabel("training FLOPs of a line")
         ax.set_ylabel("perplexity against plain models, %")
         figure.legend(loc="outside lower center", ncols=3)

@@ -42,6 +42,12 @@ class Report:
     """Lines that every other one is compared with."""
     explained: str | None = None
     """The line of which it is told which tokens gained."""
+    original: str | None = None
+    """The line that others are variants of."""
+    both: tuple[str, ...] = ()
+    """Lines that are shown on validation tokens as well."""
+    leaky: str | None = None
+    """That one of them which was trained on validation tokens, and stands in no other table."""
     command: str = ""
     """What made it."""
 
@@ -85,8 +91,8 @@ def measure(
             entries.append(entry)
             new = [p for p in entry["points"] if (row["key"], Candidate.of(p)) not in scored]
             base = done[report.base, row["seed"]]
-            explain = name == report.explained
-            waiting.append((entry, new, pool.submit(score_test, row, new, base, explain) if new else None))
+            future = pool.submit(score_test, plan.closed, row, new, base, report) if new else None
+            waiting.append((entry, new, future))
     for entry, new, future in waiting:
         if future is not None:
             for point, found in zip(new, future.result(), strict=True):
@@ -104,8 +110,12 @@ def measure(
         "timed": {"seed": seeds[0], "rounds": TIMED[0], "batches": TIMED[1]},
         "base": report.base,
         "plain": [name for name in report.plain if name in finished],
+        "unfinished": [name for name in finished if plan.lines[name].share < 1],
         "beside": [name for name in report.beside if name in finished],
         "explained": report.explained if report.explained in finished else None,
+        "original": report.original if report.original in finished else None,
+        "both": [name for name in report.both if name in finished],
+        "leaky": report.leaky,
         "missing": plan.missing(seeds),
         "entries": entries,
     }
@@ -120,7 +130,7 @@ def scored_before(path: Path) -> dict[tuple[str, Candidate], Point]:
     if not path.exists():
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    kept = ("test", "groups", "microseconds")
+    kept = ("test", "groups", "val", "microseconds")
     return {
         (entry["key"], Candidate.of(point)): {name: point[name] for name in kept if name in point}
         for entry in entries
@@ -129,24 +139,28 @@ def scored_before(path: Path) -> dict[tuple[str, Candidate], Point]:
 
 
 @lru_cache(4)
-def before(key: str) -> tuple[ease.Scores, float]:
-    """Phase 1's scores on the test split, and the confidence below which a token is hard."""
-    plan = lines.PLAN[0]
-    model, quantile = plan.model(plan.rows()[key]), Quantile()
-    quantile.add(ease.score(model, plan.lab.val).confidences)
-    return ease.score(model, plan.lab.test), quantile(HARD_SET)
+def before(folder: Path, key: str) -> tuple[dict[str, ease.Scores], float]:
+    """Phase 1's scores on validation and test, and the confidence below which a token is hard."""
+    plan, quantile = lines.OPEN[folder], Quantile()
+    model = plan.model(plan.rows()[key])
+    scores = {split: ease.score(model, getattr(plan.lab, split)) for split in ("val", "test")}
+    quantile.add(scores["val"].confidences)
+    return scores, quantile(HARD_SET)
 
 
-def score_test(row: Row, points: Iterable[Point], base: Row, explain: bool) -> list[dict[str, Any]]:
+def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report: Report) -> list[dict[str, Any]]:
     """A worker's part: what a line's candidates do on the test split."""
-    plan = lines.PLAN[0]
-    model, (first, threshold) = plan.model(row), before(base["key"])
-    hard, found = first.confidences < threshold, []
+    plan = lines.opened(plan)
+    model, (first, threshold) = plan.model(row), before(plan.folder, base["key"])
+    hard, found = {split: scores.confidences < threshold for split, scores in first.items()}, []
     for point in points:
         scores = ease.score(model, plan.lab.test, policy(point))
-        found.append({"test": figures(scores, plan.lab.depth, hard)})
-        if explain:
-            found[-1]["groups"] = tokens.groups(plan.lab, first, scores, hard)
+        found.append({"test": figures(scores, plan.lab.depth, hard["test"])})
+        if row["line"] == report.explained:
+            found[-1]["groups"] = tokens.groups(plan.lab, first["test"], scores, hard["test"])
+        if row["line"] in report.both:
+            seen = ease.score(model, plan.lab.val, policy(point))
+            found[-1]["val"] = figures(seen, plan.lab.depth, hard["val"])
     return found
 
 

@@ -16,13 +16,11 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +66,6 @@ class Lab:
     """Batches of validation and of test that are scored (all by default)."""
     mine_epochs: int = 1
     """Epochs of batches that a phase on hard tokens mines."""
-    thresholds: tuple[float, ...] = ()
-    """Fixed thresholds that are measured beside quantiles."""
     pieces: tuple[str, ...] = field(default=(), repr=False)
     """The text of every token, where it is known; nothing but what is said of tokens depends on it."""
 
@@ -164,6 +160,8 @@ class Line:
     """Of the model, where it differs from the lab's."""
     reference: str | None = None
     """A line that is looked at but not gone on from; its FLOPs are nobody's."""
+    thresholds: tuple[float, ...] = ()
+    """Fixed thresholds that are measured beside quantiles."""
 
 
 class Task(NamedTuple):
@@ -201,6 +199,11 @@ class Plan:
     @cached_property
     def lab(self) -> Lab:
         return self.make_lab()
+
+    @property
+    def closed(self) -> Plan:
+        """Without its lab, to be sent to a worker."""
+        return replace(self)
 
     def rows(self) -> dict[str, Row]:
         """Key -> what was kept; a row that a kill cut short does not count."""
@@ -246,6 +249,8 @@ class Plan:
             "line": {"share": line.share, "part": line.part, "shape": dict(line.shape), "on": keys},
             "seed": seed,
         }
+        if line.thresholds:
+            identity["thresholds"] = line.thresholds
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return Task(name, seed, lr, *keys, key)
 
@@ -261,8 +266,8 @@ class Plan:
                 open_ = [task for task in tasks if task.key not in rows]
                 todo, kept = todo + open_, kept + len(tasks) - len(open_)
                 good = [rows[task.key] for task in tasks if task not in open_ and "failed" not in rows[task.key]]
-                if good and not open_:
-                    done[name, seed] = min(good, key=lambda row: row["val"]["loss"])
+                if good and not open_:  # under the name that the line has now
+                    done[name, seed] = min(good, key=lambda row: row["val"]["loss"]) | {"line": name}
                 if seed == seeds[0]:
                     if open_ or not good:
                         break  # the other seeds wait for the choice
@@ -307,7 +312,7 @@ class Plan:
         # An exit is good if the last phase trained it or left it as it was.
         good = [e for e in model.trained_exits if e in phase.config.weights or e < phase.first]
         exits = sorted(e for e in good if e < model.num_layers)
-        points = sweep(model, lab.val, exits, lab.depth, lab.thresholds)
+        points = sweep(model, lab.val, exits, lab.depth, line.thresholds)
         path = self.weights(task.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
@@ -327,13 +332,6 @@ class Plan:
             "curve": curve,
         }
 
-    @contextmanager
-    def workers(self, jobs: int) -> Iterator[ProcessPoolExecutor]:
-        """Processes that have the plan open, with one thread each."""
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, open_plan, (replace(self),)) as pool:
-            yield pool
-
     def work(
         self,
         seeds: Sequence[int],
@@ -347,10 +345,11 @@ class Plan:
         total = len(self.lines) * (len(self.lab.lrs) + len(seeds) - 1)
         running: dict[Future[Row], Task] = {}
         while True:
-            todo = [task for task in self.progress(seeds).todo if task not in running.values()]
+            busy = {task.key for task in running.values()}
+            todo = [task for task in self.progress(seeds).todo if task.key not in busy]
             if until is None or time.monotonic() < until:
                 for task in todo[: jobs - len(running)]:
-                    running[pool.submit(run_task, task)] = task
+                    running[pool.submit(run_task, self.closed, task)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -369,16 +368,19 @@ class Plan:
                 say(f"{number:3}/{total} {what} {result}  {row['seconds']:.0f} s")
 
 
-PLAN: list[Plan] = []  # of a worker
+OPEN: dict[Path, Plan] = {}  # of a worker
 
 
-def open_plan(plan: Plan) -> None:
-    torch.set_num_threads(1)
-    PLAN[:] = [plan]
+def opened(plan: Plan) -> Plan:
+    """The plan with its lab, which a worker keeps from task to task."""
+    if plan.folder not in OPEN:
+        OPEN.clear()
+        OPEN[plan.folder] = plan
+    return OPEN[plan.folder]
 
 
-def run_task(task: Task) -> Row:
-    return PLAN[0].run(task)
+def run_task(plan: Plan, task: Task) -> Row:
+    return opened(plan).run(task)
 
 
 def told(value: Any) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 
+@cache
 def t95(df: int) -> float:
     """The number of standard errors on either side of a mean that hold 95%, with `df` degrees of freedom.
 

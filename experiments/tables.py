@@ -1,9 +1,7 @@
-"""From `test.json` to tables in Markdown and LaTeX. Nothing is computed from a model here, and nothing from elsewhere.
+"""From `test.json` to tables in Markdown and LaTeX, each with the configuration and the seeds behind it.
 
-Differences are of losses, seed by seed, and shown in per cent of perplexity. The line to beat at some inference compute
-is the straight line, in FLOPs per token and loss, between the plain models on either side: what a coin that sends some
-sequences to the one and the rest to the other reaches. Its corners and every candidate that stands for a strategy are
-chosen on validation.
+Nothing is computed from a model here, and no figure comes from elsewhere. Differences of losses are shown in per cent
+of perplexity; one that may be none is called noise.
 """
 
 from __future__ import annotations
@@ -12,11 +10,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from experiments.statistics import Broken, Interval, corners
-from experiments.sweeps import COMPARED, Candidate, Point
+from experiments.analysis import Fronts, Place
+from experiments.statistics import Interval
+from experiments.sweeps import COMPARED
 
 SAVING = 0.005  # loss (nats) above full depth's on validation that counts as none when a saving is looked for
 
@@ -25,6 +23,7 @@ SAVING = 0.005  # loss (nats) above full depth's on validation that counts as no
 class Table:
     """A table and what has to be said with it."""
 
+    name: str
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -36,13 +35,14 @@ class Table:
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in self.notes)
 
     def latex(self) -> str:
-        """A `table` that needs no package."""
+        """A `table`, as wide as the text; it needs graphicx."""
         rows = [" & ".join(map(tex, row)) + r" \\" for row in self.rows]
         notes = [rf"\par\raggedright\footnotesize {tex(note)}" for note in self.notes]
         head = " & ".join(map(tex, self.header)) + r" \\"
         start = [r"\begin{table}", rf"\caption{{{tex(self.title)}}}", r"\centering\small"]
         columns = "l" + "r" * (len(self.header) - 1)
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}"]
+        start += [r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{{columns}}}"]
+        body = [r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}}"]
         return "\n".join([*start, *body, *notes, r"\end{table}"]) + "\n"
 
 
@@ -60,134 +60,18 @@ def tex(text: str) -> str:
     return "".join(ESCAPES.get(c, c) for c in text)
 
 
-class Place(NamedTuple):
-    """One candidate of one line, with its figures of every seed, in the order of the seeds."""
-
-    line: str
-    points: tuple[Point, ...]
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate.of(self.points[0])
-
-    def figure(self, name: str, split: str = "test") -> list[float]:
-        return [point[split][name] for point in self.points]
-
-    def mean(self, name: str, split: str = "test") -> float:
-        return statistics.mean(self.figure(name, split))
-
-    @property
-    def routing(self) -> str:
-        """The candidate in words."""
-        exits, share, threshold = self.candidate
-        if not exits:
-            return "full depth"
-        where = " and ".join(map(str, exits))
-        return f"exit {where}, {share:.0%} go on" if share is not None else f"exit {where}, threshold {threshold:g}"
-
-
-@dataclass(frozen=True)
-class Fronts:
-    """Every line's candidates, and the line to beat."""
-
-    data: dict[str, Any]
-
-    @cached_property
-    def places(self) -> dict[str, list[Place]]:
-        """Line -> its candidates from cheap to dear."""
-        by_line: dict[str, list[dict[str, Any]]] = {}
-        for entry in self.data["entries"]:
-            by_line.setdefault(entry["line"], []).append(entry)
-        return {
-            name: [Place(name, points) for points in zip(*(entry["points"] for entry in entries), strict=True)]
-            for name, entries in by_line.items()
-        }
-
-    def front(self, name: str) -> list[Place]:
-        """A line's candidates that stand on its front: without fixed thresholds, and full depth only where it does."""
-        found, best = [], math.inf
-        for place in self.places[name]:
-            if place.candidate.threshold is None and place.mean("loss", "val") < best:
-                found, best = [*found, place], place.mean("loss", "val")
-        return found
-
-    def full_depth(self, name: str) -> Place:
-        return next(place for place in self.places[name] if not place.candidate.exits)
-
-    @property
-    def strategies(self) -> list[str]:
-        """Lines other than plain models."""
-        return [name for name in self.places if name not in self.data["plain"]]
-
-    @cached_property
-    def corners(self) -> list[Place]:
-        """The plain models that the line to beat goes through."""
-        plain = [self.full_depth(name) for name in self.data["plain"]]
-        return [plain[i] for i in corners([(p.mean("flops_per_token", "val"), p.mean("loss", "val")) for p in plain])]
-
-    def plain(self, split: str = "test") -> list[Broken]:
-        """The line to beat, of every seed."""
-        return self.broken(self.corners, split)
-
-    def broken(self, places: Sequence[Place], split: str = "test") -> list[Broken]:
-        return [
-            Broken(
-                tuple(place.figure("flops_per_token", split)[seed] for place in places),
-                tuple(place.figure("loss", split)[seed] for place in places),
-            )
-            for seed in range(len(self.data["seeds"]))
-        ]
-
-    def against(self, place: Place, lines: Sequence[Broken], split: str = "test") -> Interval:
-        """Loss above lines of straight pieces at the same FLOPs per token, seed by seed."""
-        cost, loss = place.figure("flops_per_token", split), place.figure("loss", split)
-        return Interval.of([b - line.at(a) for a, b, line in zip(cost, loss, lines, strict=True)])
-
-    def gap(self, place: Place, split: str = "test") -> Interval:
-        """Loss above the line to beat."""
-        return self.against(place, self.plain(split), split)
-
-    def stands(self, place: Place) -> str:
-        """How a candidate stands against the line to beat, in words."""
-        return "corner" if place in self.corners else difference(self.gap(place))
-
-    def best(self, name: str) -> Place:
-        """The candidate that validation prefers: the lowest against the line to beat, where there is one."""
-        gaps = [self.gap(place, "val").mean for place in self.front(name)]
-        return min(zip(gaps, self.front(name)), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
-
-    def rival(self, place: Place) -> tuple[str, Interval] | None:
-        """The other strategy that validation prefers at the same FLOPs per token, and the loss above it."""
-        above = {
-            name: self.against(place, self.broken(self.front(name), "val"), "val").mean
-            for name in self.strategies
-            if name != place.line
-        }
-        above = {name: loss for name, loss in above.items() if not math.isnan(loss)}
-        if not above:
-            return None
-        name = max(above, key=lambda name: above[name])
-        return name, self.against(place, self.broken(self.front(name)))
-
-    def beside(self, place: Place, name: str) -> Interval:
-        """Loss above another line's at full depth, seed by seed."""
-        other = self.full_depth(name).figure("loss")
-        return Interval.of([a - b for a, b in zip(place.figure("loss"), other, strict=True)])
-
-    def entries(self, name: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.data["entries"] if entry["line"] == name]
-
-
 def notes(data: dict[str, Any]) -> list[str]:
     """The configuration and the seeds behind a table."""
     lab, about = data["lab"], data["machine"]
     text = ", ".join(f"{count:,} {split}" for split, count in lab["tokens"].items())
     seeds = ", ".join(map(str, data["seeds"]))
     several = len(data["seeds"]) > 1
+    spent = {e["line"]: e["flops"] / lab["budget"] for e in data["entries"]}
+    less = "".join(f" ({name}: {spent[name]:.0%} of it)" for name in data["unfinished"])
     found = [
         f"{lab['corpus']} (tokens: {text}), vocabulary {lab['vocab_size']:,}, dim {lab['dim']}, {lab['heads']} heads, "
         f"sequences of {lab['seq']}, batches of {lab['batch']}, {'tied' if lab['tie_embeddings'] else 'untied'} head, "
-        f"dropout {lab['dropout']:g}; {lab['budget']:.3g} training FLOPs for every line; learning rates "
+        f"dropout {lab['dropout']:g}; {lab['budget']:.3g} training FLOPs for every line{less}; learning rates "
         f"{', '.join(f'{lr:g}' for lr in lab['lrs'])} tried with the first seed and chosen on validation, cosine "
         f"schedule in each phase; seeds {seeds}.",
         f"In brackets: 95% intervals over {len(data['seeds'])} seeds (Student's t), differences paired by seed; none "
@@ -242,6 +126,11 @@ def difference(interval: Interval) -> str:
     return told if interval.low is None or math.isnan(interval.mean) or not interval.noise else f"{told}, noise"
 
 
+def stands(fronts: Fronts, place: Place) -> str:
+    """How a candidate stands against the line to beat."""
+    return "corner" if place in fronts.corners else difference(fronts.gap(place))
+
+
 def k(value: float) -> str:
     return f"{value / 1e3:,.1f}k"
 
@@ -260,19 +149,20 @@ def summary(fronts: Fronts) -> Table:
         place = fronts.full_depth(name) if name in fronts.data["plain"] else fronts.best(name)
         row = [name, place.routing, f"{fronts.entries(name)[0]['lr']:g}", *cells(fronts, place)]
         if name in fronts.data["plain"]:
-            rows.append([*row, fronts.stands(place), "", ""])
+            rows.append([*row, stands(fronts, place), "", ""])
             continue
         rival = fronts.rival(place)
         rows.append(
             [
                 *row,
-                fronts.stands(place),
+                stands(fronts, place),
                 rival[0] if rival else "none",
                 difference(rival[1]) if rival else "",
             ]
         )
     header = ["line", "routing", "lr", "test PPL", "hard PPL", "layers run", "FLOPs/token"]
     return Table(
+        "front",
         f"{fronts.data['title']}: every strategy where it stands best against plain models",
         [*header, "against plain models", "best rival there", "against it"],
         rows,
@@ -293,10 +183,10 @@ def every(fronts: Fronts) -> Table:
             place.routing,
             *cells(fronts, place),
             clock(place),
-            fronts.stands(place),
+            stands(fronts, place),
             *(difference(fronts.beside(place, other)) for other in fronts.data["beside"]),
         ]
-        for name in fronts.places
+        for name in (*fronts.data["unfinished"], *fronts.data["plain"], *fronts.strategies)
         for place in fronts.front(name)
     ]
     header = [
@@ -310,6 +200,7 @@ def every(fronts: Fronts) -> Table:
         "against plain models",
     ]
     return Table(
+        "points",
         f"{fronts.data['title']}: fronts",
         [*header, *(f"against {other}" for other in fronts.data["beside"])],
         rows,
@@ -344,6 +235,7 @@ def savings(fronts: Fronts) -> Table:
         share = spread(saved, lambda value: 100 * value, lambda value: f"{signed(value)}%")
         rows.append([name, place.routing, ppl(full.figure("loss")), ppl(place.figure("loss")), difference(loss), share])
     return Table(
+        "savings",
         f"{fronts.data['title']}: what exits save at next to no loss",
         ["line", "routing", "PPL at full depth", "PPL", "difference", "FLOPs per token saved"],
         rows,
@@ -373,6 +265,7 @@ def costs(fronts: Fronts) -> Table:
             ]
         )
     return Table(
+        "costs",
         f"{fronts.data['title']}: what every line took",
         ["line", "training FLOPs", "training seconds", "peak MiB", "FLOPs/token at full depth", "µs/token"],
         rows,
@@ -395,7 +288,7 @@ def thresholds(fronts: Fronts) -> Table | None:
     ]
     header = ["line", "threshold", "test PPL", "hard PPL", "layers run", "FLOPs/token", "leave early"]
     title = f"{fronts.data['title']}: fixed thresholds"
-    return Table(title, header, rows, notes(fronts.data)) if rows else None
+    return Table("thresholds", title, header, rows, notes(fronts.data)) if rows else None
 
 
 def explained(fronts: Fronts) -> Table | None:
@@ -420,6 +313,7 @@ def explained(fronts: Fronts) -> Table | None:
             ]
         )
     return Table(
+        "tokens",
         f"{fronts.data['title']}: what makes a token hard, and which tokens gain ({name}, {place.routing})",
         ["kind", "group", "share of tokens", "hard", f"PPL, {fronts.data['base']}", f"PPL, {name}", "change"],
         rows,
@@ -431,14 +325,56 @@ def explained(fronts: Fronts) -> Table | None:
     )
 
 
+def parts(fronts: Fronts) -> Table | None:
+    """Variants of one line, where as many tokens go on and at full depth."""
+    original = fronts.data["original"]
+    if original is None:
+        return None
+    rows = []
+    for name in (*fronts.data["unfinished"], *fronts.data["plain"], *fronts.strategies):
+        exits = [place for place in fronts.places[name] if place.candidate.share == COMPARED]
+        for place in (*exits, fronts.full_depth(name)):
+            against = [difference(fronts.beside(place, other)) for other in fronts.data["beside"]]
+            rows.append([name, place.routing, *cells(fronts, place), *against])
+    header = ["line", "routing", "test PPL", "hard PPL", "layers run", "FLOPs/token"]
+    return Table(
+        "parts",
+        f"{fronts.data['title']}: one part at a time",
+        [*header, *(f"against {other}" for other in fronts.data["beside"])],
+        rows,
+        [f"Against {original}: routed alike. Negative is better.", *notes(fronts.data)],
+    )
+
+
+def leak(fronts: Fronts) -> Table | None:
+    """The same lines on validation tokens, which some were trained on, and on test tokens."""
+    rows = []
+    for name in fronts.data["both"]:
+        exits = [place for place in fronts.places[name] if place.candidate.share == COMPARED]
+        for place in (fronts.full_depth(name), *exits):
+            seen = [
+                ppl([math.log(v) for v in place.figure(f, s)]) for s in ("val", "test") for f in ("ppl", "hard_ppl")
+            ]
+            rows.append([name, place.routing, *seen])
+    header = ["line", "routing", "validation PPL", "validation hard PPL", "test PPL", "test hard PPL"]
+    told = [
+        "The line called in-sample mined and trained its second phase on the validation tokens, as the original recipe "
+        "does: its validation figures are in-sample. All test figures are held-out. Thresholds come from validation."
+    ]
+    title = f"{fronts.data['title']}: what the leak is worth"
+    return Table("leak", title, header, rows, [*told, *notes(fronts.data)]) if rows else None
+
+
 def all_tables(data: dict[str, Any]) -> list[Table]:
     fronts = Fronts(data)
     made: Iterable[Table | None] = (
+        parts(fronts),
         summary(fronts),
         every(fronts),
         savings(fronts),
         thresholds(fronts),
         explained(fronts),
+        leak(fronts),
         costs(fronts),
     )
     return [table for table in made if table is not None]

@@ -502,22 +502,16 @@ def reproduce(args: list[str]) -> None:
         raise EaseError("the experiments do not come with the package: clone the repository and run ease from there")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    experiments = importlib.import_module("experiments.reproduce")
+    reproduce = importlib.import_module("experiments.reproduce")
+    running = importlib.import_module("experiments.running")
     try:
         seeds = tuple(map(int, given.seeds.split(",")))
     except ValueError:
         raise EaseError(f"seeds are numbers with commas between them, as in 0,1,2; got {given.seeds!r}") from None
     try:
-        missing = experiments.reproduce(
-            given.tier,
-            data=given.data,
-            scales=tuple(filter(None, given.scales.split(","))),
-            seeds=seeds,
-            minutes=given.budget,
-            jobs=given.jobs,
-            device=given.device,
-            out=given.out,
-        )
+        settings = running.Settings(given.out, seeds, given.jobs, given.budget, given.device)
+        scales = tuple(filter(None, given.scales.split(",")))
+        missing = reproduce.reproduce(given.tier, given.data, scales, settings)
     except KeyboardInterrupt:
         raise EaseError("interrupted: what was trained is kept, and the same command goes on") from None
     if missing:
