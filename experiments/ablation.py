@@ -6,7 +6,8 @@ is a strategy here, `ChosenConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -76,23 +77,34 @@ class Chosen(Staged):
         phase = super().next_phase(model, data)
         if phase is None:
             return None
-        assert isinstance(phase.train, ease.MinedBatches)
-        batches, spent = phase.train.batches, dict(phase.spent)
+        mined, spent = phase.train, dict(phase.spent)
+        assert isinstance(mined, ease.MinedBatches)
         if c.by != "confidence":
-            batches, more = choose(c, model, batches, brick)
+            mined.batches, more = choose(c, model, mined.batches, brick)
             spent["mining"] += more
         if c.random_start:
             fresh = ease.StandardTransformer(**vars(model.config)).state_dict()
             grown = tuple(f"layers.{layer}." for layer in range(brick, model.num_layers))
             model.load_state_dict({name: w for name, w in fresh.items() if name.startswith(grown)}, strict=False)
-        first = phase.first
         if c.alone:
-            batches = apart(batches)
-        elif c.freeze == "nothing":
-            first = 1
-            batches = [b._replace(y=b.y.masked_fill(~b.scored, IGNORE), active=None, state=None) for b in batches]
-        phase.train.batches = batches
-        return replace(phase, first=first, freeze_head=c.freeze == "all", spent=spent)
+            mined.batches = apart(model, mined.batches, brick)
+        if c.freeze == "nothing":  # then the trunk's states do not stay what they are, and everyone runs to the end
+            hard = [b._replace(y=b.y.masked_fill(~b.scored, IGNORE), active=None, state=None) for b in mined.batches]
+            return replace(phase, train=Shuffled(hard, self.config.seed), first=1, spent=spent)
+        return replace(phase, freeze_head=c.freeze == "all", spent=spent)
+
+
+class Shuffled:
+    """Batches in a new order every time."""
+
+    def __init__(self, batches: Sequence[ease.Batch], seed: int) -> None:
+        self.batches, self.generator = batches, torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[ease.Batch]:
+        return (self.batches[i] for i in torch.randperm(len(self), generator=self.generator).tolist())
 
 
 def choose(
@@ -105,11 +117,11 @@ def choose(
         if c.by == "chance":
             value = torch.rand(batch.x.shape, generator=generator)
         else:
-            value = losses(lambda h: model.logits(h, brick), batch.state, batch.y)
+            value = losses(model, states(model, batch, brick), batch.y, brick)
         if c.by == "gain":
             assert c.reference is not None
             found = score(c.reference, [batch._replace(active=None, state=None)])
-            value, flops = value - found.losses.view_as(value), flops + found.flops
+            value, flops = value - found.losses.view_as(value).to(value), flops + found.flops
         # The larger, the harder; the quantile is of values in [0, 1], and order is all that counts.
         value = value if c.by == "chance" else torch.sigmoid(value.double())
         values.append(value)
@@ -119,18 +131,24 @@ def choose(
 
 
 @torch.no_grad()
-def losses(logits: Callable[[Tensor], Tensor], state: Tensor | None, y: Tensor) -> Tensor:
-    """(B, T) cross entropy of states (B, T, D), a row at a time."""
-    assert state is not None
-    return torch.stack([F.cross_entropy(logits(h), t, reduction="none") for h, t in zip(state, y, strict=True)])
+def states(model: ease.ExitModel, batch: ease.Batch, brick: int) -> Tensor:
+    """(B, T, D) what the brick makes of a batch, where mining had no room to keep it."""
+    return model.run(model.embed(batch.x), 1, brick) if batch.state is None else batch.state
 
 
-def apart(batches: Iterable[ease.Batch]) -> list[ease.Batch]:
+@torch.no_grad()
+def losses(model: ease.ExitModel, state: Tensor, y: Tensor, exit: int) -> Tensor:
+    """(B, T) cross entropy of states (B, T, D) at an exit, a row at a time."""
+    rows = zip(state, y, strict=True)
+    return torch.stack([F.cross_entropy(model.logits(h, exit), t, reduction="none") for h, t in rows])
+
+
+def apart(model: ease.ExitModel, batches: Iterable[ease.Batch], brick: int) -> list[ease.Batch]:
     """Every active token as a sequence of length one."""
     found = []
     for batch in batches:
-        assert batch.state is not None
-        columns = (batch.x[batch.scored], batch.y[batch.scored], batch.state[batch.scored])
+        state = states(model, batch, brick)
+        columns = (batch.x[batch.scored], batch.y[batch.scored], state[batch.scored])
         for x, y, state in zip(*(column.split(ALONE) for column in columns), strict=True):
             found.append(ease.Batch(x[:, None], y[:, None], state=state[:, None]))
     return found
@@ -179,10 +197,11 @@ def ablations(brick: int, deep: int, base: str, share: float) -> dict[str, Line]
 # The path of the last layer
 
 
-def last_layer(lab: Lab, repeats: int = 15) -> Table:
+def last_layer(lab: Lab, repeats: int = 5) -> Table:
     """A training step whose stages weigh only the last layer, against one that asks every head all the same."""
     sizes = {"vocab": lab.vocab_size, "dim": lab.dim, "heads": lab.heads, "seq": lab.seq, "batch": lab.batch}
     rows = []
+    gc.freeze()  # what is there already need not be looked through between the steps
     for layers in sorted({lab.depth, 2 * lab.depth}):
         shape = training.Shape("", layers=layers, **sizes)
         stages = [ease.StageConfig((1, layers - 1), 0.0), ease.StageConfig((layers, layers))]
@@ -190,6 +209,7 @@ def last_layer(lab: Lab, repeats: int = 15) -> Table:
         ours, every = training.trainer_step(shape, config), training.all_logits_step(shape, config)
         row = training.timed("", shape, 1.0, ours, every, repeats)
         rows.append([str(layers), row.ease, row.other, f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"])
+    gc.unfreeze()
     about = machine("cpu")
     return Table(
         "last-layer",

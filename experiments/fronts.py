@@ -77,8 +77,7 @@ def measure(
 
     The line that fixes the hard set and a plain model have to be among them.
     """
-    done = plan.progress(seeds).done
-    finished = [name for name in plan.lines if all((name, seed) in done for seed in seeds)]
+    done, finished = plan.progress(seeds).done, plan.finished(seeds)
     path = plan.folder / "test.json"
     scored = scored_before(path)
     entries, waiting = [], []
@@ -148,6 +147,11 @@ def before(folder: Path, key: str) -> tuple[dict[str, ease.Scores], float]:
     return scores, quantile(HARD_SET)
 
 
+@lru_cache(1)
+def kinds(folder: Path) -> tokens.Kinds:
+    return tokens.kinds(lines.OPEN[folder].lab)
+
+
 def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report: Report) -> list[dict[str, Any]]:
     """A worker's part: what a line's candidates do on the test split."""
     plan = lines.opened(plan)
@@ -157,7 +161,7 @@ def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report:
         scores = ease.score(model, plan.lab.test, policy(point))
         found.append({"test": figures(scores, plan.lab.depth, hard["test"])})
         if row["line"] == report.explained:
-            found[-1]["groups"] = tokens.groups(plan.lab, first["test"], scores, hard["test"])
+            found[-1]["groups"] = tokens.groups(kinds(plan.folder), first["test"], scores, hard["test"])
         if row["line"] in report.both:
             seen = ease.score(model, plan.lab.val, policy(point))
             found[-1]["val"] = figures(seen, plan.lab.depth, hard["val"])

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -185,6 +186,8 @@ class Progress(NamedTuple):
     """What can be trained now."""
     kept: int
     """Rows of the plan that there are."""
+    failed: set[str]
+    """Lines whose training broke down with some seed, at every learning rate there was to try."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class Plan:
 
     def progress(self, seeds: Sequence[int]) -> Progress:
         """Where the plan stands."""
-        rows, done, todo, kept = self.rows(), {}, [], 0
+        rows, done, todo, kept, failed = self.rows(), {}, [], 0, set()
         for name, line in self.lines.items():
             lrs = self.lab.lrs
             for seed in seeds:
@@ -268,16 +271,23 @@ class Plan:
                 good = [rows[task.key] for task in tasks if task not in open_ and "failed" not in rows[task.key]]
                 if good and not open_:  # under the name that the line has now
                     done[name, seed] = min(good, key=lambda row: row["val"]["loss"]) | {"line": name}
+                if not good and not open_:
+                    failed.add(name)
                 if seed == seeds[0]:
                     if open_ or not good:
                         break  # the other seeds wait for the choice
                     lrs = (done[name, seed]["lr"],)
-        return Progress(done, sorted(todo, key=lambda task: seeds.index(task.seed)), kept)
+        return Progress(done, sorted(todo, key=lambda task: seeds.index(task.seed)), kept, failed)
+
+    def finished(self, seeds: Sequence[int]) -> list[str]:
+        """The lines that are finished with every seed."""
+        done = self.progress(seeds).done
+        return [name for name in self.lines if all((name, seed) in done for seed in seeds)]
 
     def missing(self, seeds: Sequence[int]) -> list[str]:
-        """The lines that are not finished with every seed."""
-        done = self.progress(seeds).done
-        return [name for name in self.lines if any((name, seed) not in done for seed in seeds)]
+        """The lines that are not finished with every seed; those that broke down at every rate are called failed."""
+        finished, failed = self.finished(seeds), self.progress(seeds).failed
+        return [f"{name} (failed)" if name in failed else name for name in self.lines if name not in finished]
 
     def run(self, task: Task) -> Row:
         """Trains a line and keeps its weights; a row with "failed" where training broke down."""
@@ -345,14 +355,14 @@ class Plan:
         total = len(self.lines) * (len(self.lab.lrs) + len(seeds) - 1)
         running: dict[Future[Row], Task] = {}
         while True:
-            busy = {task.key for task in running.values()}
-            todo = [task for task in self.progress(seeds).todo if task.key not in busy]
+            state, busy = self.progress(seeds), {task.key for task in running.values()}
+            todo = [task for task in state.todo if task.key not in busy]
             if until is None or time.monotonic() < until:
                 for task in todo[: jobs - len(running)]:
                     running[pool.submit(run_task, self.closed, task)] = task
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for number, future in enumerate(wait(running, return_when=FIRST_COMPLETED).done, state.kept + 1):
                 task = running.pop(future)
                 try:
                     row = future.result()
@@ -362,7 +372,6 @@ class Plan:
                         "less memory"
                     ) from None
                 self.keep(row)
-                number = self.progress(seeds).kept
                 result = f"failed: {row['failed']}" if "failed" in row else f"val PPL {row['val']['ppl']:.3f}"
                 what = f"{task.line:40} seed {task.seed}  lr {task.lr:<6g}"
                 say(f"{number:3}/{total} {what} {result}  {row['seconds']:.0f} s")
@@ -403,8 +412,9 @@ def reset_peak(device: str) -> None:
     """Peak memory is counted from here, where the system can do that."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: str) -> int:

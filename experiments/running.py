@@ -76,10 +76,9 @@ def run(experiments: Sequence[Experiment], settings: Settings) -> Done:
                 plan = Plan(experiment.make_lab, experiment.lines, settings.out / experiment.name, device)
                 say(f"{plan.folder}: {plan.lab.corpus}")
                 plan.work(seeds, pool, settings.jobs, until, say)
-                missing = plan.missing(seeds)
-                done.missing.extend(f"{experiment.name}: {name}" for name in missing)
-                report = experiment.report
-                if report.base in missing or set(report.plain) <= set(missing):
+                done.missing.extend(f"{experiment.name}: {name}" for name in plan.missing(seeds))
+                report, finished = experiment.report, plan.finished(seeds)
+                if report.base not in finished or not set(report.plain) & set(finished):
                     continue  # there is nothing to compare with yet
                 done.data.append(measure(plan, report, seeds, pool, say))
                 write(done.data[-1], plan.folder)

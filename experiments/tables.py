@@ -247,6 +247,20 @@ def savings(fronts: Fronts) -> Table:
     )
 
 
+COMMON = ("kind", "lr", "schedule", "warmup", "patience", "max_epochs", "max_flops", "seed", "pretrained")
+
+
+def settings(strategy: dict[str, Any]) -> str:
+    """A configuration in short: what every line of a lab has alike is left out."""
+    told = []
+    for name, value in strategy.items():
+        if name.removeprefix("phase1_").removeprefix("phase2_") not in COMMON:
+            parts = value if isinstance(value, list) else [value]
+            shown = [settings(part) if isinstance(part, dict) else str(part) for part in parts]
+            told.append(f"{name}={' + '.join(shown)}")
+    return f"{strategy['kind'].removesuffix('Config')}({', '.join(told)})"
+
+
 def costs(fronts: Fronts) -> Table:
     """What every line took."""
     rows = []
@@ -257,6 +271,7 @@ def costs(fronts: Fronts) -> Table:
         rows.append(
             [
                 name,
+                settings(entries[0]["strategy"]),
                 f"{mean['flops']:.3g}",
                 f"{mean['seconds']:,.0f}",
                 f"{mean['memory'] / 2**20:,.0f}",
@@ -267,12 +282,12 @@ def costs(fronts: Fronts) -> Table:
     return Table(
         "costs",
         f"{fronts.data['title']}: what every line took",
-        ["line", "training FLOPs", "training seconds", "peak MiB", "FLOPs/token at full depth", "µs/token"],
+        ["line", "strategy", "training FLOPs", "training seconds", "peak MiB", "FLOPs/token at full depth", "µs/token"],
         rows,
         [
-            "Means over seeds. FLOPs and seconds hold those of the line that it goes on from; seconds were taken while "
-            "other work may have run. Peak memory is the process's while the line itself was trained, text and "
-            "libraries included.",
+            "The strategy with what differs from its defaults, beside budget and schedule. Means over seeds. FLOPs and "
+            "seconds hold those of the line that it goes on from; seconds were taken while other work may have run. "
+            "Peak memory is the process's while the line itself was trained, text and libraries included.",
             *notes(fronts.data),
         ],
     )

@@ -19,12 +19,14 @@ BITS = (2.0, 4.0, 6.0, 8.0, 10.0)
 """Edges between groups of rarity and of openness, in bits."""
 
 
-def groups(lab: Lab, before: ease.Scores, after: ease.Scores, hard: Tensor) -> list[dict[str, Any]]:
+Kinds = dict[str, tuple[list[str], Tensor]]
+"""Kind -> the names of its groups, and the group of each token."""
+
+
+def groups(kinds: Kinds, before: ease.Scores, after: ease.Scores, hard: Tensor) -> list[dict[str, Any]]:
     """Per group of test tokens its share, how many are hard, and perplexity before and after."""
-    n = len(before.losses)
-    ids = lab.text["test"][: n + 1].long()
     found = []
-    for kind, (names, group) in kinds(lab, ids[:-1], ids[1:]).items():
+    for kind, (names, group) in kinds.items():
         for number, name in enumerate(names):
             inside = group == number
             if bool(inside.any()):
@@ -41,8 +43,10 @@ def groups(lab: Lab, before: ease.Scores, after: ease.Scores, hard: Tensor) -> l
     return found
 
 
-def kinds(lab: Lab, context: Tensor, target: Tensor) -> dict[str, tuple[list[str], Tensor]]:
-    """Kind -> the names of its groups, and each token's group; `context` (N,) is the token before `target` (N,)."""
+def kinds(lab: Lab) -> Kinds:
+    """The groups of the tokens that the lab's test batches score, in their order."""
+    n = len(lab.test) * lab.batch * lab.seq
+    context, target = lab.text["test"][:n].long(), lab.text["test"][1 : n + 1].long()
     train, V = lab.text["train"].long(), lab.vocab_size
     counts = torch.bincount(train, minlength=V).double() + 1
     rarity = -(counts / counts.sum()).log2()[target]
