@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -364,13 +363,7 @@ class Plan:
                 return
             for number, future in enumerate(wait(running, return_when=FIRST_COMPLETED).done, state.kept + 1):
                 task = running.pop(future)
-                try:
-                    row = future.result()
-                except BrokenProcessPool:
-                    raise ease.EaseError(
-                        f"a worker died while {task.line!r} was trained: the same command goes on; fewer --jobs need "
-                        "less memory"
-                    ) from None
+                row = future.result()
                 self.keep(row)
                 result = f"failed: {row['failed']}" if "failed" in row else f"val PPL {row['val']['ppl']:.3f}"
                 what = f"{task.line:40} seed {task.seed}  lr {task.lr:<6g}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +74,7 @@ def run(experiments: Sequence[Experiment], settings: Settings) -> Done:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ProcessPoolExecutor(settings.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(settings.jobs, get_context("spawn"), start_worker) as pool:
             for experiment in experiments:
                 plan = Plan(experiment.make_lab, experiment.lines, settings.out / experiment.name, device)
                 say(f"{plan.folder}: {plan.lab.corpus}")
@@ -83,9 +86,24 @@ def run(experiments: Sequence[Experiment], settings: Settings) -> Done:
                 done.data.append(measure(plan, report, seeds, pool, say))
                 write(done.data[-1], plan.folder)
                 say(f"tables: {plan.folder / 'front.md'}")
+    except BrokenProcessPool:
+        raise ease.EaseError(
+            "a worker died: what was trained is kept and the same command goes on; fewer --jobs need less memory"
+        ) from None
     finally:
         torch.set_num_threads(threads)
     return done
+
+
+def start_worker() -> None:
+    """One thread, and no life after the command's: a pool's workers would wait for a parent that was killed."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def write(data: dict[str, Any], folder: Path) -> None:
