@@ -203,8 +203,9 @@ def reproduce(tier: str, data: str, scales: Sequence[str], settings: Settings) -
     folder = settings.out / tier
     done = run(made, settings._replace(out=folder))
     for one in made:
-        if one.report.leaky and not (folder / one.name / "last-layer.tex").exists():
-            write_tables([last_layer(one.make_lab())], folder / one.name, "last-layer")
+        here = folder / one.name
+        if one.report.leaky and (here / "test.json").exists() and not (here / "last-layer.tex").exists():
+            write_tables([last_layer(one.make_lab())], here, "last-layer")
     over = done.data[:1] if tier == "smoke" else done.data
     if tier != "2" and over:
         told = [note for one in over for note in notes(one)[:1]]

@@ -132,4 +132,4 @@ def main(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], E
     except ease.EaseError as error:
         raise SystemExit(str(error)) from None
     if missing:
-        print(f"Not done yet, the same command goes on: {', '.join(missing)}")
+        print(f"Not done yet, the same command goes on: {'; '.join(missing)}")

@@ -86,7 +86,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         high, low = rates.count(max(lab["lrs"])), rates.count(min(lab["lrs"]))
         found[0] += f" Of {len(rates)} lines {high} chose the highest rate and {low} the lowest."
     if data["missing"]:
-        found.append(f"Not trained yet: {', '.join(data['missing'])}.")
+        found.append(f"Not trained yet: {'; '.join(data['missing'])}.")
     return found
 
 

@@ -515,7 +515,7 @@ def reproduce(args: list[str]) -> None:
     except KeyboardInterrupt:
         raise EaseError("interrupted: what was trained is kept, and the same command goes on") from None
     if missing:
-        print(f"Not done yet, the same command goes on: {', '.join(missing)}")
+        print(f"Not done yet, the same command goes on: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":
