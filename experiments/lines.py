@@ -1,42 +1,50 @@
-"""Lines at equal training FLOPs, side by side: the plan, the trials and the table that experiments share.
+"""Lines at equal training FLOPs, side by side: what the experiments share.
 
-An experiment names a `Lab` (text, sizes, budget) and its lines. Every line of a lab gets the same budget and the same
-trials of learning rate, made with the first seed and chosen on validation; the other seeds run at what was chosen.
-FLOPs count everything that trains: steps, mining, trunk and validation passes. Rows and weights are kept on disk as
-they come, so a plan that was stopped goes on where it was. The test split is scored once, by `--report`.
+An experiment names a `Lab` (text, sizes, budget) and its lines. A line is a strategy of the library, made by a function
+from what a `Trial` gives it, and trained through `ease.train`; it starts from a new model or from another line's. Every
+line of a lab gets the same budget in all, the same text in the same order and the same trials of learning rate, made
+with the first seed and chosen on validation; the other seeds run at what was chosen. FLOPs count everything that
+trains: steps, mining, trunk and validation passes.
+
+What has been trained is kept as it comes, weights and a row of figures, under a key that is made of everything that
+decides it. A plan that was stopped goes on where it was, and a line that was changed is trained again.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 import ease
-from ease.mining import MinedBatches, compute_confidence_threshold
-from ease.trainer import History
+from experiments.sweeps import compared, sweep
 from experiments.utils import set_seed
 
-HARD_SET = 0.5  # of the tokens: those that phase 1's final model is least sure of, on which all lines are scored
-LATER = 10_000  # the epoch at which later phases start: past phase 1's, so that the order goes on
+Row = dict[str, Any]
+"""What is kept of one trained line."""
+ENDLESS = 1_000_000  # epochs: budgets are in FLOPs
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Everything that lines of one experiment have in common."""
+    """Everything that the lines of one experiment have in common."""
 
-    text: dict[str, Tensor]
+    text: Mapping[str, Tensor] = field(repr=False)
     """train, val and test, each 1-D ids."""
+    corpus: str
+    """What the text is, in words."""
     vocab_size: int
     brick: int
     """Layers of phase 1, after which tokens may leave."""
@@ -44,18 +52,35 @@ class Lab:
     """Layers that "share of layers run" is a share of."""
     budget: float
     """Training FLOPs of every line."""
-    shares: tuple[float, ...]
-    """Tokens that go on at inference. The first rules training; the report shows all."""
     lrs: tuple[float, ...]
+    """Learning rates that every line tries."""
     dim: int
     seq: int
     batch: int
     heads: int = 4
     dropout: float = 0.0
+    tie_embeddings: bool = True
     epoch_batches: int | None = None
     """Batches between validations (all of the text by default)."""
     eval_batches: tuple[int | None, int | None] = (None, None)
     """Batches of validation and of test that are scored (all by default)."""
+    mine_epochs: int = 1
+    """Epochs of batches that a phase on hard tokens mines."""
+    pieces: tuple[str, ...] = field(default=(), repr=False)
+    """The text of every token, where it is known; nothing but what is said of tokens depends on it."""
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the text."""
+        sha = hashlib.sha256()
+        for split, ids in sorted(self.text.items()):
+            sha.update(f"{split} {len(ids)} ".encode() + ids.int().numpy().tobytes())
+        return sha.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The settings and which text it was, fit for JSON."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        return settings | {"tokens": {split: len(ids) for split, ids in self.text.items()}, "hash": self.hash}
 
     def train(self, seed: int, part: tuple[float, float] = (0.0, 1.0)) -> ease.TokenBatches:
         """The part of the training text between two shares of its length."""
@@ -71,255 +96,327 @@ class Lab:
     def test(self) -> ease.TokenBatches:
         return ease.TokenBatches(self.text["test"], self.seq, self.batch, max_batches=self.eval_batches[1])
 
-    def model(self, layers: int, seed: int = 0, dropout: float | None = None) -> ease.StandardTransformer:
-        set_seed(seed)
-        return ease.StandardTransformer(
-            self.vocab_size,
-            self.dim,
-            layers,
-            self.heads,
-            dropout=self.dropout if dropout is None else dropout,
-            tie_embeddings=True,
-        )
-
-    def fit(self, model: ease.StandardTransformer, lr: float, flops: float, *phase: Any, **options: Any) -> History:
-        """One phase up to `flops`; the epoch that validates best is kept."""
-        options["options"] = ease.PhaseOptions(
-            lr=lr, schedule="cosine", warmup=0.05, patience=None, max_epochs=1_000_000, max_flops=flops
-        )
-        made = ease.Phase("phase", *phase, **options)
-        return ease.Trainer(made.config, self.vocab_size).run(model, made)
-
-    def policy(self, model: ease.StandardTransformer, share: float) -> ease.Policy:
-        """Sends that share of the validation tokens on from the brick; a model without an exit there runs in full."""
-        if self.brick == model.num_layers or self.brick not in model.trained_exits:
-            return ease.Policy()
-        return ease.Policy.of(self.brick, compute_confidence_threshold(model, self.val, share, exit=self.brick))
+    def model(self, layers: int, **shape: Any) -> ease.StandardTransformer:
+        own = {"dropout": self.dropout, "tie_embeddings": self.tie_embeddings}
+        return ease.StandardTransformer(self.vocab_size, self.dim, layers, self.heads, **own | shape)
 
 
-class Line(Protocol):
-    """How one line is trained. Frozen dataclasses, so that they can be sent to a worker."""
+class Trial(NamedTuple):
+    """What a strategy is made for."""
+
+    lab: Lab
+    seed: int
+    lr: float
+    flops: float
+    """What is left of the line's budget."""
+    reference: ease.StandardTransformer | None = None
+    """The model of the line that is looked at for reference."""
 
     @property
-    def on(self) -> str | None:
-        """The line whose model it goes on from."""
+    def options(self) -> dict[str, Any]:
+        """How a phase learns, the same for every line."""
+        ends = {"patience": None, "max_epochs": ENDLESS, "max_flops": self.flops}
+        return {"lr": self.lr, "schedule": "cosine", "warmup": 0.05, **ends}
 
-    def train(
-        self, lab: Lab, seed: int, lr: float, start: ease.StandardTransformer | None, budget: float
-    ) -> tuple[ease.StandardTransformer, History]:
-        """The trained model; `start` and `budget` are what the line that it goes on from left."""
+
+Make = Callable[[Trial], Any]
+"""Makes a line's strategy, one of the configurations that `ease.STRATEGIES` lists or one like them."""
+
+
+def make(kind: Callable[..., Any], **settings: Any) -> Make:
+    """A strategy whose configuration takes the options of a phase beside its own settings."""
+    return partial(_make, kind, settings)
+
+
+def _make(kind: Callable[..., Any], settings: dict[str, Any], trial: Trial) -> Any:
+    return kind(**settings, **trial.options)
+
+
+def grow(layers: int, **settings: Any) -> Make:
+    """ASHEM's second phase on a finished first one: new layers on the frozen brick, trained on its hard tokens."""
+    return partial(_grow, layers, settings)
+
+
+def _grow(layers: int, settings: dict[str, Any], trial: Trial) -> ease.ASHEMConfig:
+    options = trial.options
+    own = {f"phase2_{name}": options.pop(name) for name in ("lr", "patience", "max_epochs", "max_flops")}
+    lab = trial.lab
+    plan = {"phase1_layers": lab.brick, "phase2_layers": layers, "mine_epochs": lab.mine_epochs, "seed": trial.seed}
+    return ease.ASHEMConfig(**{**plan, **own, **options, "pretrained": True, **settings})
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A standard model, trained on a part of the text, for a share of the budget."""
+class Line:
+    """One way to spend the budget."""
 
-    layers: int
+    strategy: Make
+    on: str | None = None
+    """The line whose model it goes on from, and whose FLOPs are part of its own."""
     share: float = 1.0
+    """Of the budget that is spent when it is done; less where other lines go on from it."""
     part: tuple[float, float] = (0.0, 1.0)
-    on: None = None
-
-    def train(self, lab: Lab, seed: int, lr: float, start: Any, budget: float) -> Any:
-        model = lab.model(self.layers, seed)
-        config = ease.create_standard_config(self.layers)
-        return model, lab.fit(model, lr, self.share * budget, config, lab.train(seed, self.part), lab.val)
-
-
-@dataclass(frozen=True)
-class DeepSupervision:
-    """The loss at the exit and at the end."""
-
-    layers: int
-    on: None = None
-
-    def train(self, lab: Lab, seed: int, lr: float, start: Any, budget: float) -> Any:
-        model = lab.model(self.layers, seed)
-        config = ease.TrainingConfig(layer_weights={lab.brick: 0.5, self.layers: 0.5})
-        return model, lab.fit(model, lr, budget, config, lab.train(seed), lab.val)
+    """Of the training text."""
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """Of the model, where it differs from the lab's."""
+    reference: str | None = None
+    """A line that is looked at but not gone on from; its FLOPs are nobody's."""
+    thresholds: tuple[float, ...] = ()
+    """Fixed thresholds that are measured beside quantiles."""
 
 
-@dataclass(frozen=True)
-class Continued:
-    """The earlier phase trained on, on the text that growth gets."""
+class Task(NamedTuple):
+    """One line to be trained with one seed at one learning rate."""
 
-    on: str
+    line: str
+    seed: int
+    lr: float
+    on: str | None
+    """Key of the run that it goes on from."""
+    reference: str | None
+    key: str
 
-    def train(self, lab: Lab, seed: int, lr: float, start: Any, budget: float) -> Any:
-        data = lab.train(seed)
-        data.epoch = LATER
-        config = ease.create_standard_config(lab.brick)
-        return start, lab.fit(start, lr, budget, config, data, lab.val)
 
+class Progress(NamedTuple):
+    """Where a plan stands."""
 
-@dataclass(frozen=True)
-class Growth:
-    """New layers on the frozen brick, trained on its hard tokens alone (ratio 1: on all)."""
-
-    layers: int
-    on: str
-    ratio: float = 0.5
-    init: Literal["identity", "copy"] = "identity"
-    part: tuple[float, float] = (0.0, 1.0)
-    dropout: float | None = None  # of the new layers
-    mine_epochs: int = 1
-
-    def train(self, lab: Lab, seed: int, lr: float, start: Any, budget: float) -> Any:
-        model = lab.model(lab.brick, seed, self.dropout)
-        model.load_state_dict(start.state_dict())
-        model.trained_exits = {lab.brick}
-        data = lab.train(seed, self.part)
-        data.epoch = LATER
-        mined = MinedBatches(model, data, ease.Policy(), self.ratio, epochs=self.mine_epochs, seed=seed)
-        threshold = compute_confidence_threshold(model, lab.val, lab.shares[0])
-        model.grow(self.layers, self.init)
-        config = ease.TrainingConfig(
-            layer_weights={self.layers: 1.0}, exit_layer=lab.brick, routing_threshold=threshold
-        )
-        spent = {"mining": mined.flops}
-        return model, lab.fit(model, lr, budget, config, mined, lab.val, first=lab.brick + 1, spent=spent)
+    done: dict[tuple[str, int], Row]
+    """(line, seed) -> the row at the learning rate that validation chose."""
+    todo: list[Task]
+    """What can be trained now."""
+    kept: int
+    """Rows of the plan that there are."""
+    failed: set[str]
+    """Lines whose training broke down with some seed, at every learning rate there was to try."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """An experiment's lines, and where what they left is kept."""
 
-    lab: Callable[[], Lab]
-    lines: dict[str, Line]
+    make_lab: Callable[[], Lab]
+    lines: Mapping[str, Line]
     folder: Path
+    device: str = "cpu"
 
-    def rows(self) -> list[dict[str, Any]]:
+    @cached_property
+    def lab(self) -> Lab:
+        return self.make_lab()
+
+    @property
+    def closed(self) -> Plan:
+        """Without its lab, to be sent to a worker."""
+        return replace(self)
+
+    def rows(self) -> dict[str, Row]:
+        """Key -> what was kept; a row that a kill cut short does not count."""
+        path, rows = self.folder / "rows.jsonl", {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            rows[row["key"]] = row
+        return rows
+
+    def keep(self, row: Row) -> None:
+        """Appends a row in one write."""
         path = self.folder / "rows.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        with path.open("ab+", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, 2)
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
-    def weights(self, name: str, seed: int, lr: float) -> str:
-        return str(self.folder / f"{name.replace('/', '-')}-{seed}-{lr:g}.safetensors")
+    def weights(self, key: str) -> Path:
+        return self.folder / "weights" / f"{key}.safetensors"
 
-    def chosen(self, name: str, first_seed: int, lrs: Sequence[float]) -> float | None:
-        """The learning rate that validation chose with the first seed; None while trials are missing."""
-        trials = [r for r in self.rows() if r["line"] == name and r["seed"] == first_seed and r["lr"] in lrs]
-        return min(trials, key=lambda r: r["val"]["loss"])["lr"] if len(trials) == len(lrs) else None
+    def model(self, row: Row) -> ease.StandardTransformer:
+        """What a line left."""
+        model = ease.StandardTransformer(**row["model"])
+        load_model(model, str(self.weights(row["key"])))
+        model.trained_exits = {*row["exits"], model.num_layers}
+        return model.to(self.device)
 
-    def model(self, name: str, seed: int, lr: float) -> tuple[ease.StandardTransformer, dict[str, Any]]:
-        """What a line left, and its row."""
-        row = next(r for r in self.rows() if (r["line"], r["seed"], r["lr"]) == (name, seed, lr))
-        model = load_lab(self.lab).model(row["layers"])
-        load_model(model, self.weights(name, seed, lr))
-        model.trained_exits = set(row["trained_exits"])
-        return model, row
+    def trial(self, line: Line, seed: int, lr: float, on: Row | None) -> Trial:
+        return Trial(self.lab, seed, lr, line.share * self.lab.budget - (on["flops"] if on else 0.0))
 
-    def ready(self, seeds: Sequence[int]) -> list[tuple[str, int, float]]:
-        """What can be run now: (line, seed, learning rate)."""
-        lrs, tasks = load_lab(self.lab).lrs, []
-        done = {(r["line"], r["seed"], r["lr"]) for r in self.rows()}
-        for seed in seeds:
-            for name, line in self.lines.items():
-                if line.on and (line.on, seed, self.chosen(line.on, seeds[0], lrs)) not in done:
-                    continue
-                trials = lrs if seed == seeds[0] else [self.chosen(name, seeds[0], lrs)]
-                tasks += [(name, seed, lr) for lr in trials if lr and (name, seed, lr) not in done]
-        return tasks
-
-    def run(self, name: str, seed: int, lr: float, base_lr: float | None) -> dict[str, Any]:
-        """Trains one line and keeps its weights; `base_lr` names the run of the line that it goes on from."""
-        torch.set_num_threads(1)
-        lab, line = load_lab(self.lab), self.lines[name]
-        start, base = self.model(line.on, seed, base_lr) if line.on and base_lr else (None, {"flops": 0.0})
-        model, history = line.train(lab, seed, lr, start, lab.budget - base["flops"])
-        save_model(model, self.weights(name, seed, lr))
-        return {
-            "line": name,
+    def task(self, name: str, seed: int, lr: float, done: Mapping[tuple[str, int], Row]) -> Task:
+        """`done` has the runs that it stands on."""
+        line = self.lines[name]
+        on, reference = (done[other, seed] if other else None for other in (line.on, line.reference))
+        keys = [row["key"] if row else None for row in (on, reference)]
+        identity = {
+            "lab": told(replace(self.lab, text={}, pieces=(), lrs=())) | {"hash": self.lab.hash},
+            "strategy": told(line.strategy(self.trial(line, seed, lr, on))),
+            "line": {"share": line.share, "part": line.part, "shape": dict(line.shape), "on": keys},
             "seed": seed,
-            "lr": lr,
-            "layers": model.num_layers,
-            "trained_exits": sorted(model.trained_exits),
-            "flops": base["flops"] + sum(history.flops.values()),
-            "flops_by": history.flops,
-            "seconds": history.seconds,
-            "val": ease.score(model, lab.val, lab.policy(model, lab.shares[0])).figures(),
-            "curve": [[r["flops"], r["train_loss"], r["val_loss"]] for r in history.rows],
+        }
+        if line.thresholds:
+            identity["thresholds"] = line.thresholds
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return Task(name, seed, lr, *keys, key)
+
+    def progress(self, seeds: Sequence[int]) -> Progress:
+        """Where the plan stands."""
+        rows, done, todo, kept, failed = self.rows(), {}, [], 0, set()
+        for name, line in self.lines.items():
+            lrs = self.lab.lrs
+            for seed in seeds:
+                if any((other, seed) not in done for other in (line.on, line.reference) if other):
+                    continue
+                tasks = [self.task(name, seed, lr, done) for lr in lrs]
+                open_ = [task for task in tasks if task.key not in rows]
+                todo, kept = todo + open_, kept + len(tasks) - len(open_)
+                good = [rows[task.key] for task in tasks if task not in open_ and "failed" not in rows[task.key]]
+                if good and not open_:  # under the name that the line has now
+                    done[name, seed] = min(good, key=lambda row: row["val"]["loss"]) | {"line": name}
+                if not good and not open_:
+                    failed.add(name)
+                if seed == seeds[0]:
+                    if open_ or not good:
+                        break  # the other seeds wait for the choice
+                    lrs = (done[name, seed]["lr"],)
+        return Progress(done, sorted(todo, key=lambda task: seeds.index(task.seed)), kept, failed)
+
+    def finished(self, seeds: Sequence[int]) -> list[str]:
+        """The lines that are finished with every seed."""
+        done = self.progress(seeds).done
+        return [name for name in self.lines if all((name, seed) in done for seed in seeds)]
+
+    def missing(self, seeds: Sequence[int]) -> list[str]:
+        """The lines that are not finished with every seed; those that broke down at every rate are called failed."""
+        finished, failed = self.finished(seeds), self.progress(seeds).failed
+        return [f"{name} (failed)" if name in failed else name for name in self.lines if name not in finished]
+
+    def run(self, task: Task) -> Row:
+        """Trains a line and keeps its weights; a row with "failed" where training broke down."""
+        lab, line, rows, start = self.lab, self.lines[task.line], self.rows(), time.perf_counter()
+        on = rows[task.on] if task.on else None
+        row: Row = {"key": task.key, "line": task.line, "seed": task.seed, "lr": task.lr, "on": task.on}
+        reset_peak(self.device)
+        set_seed(task.seed)
+        batches = lab.train(task.seed, line.part)
+        trial = self.trial(line, task.seed, task.lr, on)
+        if task.reference:
+            trial = trial._replace(reference=self.model(rows[task.reference]))
+        config, before = line.strategy(trial), self.model(on) if on else None
+        model = lab.model(before.num_layers if before else config.num_layers, **line.shape)
+        if on and before:
+            model.load_state_dict(before.state_dict())
+            model.trained_exits = before.trained_exits
+            batches.epoch = on["epochs"]  # the order goes on
+        flops: dict[str, float] = {}
+        curve, seconds = [], 0.0
+        try:
+            data = ease.Data(batches, lab.val)
+            for phase, history in ease.train(model, config.strategy(), data, device=self.device):  # noqa: B007
+                flops = {
+                    kind: flops.get(kind, 0.0) + history.flops.get(kind, 0.0) for kind in {**flops, **history.flops}
+                }
+                curve += [[r["flops"], r["train_loss"], r["val_loss"]] for r in history.rows]
+                seconds += history.seconds
+        except ease.EaseError as error:
+            return row | {"failed": str(error), "seconds": time.perf_counter() - start}
+        memory = peak(self.device)
+        # An exit is good if the last phase trained it or left it as it was.
+        good = [e for e in model.trained_exits if e in phase.config.weights or e < phase.first]
+        exits = sorted(e for e in good if e < model.num_layers)
+        points = sweep(model, lab.val, exits, lab.depth, line.thresholds)
+        path = self.weights(task.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = path.with_suffix(".partial")
+        save_model(model, str(partial_file))
+        partial_file.replace(path)
+        return row | {
+            "strategy": told(config),
+            "model": asdict(model.config),
+            "exits": exits,
+            "epochs": batches.epoch,
+            "flops": sum(flops.values()) + (on["flops"] if on else 0.0),
+            "flops_by": flops,
+            "seconds": seconds + (on["seconds"] if on else 0.0),
+            "memory": memory,
+            "val": compared(points, exits)["val"],
+            "sweep": points,
+            "curve": curve,
         }
 
-    def work(self, seeds: Sequence[int], jobs: int) -> None:
-        """Runs what is missing."""
+    def work(
+        self,
+        seeds: Sequence[int],
+        pool: ProcessPoolExecutor,
+        jobs: int,
+        until: float | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Trains what is missing; after `until` (of `time.monotonic`) nothing new is begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lrs = load_lab(self.lab).lrs
-        running: dict[Future[dict[str, Any]], tuple[str, int, float]] = {}
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            while True:
-                waiting = [task for task in self.ready(seeds) if task not in running.values()]
-                for name, seed, lr in waiting[: jobs - len(running)]:
-                    on = self.lines[name].on
-                    future = pool.submit(self.run, name, seed, lr, self.chosen(on, seeds[0], lrs) if on else None)
-                    running[future] = (name, seed, lr)
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name, seed, lr = running.pop(future)
-                    row = future.result()
-                    with (self.folder / "rows.jsonl").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(f"{name:45} seed {seed} lr {lr:g} val PPL {row['val']['ppl']:.4f}  {row['seconds']:.0f} s")
-
-    def report(self, seeds: Sequence[int]) -> None:
-        """Scores the test split once per line and seed, at what validation chose, and prints the table."""
-        lab, out = load_lab(self.lab), []
-        first = next(iter(self.lines))
-        for seed in seeds:
-            brick_lr = self.chosen(first, seeds[0], lab.lrs)
-            if brick_lr is None:
-                raise SystemExit(f"{first!r} is not trained yet: run without --report first")
-            brick, _ = self.model(first, seed, brick_lr)
-            threshold = compute_confidence_threshold(brick, lab.val, HARD_SET)
-            hard = ease.score(brick, lab.test).confidences < threshold
-            for name in self.lines:
-                rows = [r for r in self.rows() if r["line"] == name and r["seed"] == seed]
-                lr = self.chosen(name, seeds[0], lab.lrs)
-                if lr is None or lr not in [r["lr"] for r in rows]:
-                    continue
-                model, row = self.model(name, seed, lr)
-                for share in lab.shares:
-                    policy = lab.policy(model, share)
-                    label = f"{name}; {share:.0%} go on" if policy.exits else name
-                    test = ease.score(model, lab.test, policy).figures(hard, depth=lab.depth)
-                    out.append({"line": label, "seed": seed, "lr": lr, "flops": row["flops"], "test": test})
-                    if not policy.exits:
-                        break
-        (self.folder / "test.json").write_text(json.dumps(out, indent=1))
-        print("| line | lr | test PPL | hard PPL | share of layers run | FLOPs/token | training FLOPs |")
-        print("|---|---|---|---|---|---|---|")
-        for label in dict.fromkeys(row["line"] for row in out):
-            mine = [row for row in out if row["line"] == label]
-            cells = [
-                spread([r["test"][key] for r in mine], digits)
-                for key, digits in (("ppl", 3), ("hard_ppl", 2), ("compute_cost", 2))
-            ]
-            per_token = sum(r["test"]["flops_per_token"] for r in mine) / len(mine)
-            flops = sum(r["flops"] for r in mine) / len(mine)
-            print(f"| {label} | {mine[0]['lr']:g} | {' | '.join(cells)} | {per_token / 1e3:.0f}k | {flops:.2e} |")
+        total = len(self.lines) * (len(self.lab.lrs) + len(seeds) - 1)
+        running: dict[Future[Row], Task] = {}
+        while True:
+            state, busy = self.progress(seeds), {task.key for task in running.values()}
+            todo = [task for task in state.todo if task.key not in busy]
+            if until is None or time.monotonic() < until:
+                for task in todo[: jobs - len(running)]:
+                    running[pool.submit(run_task, self.closed, task)] = task
+            if not running:
+                return
+            for number, future in enumerate(wait(running, return_when=FIRST_COMPLETED).done, state.kept + 1):
+                task = running.pop(future)
+                row = future.result()
+                self.keep(row)
+                result = f"failed: {row['failed']}" if "failed" in row else f"val PPL {row['val']['ppl']:.3f}"
+                what = f"{task.line:40} seed {task.seed}  lr {task.lr:<6g}"
+                say(f"{number:3}/{total} {what} {result}  {row['seconds']:.0f} s")
 
 
-@lru_cache(1)  # a worker is sent the same experiment again and again
-def load_lab(make: Callable[[], Lab]) -> Lab:
-    return make()
+OPEN: dict[Path, Plan] = {}  # of a worker
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return f"{t.mean():.{digits}f}" + (f" ± {t.std():.{digits}f}" if len(values) > 1 else "")
+def opened(plan: Plan) -> Plan:
+    """The plan with its lab, which a worker keeps from task to task."""
+    if plan.folder not in OPEN:
+        OPEN.clear()
+        OPEN[plan.folder] = plan
+    return OPEN[plan.folder]
 
 
-def main(parser: argparse.ArgumentParser, plan: Callable[[argparse.Namespace], Plan]) -> None:
-    """The command line that experiments share."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one tries learning rates")
-    parser.add_argument("--jobs", type=int, default=1, help="lines trained at a time, each on one thread")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--report", action="store_true", help="score the test split and print the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    made = plan(args)
-    if args.report:
-        made.report(args.seeds)
+def run_task(plan: Plan, task: Task) -> Row:
+    return opened(plan).run(task)
+
+
+def told(value: Any) -> Any:
+    """What a configuration says beyond its defaults, fit for JSON: a new option does not make old runs other ones."""
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return {"kind": type(value).__name__} | {
+            f.name: told(given[f.name]) for f in fields(value) if f.init and given[f.name] != default(f)
+        }
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    return [told(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def default(spec: Any) -> Any:
+    return spec.default_factory() if spec.default_factory is not MISSING else spec.default
+
+
+def reset_peak(device: str) -> None:
+    """Peak memory is counted from here, where the system can do that."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
     else:
-        made.work(args.seeds, args.jobs)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """Bytes: of the accelerator, or of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # which not every system has
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

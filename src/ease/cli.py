@@ -1,5 +1,6 @@
 """`ease`: run a recipe, evaluate a run, write a report, hand a model over to transformers."""
 
+import importlib
 import importlib.util
 import math
 import signal
@@ -23,6 +24,7 @@ usage: ease COMMAND ...
   ease calibrate RUN --min-agreement 0.99              choose thresholds for a target, a budget or a bound
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
   ease export RUN DIR [--tokenizer C] [--overwrite]    write a run's model as stock transformers loads it
+  ease reproduce TIER [--data D] [--budget MINUTES]    the paper's tables and figures, from a checkout of ease
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
 """
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "calibrate": calibrate,
         "report": report,
         "export": export,
+        "reproduce": reproduce,
     }
     if threading.current_thread() is threading.main_thread():  # a kill clears away what is half written, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -480,6 +483,61 @@ def export(args: list[str]) -> None:
         overwrite=overwrite,
     )
     print(f"The checkpoint: {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ease reproduce
+
+
+def reproduce(args: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Train what is missing of a tier of the paper's experiments, and write its tables and figures.
+
+        Tiers: smoke (everything, at a size that says nothing), 1 (every strategy against plain models at equal training
+        FLOPs), 2 (ASHEM taken apart). What is trained is kept under OUT/TIER: the same command goes on where it was
+        stopped. Tables say which lines are missing.
+        """
+
+        tier: tyro.conf.Positional[str]
+        """smoke, 1, 2 or 3."""
+        data: str = "stdlib"
+        """stdlib, a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or hf:NAME/CONFIG."""
+        scales: str = ""
+        """Sizes of model and data, with commas between them (those of the tier by default)."""
+        seeds: str = "0,1,2"
+        """With commas between them; the first one tries learning rates."""
+        budget: float | None = None
+        """Minutes after which no line is begun any more."""
+        jobs: int = 1
+        """Lines trained at a time, each on one thread."""
+        device: str = "cpu"
+        """cpu, cuda, mps or auto. The sizes that fit a laptop are faster on a CPU."""
+        out: Path = Path("results/reproduce")
+        """Where everything is kept."""
+
+    given = tyro.cli(Arguments, args=args, prog="ease reproduce")
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "experiments" / "reproduce.py").is_file():
+        raise EaseError("the experiments do not come with the package: clone the repository and run ease from there")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    reproduce = importlib.import_module("experiments.reproduce")
+    running = importlib.import_module("experiments.running")
+    try:
+        seeds = tuple(map(int, given.seeds.split(",")))
+    except ValueError:
+        raise EaseError(f"seeds are numbers with commas between them, as in 0,1,2; got {given.seeds!r}") from None
+    try:
+        settings = running.Settings(given.out, seeds, given.jobs, given.budget, given.device)
+        scales = tuple(filter(None, given.scales.split(",")))
+        missing = reproduce.reproduce(given.tier, given.data, scales, settings)
+    except KeyboardInterrupt:
+        raise EaseError("interrupted: what was trained is kept, and the same command goes on") from None
+    if missing:
+        print(f"Not done yet, the same command goes on: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":

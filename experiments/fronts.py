@@ -1,0 +1,186 @@
+"""From trained lines to `test.json`: which candidates stand on a front, the test split, the clock.
+
+Candidates are chosen on validation alone: those that no cheaper candidate of the same line beats in the mean over
+seeds. Each is then scored on the test split, once; what has been scored is kept. Wall-clock is measured on validation
+batches, all candidates of all lines taking turns.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ease
+from ease.machine import machine
+from ease.mining import Quantile
+from experiments import lines, tokens
+from experiments.lines import Plan, Row
+from experiments.sweeps import Candidate, Point, compared, figures, policy
+
+HARD_SET = 0.5  # of the validation tokens: those that phase 1's final model is least sure of
+TIMED = (5, 4)  # rounds, and validation batches in each
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan is reported for."""
+
+    title: str
+    base: str
+    """The line whose final model says which tokens are hard."""
+    plain: tuple[str, ...]
+    """The plain models, between which lies the line to beat."""
+    beside: tuple[str, ...] = ()
+    """Lines that every other one is compared with."""
+    explained: str | None = None
+    """The line of which it is told which tokens gained."""
+    original: str | None = None
+    """The line that others are variants of."""
+    both: tuple[str, ...] = ()
+    """Lines that are shown on validation tokens as well."""
+    leaky: str | None = None
+    """That one of them which was trained on validation tokens, and stands in no other table."""
+    command: str = ""
+    """What made it."""
+
+
+def front(rows: Sequence[Row]) -> list[int]:
+    """Which candidates of a line, from its rows of every seed, no cheaper one beats on validation, from cheap to dear.
+
+    Full depth, the one where learning rates are compared and fixed thresholds are always among them.
+    """
+    sweeps = list(zip(*(row["sweep"] for row in rows), strict=True))
+    cost = [statistics.mean(p["val"]["flops_per_token"] for p in points) for points in sweeps]
+    loss = [statistics.mean(p["val"]["loss"] for p in points) for points in sweeps]
+    first = rows[0]["sweep"]
+    kept = {0, first.index(compared(first, rows[0]["exits"]))}
+    kept |= {i for i, point in enumerate(first) if point["threshold"] is not None}
+    best = float("inf")
+    for i in sorted(range(len(sweeps)), key=lambda i: (cost[i], loss[i])):
+        if loss[i] < best:
+            kept, best = kept | {i}, loss[i]
+    return sorted(kept, key=lambda i: cost[i])
+
+
+def measure(
+    plan: Plan, report: Report, seeds: Sequence[int], pool: ProcessPoolExecutor, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Scores the lines that are finished with every seed, and writes `test.json`.
+
+    The line that fixes the hard set and a plain model have to be among them.
+    """
+    done, finished = plan.progress(seeds).done, plan.finished(seeds)
+    path = plan.folder / "test.json"
+    scored = scored_before(path)
+    entries, waiting = [], []
+    for name in finished:
+        rows = [done[name, seed] for seed in seeds]
+        chosen = front(rows)
+        for row in rows:
+            entry = {key: row[key] for key in ("key", "line", "seed", "lr", "flops", "seconds", "memory", "strategy")}
+            entry["points"] = [dict(row["sweep"][i]) for i in chosen]
+            entries.append(entry)
+            new = [p for p in entry["points"] if (row["key"], Candidate.of(p)) not in scored]
+            base = done[report.base, row["seed"]]
+            future = pool.submit(score_test, plan.closed, row, new, base, report) if new else None
+            waiting.append((entry, new, future))
+    for entry, new, future in waiting:
+        if future is not None:
+            for point, found in zip(new, future.result(), strict=True):
+                scored[entry["key"], Candidate.of(point)] = found
+            say(f"test split: {entry['line']}, seed {entry['seed']}")
+        entry["points"] = [point | scored[entry["key"], Candidate.of(point)] for point in entry["points"]]
+    if any(new for _, new, _ in waiting):
+        clock(plan, [(done[e["line"], e["seed"]], e["points"]) for e in entries if e["seed"] == seeds[0]])
+    data = {
+        "title": report.title,
+        "command": report.command,
+        "lab": plan.lab.describe(),
+        "seeds": list(seeds),
+        "machine": machine(plan.device),
+        "timed": {"seed": seeds[0], "rounds": TIMED[0], "batches": TIMED[1]},
+        "base": report.base,
+        "plain": [name for name in report.plain if name in finished],
+        "unfinished": [name for name in finished if plan.lines[name].share < 1],
+        "beside": [name for name in report.beside if name in finished],
+        "explained": report.explained if report.explained in finished else None,
+        "original": report.original if report.original in finished else None,
+        "both": [name for name in report.both if name in finished],
+        "leaky": report.leaky,
+        "missing": plan.missing(seeds),
+        "entries": entries,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return data
+
+
+def scored_before(path: Path) -> dict[tuple[str, Candidate], Point]:
+    """What `test.json` says of candidates already."""
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    kept = ("test", "groups", "val", "microseconds")
+    return {
+        (entry["key"], Candidate.of(point)): {name: point[name] for name in kept if name in point}
+        for entry in entries
+        for point in entry["points"]
+    }
+
+
+@lru_cache(4)
+def before(folder: Path, key: str) -> tuple[dict[str, ease.Scores], float]:
+    """Phase 1's scores on validation and test, and the confidence below which a token is hard."""
+    plan, quantile = lines.OPEN[folder], Quantile()
+    model = plan.model(plan.rows()[key])
+    scores = {split: ease.score(model, getattr(plan.lab, split)) for split in ("val", "test")}
+    quantile.add(scores["val"].confidences)
+    return scores, quantile(HARD_SET)
+
+
+@lru_cache(1)
+def kinds(folder: Path) -> tokens.Kinds:
+    return tokens.kinds(lines.OPEN[folder].lab)
+
+
+def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report: Report) -> list[dict[str, Any]]:
+    """A worker's part: what a line's candidates do on the test split."""
+    plan = lines.opened(plan)
+    model, (first, threshold) = plan.model(row), before(plan.folder, base["key"])
+    hard, found = {split: scores.confidences < threshold for split, scores in first.items()}, []
+    for point in points:
+        scores = ease.score(model, plan.lab.test, policy(point))
+        found.append({"test": figures(scores, plan.lab.depth, hard["test"])})
+        if row["line"] == report.explained:
+            found[-1]["groups"] = tokens.groups(kinds(plan.folder), first["test"], scores, hard["test"])
+        if row["line"] in report.both:
+            seen = ease.score(model, plan.lab.val, policy(point))
+            found[-1]["val"] = figures(seen, plan.lab.depth, hard["val"])
+    return found
+
+
+def clock(plan: Plan, timed: Sequence[tuple[Row, list[Point]]]) -> None:
+    """Writes microseconds per token into every point: the median over rounds in which all take turns, and the range."""
+    rounds, batches = TIMED
+    text = list(islice(plan.lab.val, batches))
+    turns = [(plan.model(row), point) for row, points in timed for point in points]
+    times: list[list[float]] = [[] for _ in turns]
+    for turn in range(rounds + 1):  # the first one allocates and chooses kernels
+        order = range(len(turns)) if turn % 2 else range(len(turns) - 1, -1, -1)
+        for i in order:
+            model, point = turns[i]
+            start = time.perf_counter()
+            scores = ease.score(model, text, policy(point))
+            if turn:
+                times[i].append(1e6 * (time.perf_counter() - start) / scores.processed)
+    for (_, point), seen in zip(turns, times, strict=True):
+        point["microseconds"] = {"median": statistics.median(seen), "low": min(seen), "high": max(seen)}

@@ -1,0 +1,84 @@
+"""What makes a token hard: its rarity, its place, the part of a word it is, and how open the text before it leaves it.
+
+A token is hard if phase 1's final model is unsure of it. Groups are made from the training text's counts and the token
+itself, not from any model, so that they say what kind of token is hard and which kind gains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ease
+from ease.evaluation import perplexity
+from experiments.lines import Lab
+
+BITS = (2.0, 4.0, 6.0, 8.0, 10.0)
+"""Edges between groups of rarity and of openness, in bits."""
+
+
+Kinds = dict[str, tuple[list[str], Tensor]]
+"""Kind -> the names of its groups, and the group of each token."""
+
+
+def groups(kinds: Kinds, before: ease.Scores, after: ease.Scores, hard: Tensor) -> list[dict[str, Any]]:
+    """Per group of test tokens its share, how many are hard, and perplexity before and after."""
+    found = []
+    for kind, (names, group) in kinds.items():
+        for number, name in enumerate(names):
+            inside = group == number
+            if bool(inside.any()):
+                found.append(
+                    {
+                        "kind": kind,
+                        "group": name,
+                        "share": inside.double().mean().item(),
+                        "hard": hard[inside].double().mean().item(),
+                        "before": perplexity(before.losses[inside]),
+                        "after": perplexity(after.losses[inside]),
+                    }
+                )
+    return found
+
+
+def kinds(lab: Lab) -> Kinds:
+    """The groups of the tokens that the lab's test batches score, in their order."""
+    n = len(lab.test) * lab.batch * lab.seq
+    context, target = lab.text["test"][:n].long(), lab.text["test"][1 : n + 1].long()
+    train, V = lab.text["train"].long(), lab.vocab_size
+    counts = torch.bincount(train, minlength=V).double() + 1
+    rarity = -(counts / counts.sum()).log2()[target]
+    place = torch.arange(len(target)) % lab.seq
+    places = [lab.seq // 16, lab.seq // 4]
+    found = {
+        "rarity of the token, bits": (ranges(BITS), bins(rarity, BITS)),
+        "openness after the token before, bits": (ranges(BITS), bins(openness(train, V)[context], BITS)),
+        "place in the sequence": (ranges(places), bins(place.double(), places)),
+    }
+    if lab.pieces:
+        word = torch.tensor([piece[:1].isalnum() or piece[:1] == "_" for piece in lab.pieces])
+        open_ = torch.tensor([piece[-1:].isalnum() or piece[-1:] == "_" for piece in lab.pieces])
+        part = torch.where(word[target], 1 + (open_[context]).long(), 0)
+        found["part of a word"] = (["no word", "start of a word", "inside a word"], part)
+    return found
+
+
+def openness(train: Tensor, vocab_size: int) -> Tensor:
+    """(V,) entropy in bits of the token that follows, over the training text; 0 for what never occurs there."""
+    pairs, counts = (train[:-1] * vocab_size + train[1:]).unique(return_counts=True)
+    first, counts = pairs // vocab_size, counts.double()
+    total = torch.zeros(vocab_size, dtype=torch.double).index_add(0, first, counts)
+    surprise = counts * (total[first] / counts).log2()
+    return torch.zeros(vocab_size, dtype=torch.double).index_add(0, first, surprise) / total.clamp(min=1)
+
+
+def bins(values: Tensor, edges: Any) -> Tensor:
+    return torch.bucketize(values, torch.tensor(edges, dtype=values.dtype), right=True)
+
+
+def ranges(edges: Any) -> list[str]:
+    """Names of the groups that edges make."""
+    middle = [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:])]
+    return [f"below {edges[0]:g}", *middle, f"{edges[-1]:g} and more"]

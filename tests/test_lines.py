@@ -1,0 +1,191 @@
+"""Experiments' lines: equal budgets, the same order of text, choices on validation, and nothing lost or done twice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ease
+from experiments import lines
+from experiments.lines import Lab, Line, Plan, grow, make
+from experiments.sweeps import Candidate, candidates, compared
+
+BUDGET = 6e8
+
+
+def make_lab(text: torch.Tensor, **settings: Any) -> Lab:
+    third = len(text) // 3
+    splits = {"train": text[:third], "val": text[third : 2 * third], "test": text[2 * third :]}
+    sizes = {"brick": 1, "depth": 2, "budget": BUDGET, "lrs": (1e-2, 2e-2), "dim": 16, "seq": 16, "batch": 8}
+    ends = {"epoch_batches": 6, "eval_batches": (2, 2)}
+    return Lab(splits, "three modules", 256, **{**sizes, **ends, **settings})
+
+
+SHALLOW = make(ease.StandardConfig, num_layers=1)
+LINES = {
+    "phase 1": Line(SHALLOW, share=0.6),
+    "plain, layers: 2": Line(make(ease.StandardConfig, num_layers=2)),
+    "continued": Line(SHALLOW, on="phase 1"),
+    "ASHEM": Line(grow(2), on="phase 1", thresholds=(0.9,)),
+    "early exit": Line(make(ease.EarlyExitConfig, num_layers=2, exit_layer=1, routing_threshold=0.0)),
+    "stacking": Line(make(ease.StackingConfig, layers=(1, 2))),
+}
+
+
+@pytest.fixture
+def plan(text: torch.Tensor, tmp_path: Path) -> Callable[..., Plan]:
+    """Makes a plan in the test's folder."""
+
+    def make_plan(chosen: dict[str, Line] | None = None, **settings: Any) -> Plan:
+        return Plan(partial(make_lab, text, **settings), LINES if chosen is None else chosen, tmp_path)
+
+    return make_plan
+
+
+def train_all(plan: Plan, seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
+    """Everything that there is to train, here and now."""
+    rows = []
+    while todo := plan.progress(seeds).todo:
+        rows.append(plan.run(todo[0]))
+        plan.keep(rows[-1])
+    return rows
+
+
+@pytest.fixture
+def no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lab: Lab) -> None:
+        raise AssertionError("training asked for the test split")
+
+    monkeypatch.setattr(Lab, "test", property(refuse))
+
+
+@pytest.mark.usefixtures("no_test_split")
+def test_every_line_spends_the_same_and_never_sees_the_test_split(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    rows = train_all(made)
+    done = made.progress([0]).done
+    assert {name for name, _ in done} == set(LINES)
+    for name, line in LINES.items():
+        spent = done[name, 0]["flops"]
+        # A phase ends on a whole step and a validation pass, a few hundredths of this budget each.
+        assert spent == pytest.approx(line.share * BUDGET, rel=0.12), name
+    base = done["phase 1", 0]
+    for name in ("continued", "ASHEM"):
+        assert done[name, 0]["flops"] == pytest.approx(base["flops"] + sum(done[name, 0]["flops_by"].values()))
+    assert all(row["memory"] > 0 for row in rows)
+
+
+def test_what_goes_on_from_a_line_reads_on_where_it_stopped(plan: Callable[..., Plan], monkeypatch) -> None:
+    read: list[list[torch.Tensor]] = []
+    batches = ease.TokenBatches._batches
+
+    def watched(self: ease.TokenBatches, first: int) -> Any:
+        if self.shuffle:
+            read.append([])
+        for x, y in batches(self, first):
+            if self.shuffle:
+                read[-1].append(x)
+            yield x, y
+
+    monkeypatch.setattr(ease.TokenBatches, "_batches", watched)
+    made = plan({name: LINES[name] for name in ("phase 1", "continued", "ASHEM")}, lrs=(1e-2,))
+    orders = []
+    for _ in range(3):
+        read.clear()
+        made.keep(made.run(made.progress([0]).todo[0]))
+        orders.append([list(epoch) for epoch in read])
+    base, continued, mined = orders
+    lab = made.lab
+    stream = lab.train(0)
+    epochs = [[x for x, _ in stream] for _ in range(len(base) + 1)]
+    assert all(torch.equal(a, b) for epoch, seen in zip(epochs, base) for a, b in zip(epoch, seen))
+    assert torch.equal(continued[0][0], epochs[len(base)][0])
+    assert torch.equal(mined[0][0], epochs[len(base)][0]), "growth mines what the line continued trains on"
+
+
+def test_learning_rates_are_chosen_with_the_first_seed_on_validation(plan: Callable[..., Plan]) -> None:
+    made = plan({"phase 1": LINES["phase 1"]})
+    first = made.progress([0, 1]).todo
+    assert [(task.seed, task.lr) for task in first] == [(0, 1e-2), (0, 2e-2)]
+    for task, loss in zip(first, (3.0, 2.0), strict=True):
+        made.keep({"key": task.key, "lr": task.lr, "val": {"loss": loss}})
+    state = made.progress([0, 1])
+    assert state.done["phase 1", 0]["lr"] == 2e-2
+    assert [(task.seed, task.lr) for task in state.todo] == [(1, 2e-2)], "the other seeds run at what was chosen"
+    # Another rate is another trial and leaves those that there are.
+    more = plan({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 2e-2, 4e-2))
+    assert [(task.seed, task.lr) for task in more.progress([0, 1]).todo] == [(0, 4e-2)]
+
+
+def test_a_changed_line_is_trained_again_and_no_other(plan: Callable[..., Plan]) -> None:
+    some = {"phase 1": LINES["phase 1"], "ASHEM": LINES["ASHEM"]}
+    made = plan(some, lrs=(1e-2,))
+    train_all(made)
+    assert not made.progress([0]).todo
+    changed = plan({**some, "ASHEM": Line(grow(2, hard_example_ratio=0.3), on="phase 1")}, lrs=(1e-2,))
+    assert [task.line for task in changed.progress([0]).todo] == ["ASHEM"]
+    renamed = plan({"the first": LINES["phase 1"]}, lrs=(1e-2,))
+    assert renamed.progress([0]).done["the first", 0]["line"] == "the first"
+    sizes = plan(some, lrs=(1e-2,), dim=32)
+    assert [task.line for task in sizes.progress([0]).todo] == ["phase 1"], "its phase 1 is another, too"
+
+
+def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    made.folder.mkdir(exist_ok=True)
+    made.keep({"key": "one"})
+    with (made.folder / "rows.jsonl").open("a") as file:
+        file.write('{"key": "tw')
+    assert set(made.rows()) == {"one"}
+    made.keep({"key": "three"})
+    assert set(made.rows()) == {"one", "three"}
+
+
+def test_training_that_breaks_down_is_a_row_and_is_never_chosen(plan: Callable[..., Plan]) -> None:
+    made = plan({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 1e18))
+    rows = train_all(made)
+    assert "lower the learning rate" in rows[1]["failed"]
+    assert made.progress([0]).done["phase 1", 0]["lr"] == 1e-2
+    only = plan({"phase 1": LINES["phase 1"]}, lrs=(1e18,))
+    assert not only.progress([0]).todo
+    assert only.missing([0]) == ["phase 1 (failed)"]
+
+
+def test_the_model_comes_back_as_it_was(plan: Callable[..., Plan]) -> None:
+    made = plan({name: LINES[name] for name in ("phase 1", "ASHEM")}, lrs=(1e-2,))
+    train_all(made)
+    row = made.progress([0]).done["ASHEM", 0]
+    model = made.model(row)
+    assert (model.num_layers, model.trained_exits, row["exits"]) == (2, {1, 2}, [1])
+    full = next(point for point in row["sweep"] if not point["exits"])
+    assert ease.score(model, made.lab.val).figures()["loss"] == pytest.approx(full["val"]["loss"])
+
+
+def test_exits_that_training_left_behind_are_none(plan: Callable[..., Plan]) -> None:
+    made = plan({"stacking": LINES["stacking"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
+    rows = {row["line"]: row for row in train_all(made)}
+    assert rows["stacking"]["exits"] == [], "its first phase trained exit 1, and the second moved on without it"
+    assert rows["early exit"]["exits"] == [1]
+
+
+def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
+    points = [c._asdict() | {"exits": list(c.exits)} for c in candidates([1, 2], [0.9])]
+    assert Candidate.of(compared(points, [1, 2])) == Candidate((1,), 0.5)
+    assert Candidate.of(compared(points[:1], [])) == Candidate()
+    assert [c.threshold for c in candidates([1, 2], [0.9])][-1] == 0.9
+    assert not any(c.exits for c in candidates([], [0.9])), "no exit, no threshold"
+
+
+def test_a_plan_is_sent_to_workers_without_its_lab(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    assert made.lab is made.lab
+    assert "lab" not in vars(made.closed)
+    lines.OPEN.clear()
+    assert lines.opened(made) is lines.opened(made.closed)
+    other = replace(made, folder=made.folder / "other")
+    assert lines.opened(other) is other
+    assert list(lines.OPEN) == [other.folder], "a worker holds one lab at a time"
