@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types imports pytest slow format
+.PHONY: help setup demo picture test lint types imports pytest slow format
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## run the demo and say where its report is
 	$(BIN)/ease run demo --overwrite
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
+
+picture: demo  ## the README's picture, from the demo's report (needs Chromium)
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
+	    --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
 
 test: lint types imports pytest  ## lint, types, import rules and the tests that are quick
 

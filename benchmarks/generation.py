@@ -93,7 +93,7 @@ def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dic
         return found[:, prompts.shape[1] :]
 
     calls: dict[str, Call] = {"transformers, full": generate}
-    for exit in sorted(e for e in model.trained_exits if e < model.num_layers):
+    for exit in ease.Policy.own(model).exits:
         if len(prompts) == 1:  # assisted generation takes one row
             calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
         plain = with_final_norm(model, exit)
@@ -236,11 +236,20 @@ def main() -> None:
             "drafts accepted": lambda r: "" if r["acceptance"] is None else f"{r['acceptance']:.0%}",
         },
     )
-    found["roofline"] = [roofline(model, prompts[:batch], steps, args.rounds) for batch in args.batch]
+    exits = ease.Policy.own(model).exits
+    with torch.no_grad():
+        sure = [ease.compute_confidence(model, model.forward_to_layer(prompts, e), e).median().item() for e in exits]
+    policies = {"its own": model, "half leave at each exit": with_policy(model, exits, tuple(sure))}
+    found["roofline"] = [
+        {"policy": name, **roofline(routed, prompts[:batch], steps, args.rounds)}
+        for name, routed in policies.items()
+        for batch in args.batch
+    ]
     table(
         found["roofline"],
         {
-            "routed, batch": lambda r: str(r["batch"]),
+            "policy": lambda r: r["policy"],
+            "batch": lambda r: str(r["batch"]),
             "mean exit": lambda r: f"{r['exit']:.1f}",
             "a head, in layers": lambda r: f"{r['head']:.2f}",
             "allowed": lambda r: f"{r['allowed']:.2f}",

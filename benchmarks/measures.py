@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, _, corpus, data = open_run(args.run)
-    exits = tuple(sorted(e for e in model.trained_exits if e < model.num_layers))
+    exits = ease.Policy.own(model).exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = halves(corpus.test, data)
     start = time.perf_counter()

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ease
+from ease import Policy
 from ease.calibration import Sequences
 from ease.evaluation import perplexity, score
 from ease.finished import halves, open_run
@@ -27,13 +29,13 @@ from ease.finished import halves, open_run
 TARGETS = (0.95, 0.99)
 
 
-def study(folder: Path) -> list[dict[str, Any]]:
+def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
     """A row for every exit of the run's model, one for all of them together, and one for the last."""
     model, _, corpus, data = open_run(folder)
-    exits = tuple(sorted(e for e in model.trained_exits if e < model.num_layers))
+    exits = Policy.own(model).exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = halves(corpus.test, data)
-    seen = Sequences(model, held_out, ease.Policy(exits, (1.0,) * len(exits)))
+    seen = Sequences(model, held_out, Policy(exits, (1.0,) * len(exits)))
     agrees = dict(zip(exits, seen.views.agrees.double().mean(1).tolist()))
     rows: list[dict[str, Any]] = []
     for some in [*((e,) for e in exits), *([exits] if len(exits) > 1 else [])]:
@@ -42,7 +44,8 @@ def study(folder: Path) -> list[dict[str, Any]]:
             row["ppl"] = perplexity(score(model, held_out, last=some[0]).losses)
             row["agreement"] = agrees[some[0]]
         for target in TARGETS:
-            policy = ease.Policy(some, (1.0,) * len(some))
+            print(f"{folder.name}: exits {some} at {target:.0%}", file=sys.stderr, flush=True)
+            policy = Policy(some, (1.0,) * len(some))
             found = ease.calibrate(model, policy, ease.Target("min_agreement", target), val, decide, held_out)
             row[f"{target:g}"] = found.record["held_out"]
         rows.append(row)
@@ -55,10 +58,11 @@ def study(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--batches", type=int, help="of validation and of each half of test (as the run's by default)")
     parser.add_argument("--out", type=Path, default=Path("results/exits.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for folder in args.runs for row in study(folder)]
+    rows = [row for folder in args.runs for row in study(folder, args.batches)]
     at = " | ".join(f"at {t:.0%}: leave | FLOPs | PPL" for t in TARGETS)
     print(f"| run | exits | PPL | agrees | {at} |\n|---|---|---|---|{'---|' * 3 * len(TARGETS)}")
     for row in rows:

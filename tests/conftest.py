@@ -4,6 +4,7 @@ import bisect
 import copy
 import heapq
 import json
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ def even_policy() -> Callable[..., Policy]:
         thresholds: tuple[float, ...] = ()
         places = torch.arange(ids.shape[1]).expand_as(ids) if layout is None else layout.positions
         for i, layer in enumerate(exits):
-            policy = Policy(exits[: i + 1], (*thresholds, 2.0), **options)
+            policy = Policy(exits[: i + 1], (*thresholds, math.inf), **options)
             with torch.no_grad():
                 stop = next(stop for stop in walk(model, ids, policy, layout=layout) if stop.layer == layer)
             # A threshold t asks for t + (1 - t) raised: this is the t that a token just meets.

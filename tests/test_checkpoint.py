@@ -88,6 +88,10 @@ def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path:
         (lambda f: (f / "model.safetensors").write_bytes(b"123"), "damaged"),
         (lambda f: (f / "model.safetensors").unlink(), "damaged"),
         (lambda f: _edit(f, format=99), "format 99"),
+        (lambda f: _edit(f, model_type="llama"), "is a checkpoint and no run: `ease tune`"),
+        (lambda f: _edit(f, policy={"exits": [1], "thresholds": [0.5], "of_tomorrow": 1}), "damaged"),
+        (lambda f: _edit(f, run=3), "damaged"),
+        (lambda f: _edit(f, data={"eos": "x"}), "damaged"),
         (lambda f: _edit(f, model={"dim": 8}), "damaged"),
     ],
 )

@@ -97,7 +97,8 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
 
 @pytest.mark.parametrize("mode", ["full", "routed", "exact"])
 def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["generate", str(made), "--prompt", "import ", "--max-new-tokens", "9", "--mode", mode, "--threshold", "0.1"]
+    args = ["generate", str(made), "--prompt", "import ", "--max-new-tokens", "9", "--mode", mode]
+    args += ["--threshold", "0.1"] if mode == "routed" else []
     assert main(args) == 0
     shown = capsys.readouterr()
     model, tokenizer = load_model(made)[0], Tokenizer.from_file(str(made / "tokenizer.json"))
@@ -107,6 +108,71 @@ def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFi
     assert shown.out == "import " + tokenizer.decode(answer.tokens[0].tolist()) + "\n"
     assert f"{answer.tokens.numel()} tokens" in shown.err
     assert "layer " in shown.err
+
+
+def test_a_checkpoint_s_positions_are_the_limit(
+    made: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
+    assert main(["export", str(made), checkpoint]) == 0
+    refused = [
+        (
+            ["tune", checkpoint, "--exits", "1", "--data", str(text_file), "--out", out, "--data.seq-len", "32"],
+            "has 16",
+        ),
+        (["tune", str(made), "--out", out, "--dtype", "bfloat16"], "is a run with its own"),
+        (["generate", checkpoint, "--prompt", "import json", "--max-new-tokens", "100"], "more than the 16 positions"),
+        (["eval", checkpoint], "is a checkpoint and no run"),
+    ]
+    for command, says in refused:
+        capsys.readouterr()
+        assert main(command) == 2
+        shown = capsys.readouterr()
+        assert says in shown.err
+        assert not shown.out
+    assert main(["generate", checkpoint, "--prompt", "import json"]) == 0
+    assert "6 tokens" in capsys.readouterr().err, "as many as fit"
+
+
+def test_a_recipe_must_return_a_run_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def config():\n    return None\n")
+    assert main(["run", str(tmp_path / "own.py")]) == 2
+    assert "returns NoneType: return an ease.runs.RunConfig" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal as POSIX does")
+def test_a_run_that_is_told_to_end_leaves_nothing_behind(text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
+    with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while line := process.stderr.readline():
+            if "epoch" in line:
+                process.terminate()
+                break
+        assert "nothing was written" in process.communicate(timeout=300)[1]
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+MISSING = """
+import runpy, sys
+sys.modules |= {"lm_eval": None, "transformers": None}
+try:
+    import ease.hf_model
+except ValueError as error:
+    print(f"ease: {error}", file=sys.stderr)
+runpy.run_module("ease.lm_eval", run_name="__main__")
+"""
+
+
+def test_a_missing_extra_is_one_sentence_that_names_it() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"ease: this needs the package {package}: pip install -e '.[{extra}]' in a checkout of ease"
+        for package, extra in (("transformers", "hf"), ("lm_eval", "eval"))
+    ]
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +199,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "no/such/run"], "no/such/run"),
         (["report"], "no run given"),
         (["export", "no/such/run", "out"], "no run folder"),
+        (["generate", "no/such/model", "--prompt", "x\udcff"], "the prompt is no valid text at character 2"),
+        (["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"], "--threshold is for mode routed"),
+        (["export", "some", "./some", "--overwrite"], "is the run itself"),
+        (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),
+        (["run", "demo", "--start", "x", "--data.tokenizer", "bpe:300"], "leave out --model.* and --data.tokenizer"),
+        (["run", "demo", "--data.tokenizer", f"bpe:{10**24}"], "unknown tokenizer"),
+        (["run", "demo", "--data", "hf:"], "use hf:NAME"),
+        (["run", "demo", "--seed", "99999999999999999999"], "seed must lie in"),
+        (["run", "demo", "--dtype", "bfloat16"], "name one with --start"),
         (["tune", "--exits", "1"], "name the checkpoint first"),
         (["generate", "no/such/model", "--prompt", "x"], "no folder no/such/model"),
         (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
@@ -147,7 +222,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path:
     assert says in captured.err
     assert captured.err.startswith("ease: ")
     assert captured.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [] or [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -157,6 +232,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path:
         (["--strategy.hard-example-ratio", "0"], "must lie in (0, 1]"),
         (["--strategy.phase1-lr", "fast"], "phase1-lr"),
         (["--no-such-option", "1"], "no-such-option"),
+        (["--data.seq-len", "0"], "seq_len must be at least 1"),
     ],
 )
 def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

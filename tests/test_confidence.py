@@ -47,7 +47,7 @@ def taught(_trained: StandardTransformer, text_data: Callable[..., Data]) -> Sta
 def test_a_walk_follows_every_measure_and_pays_for_heads_as_it_must(name: str, taught: Any, text: torch.Tensor) -> None:
     ids = text[300:556].long().view(4, 64)
     options = {"confidence": name, "patience": int(name == "patience") * 2}
-    (all_deep,) = (s for s in walk(taught, ids, Policy((1,), (1.1,), **options)) if s.layer == 1)
+    (all_deep,) = (s for s in walk(taught, ids, Policy((1,), (math.inf,), **options)) if s.layer == 1)
     confidence = all_deep.confidence.detach()
     assert ((confidence >= 0) & (confidence <= 1)).all()
     threshold = float(confidence.median())
@@ -76,7 +76,9 @@ def test_the_classifier_tells_agreement_better_than_chance_and_changes_no_exit(
 
 def test_without_the_head_a_token_that_stays_pays_for_none(taught: StandardTransformer, text: torch.Tensor) -> None:
     batch = (text[300:556].long().view(4, 64), text[301:557].long().view(4, 64))
-    deep = {name: score(taught, [batch], Policy((1,), (1.1,), confidence=name)) for name in ("margin", "classifier")}
+    deep = {
+        name: score(taught, [batch], Policy((1,), (math.inf,), confidence=name)) for name in ("margin", "classifier")
+    }
     assert deep["margin"].flops - deep["classifier"].flops == head_flops(taught.config, 256)
 
 
@@ -105,6 +107,7 @@ def test_a_threshold_with_a_half_life_falls_from_one() -> None:
         (lambda m: route(m, torch.zeros(1, 2, dtype=torch.long), 1, 0.5), "exit 1 has no classifier"),
         (lambda m: learn_agreement(m, [], [3]), "must lie below the last"),
         (lambda m: learn_agreement(m, [], []), "no exit to learn"),
+        (lambda m: learn_agreement(m, [], (1,)), "no scored token to learn the agreement from"),
     ],
 )
 def test_bad_policies_are_refused_in_one_sentence(make: Any, fix: str, tiny: Make) -> None:

@@ -14,6 +14,7 @@ from ease import (
     PhaseOptions,
     Policy,
     StageConfig,
+    StagedConfig,
     StandardConfig,
     TrainingConfig,
     create_deep_supervision_config,
@@ -111,6 +112,10 @@ def test_a_configuration_describes_itself() -> None:
         (lambda: PhaseOptions(warmup=1.0), "warmup is a share of the phase"),
         (lambda: PhaseOptions(max_epochs=0), "must be at least 1"),
         (lambda: PhaseOptions(patience=0), "must be at least 1"),
+        (lambda: PhaseOptions(max_flops=math.nan), "max_flops must be above 0"),
+        (lambda: PhaseOptions(weight_decay=-1.0), "weight_decay must be at least 0"),
+        (lambda: PhaseOptions(weight_decay=math.nan), "weight_decay must be at least 0"),
+        (lambda: StagedConfig(trunk_budget=math.nan), "trunk_budget must be at least 0"),
     ],
 )
 def test_bad_configurations_are_refused_in_one_sentence(make: Callable[[], object], fix: str) -> None:

@@ -347,7 +347,7 @@ def test_hub_sets_without_train_or_text_and_a_missing_library(monkeypatch: pytes
     with pytest.raises(EaseError, match="no split 'train'"):
         read_splits("hf:owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(EaseError, match=r"ease-lego\[hf\]"):
+    with pytest.raises(EaseError, match=r"package datasets: pip install -e '\.\[hf\]'"):
         read_splits("wikitext-2")
 
 

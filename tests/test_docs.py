@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 # Pages whose commands belong between their snippets: both are run, in order.
-WALKS = {"real-llms.md"}
+WALKS = {"real-llms.md", "tasks.md"}
+SMALL = ["--num-layers", "2", "--dim", "16", "--max-epochs", "1", "--device", "cpu"]  # for the scripts of a page
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -75,6 +76,8 @@ def test_the_snippets_run(page: Path, cache: Path, tmp_path: Path, monkeypatch: 
                 assert main(args[1:]) == 0, command
             elif "lm_eval" not in command or importlib.util.find_spec("lm_eval"):
                 assert args[0] == "python"
+                if (ROOT / args[1]).is_file():
+                    args[1:] = [str(ROOT / args[1]), *args[2:], *SMALL]
                 done = subprocess.run([sys.executable, *args[1:]], capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr[-2000:]
 
@@ -91,6 +94,16 @@ def test_links_and_pictures_exist(page: Path) -> None:
         assert file.exists(), f"{target} does not exist"
         if anchor:
             assert anchor in anchors(file), f"{file.name} has no heading #{anchor}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    found, rest = set[Path](), [ROOT / "README.md"]
+    while rest:
+        page = rest.pop()
+        found.add(page)
+        links = re.findall(r"\]\(([\w./-]+\.md)[)#]", page.read_text(encoding="utf-8"))
+        rest += [file for link in links if (file := (page.parent / link).resolve()) not in found]
+    assert set(PAGES) <= found
 
 
 def anchors(page: Path) -> set[str]:

@@ -46,8 +46,9 @@ def test_exits_learn_from_the_text_or_from_the_last_exit(
 ) -> None:
     model, data = tiny(3), text_data(6, 1)
     before = [score(model, data.val, last=exit).figures()["loss"] for exit in (1, 3)]
+    options = {} if objective == "cross-entropy" else {"temperature": 2.0}
     plan = EarlyExitConfig(
-        num_layers=3, exit_layer=1, routing_threshold=0.5, objective=objective, temperature=2.0, lr=5e-3, max_epochs=3
+        num_layers=3, exit_layer=1, routing_threshold=0.5, objective=objective, lr=5e-3, max_epochs=3, **options
     )
     ((phase, history),) = train(model, plan.strategy(), data)
     assert phase.config.objective == expected
@@ -73,6 +74,7 @@ def test_a_threshold_of_zero_trains_exits_and_routes_nobody() -> None:
         ({"exit_weight": 0.0}, "give one weight above 0, or one per exit"),
         ({"exit_weight": (1.0, 2.0)}, "give one weight above 0, or one per exit"),
         ({"objective": "hints"}, "objective must be cross-entropy or distillation or both, got 'hints'"),
+        ({"temperature": 2.0}, "belongs to distillation: leave it out"),
         ({"objective": "both", "temperature": 0.0}, "temperature must be above 0"),
         ({"routing_threshold": 1.5}, r"must lie in \[0, 1\]"),
     ],

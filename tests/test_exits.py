@@ -52,9 +52,11 @@ def test_core_options_become_a_policy(exit_layer: Any, threshold: Any, exits: An
     ],
 )
 def test_bad_policies_are_refused_in_one_sentence(exit_layer: Any, threshold: Any, fix: str) -> None:
-    with pytest.raises(EaseError, match=fix) as error:
-        Policy.of(exit_layer, threshold)
-    assert "\n" not in str(error.value)
+    stated = [value if isinstance(value, tuple) else (value,) for value in (exit_layer, threshold)]
+    for make in (lambda: Policy.of(exit_layer, threshold), lambda: Policy(*stated)):
+        with pytest.raises(EaseError, match=fix) as error:
+            make()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("exit_layer", [3, 4, (1, 3)])
@@ -66,6 +68,12 @@ def test_exits_at_or_beyond_the_last_layer_are_refused_while_routing_is_on(exit_
         route(tiny(3), torch.zeros(1, 2, dtype=torch.long), exit_layer, thresholds)
     assert "\n" not in str(error.value)
     assert (route(tiny(3), torch.zeros(1, 2, dtype=torch.long), exit_layer, 0.0).exits == 3).all()
+
+
+def test_a_mask_of_another_shape_is_refused(tiny: Make) -> None:
+    for shape in ((2,), (1, 3), (2, 2)):
+        with pytest.raises(EaseError, match=r"attention_mask has shape .*: give \(1, 2\), as the ids"):
+            route(tiny(2), torch.zeros(1, 2, dtype=torch.long), 1, 0.5, torch.ones(shape))
 
 
 def test_confidence_is_the_largest_probability() -> None:

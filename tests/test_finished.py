@@ -133,12 +133,40 @@ def test_what_fails_leaves_the_policy_as_it_was(
     assert "has format 9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("run", "command"),
+    [
+        ({}, ["eval"]),
+        ({"data": {}}, ["export", "--overwrite"]),
+        ({"data": 3}, ["export", "--overwrite"]),
+        ({"data": {"seq_len": "a"}}, ["eval"]),
+    ],
+)
+def test_a_run_that_does_not_say_its_data_is_told(
+    cached: Path, run: Any, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = json.loads((cached / "config.json").read_text()) | {"run": run}
+    (cached / "config.json").write_text(json.dumps(edited))
+    target = [str(tmp_path / "out")] if command[0] == "export" else []
+    assert main([command[0], str(cached), *target, *command[1:]]) == 2
+    assert "does not say what data it was made from" in capsys.readouterr().err
+
+
 def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config, *rest = finished.open_run(cached)
     model.exit_layer, model.routing_threshold, model.trained_exits = 1, 0.0, {model.num_layers}
     monkeypatch.setattr(finished, "open_run", lambda folder: (model, config, *rest))
     with pytest.raises(EaseError, match="has no exits to calibrate: tune it first"):
         finished.calibrate(cached, Target("target_ratio", 0.5))
+
+
+def test_without_a_policy_the_trained_exits_below_the_last_layer_route(cached: Path) -> None:
+    edited = json.loads((cached / "config.json").read_text())
+    edited |= {"trained_exits": [1, 2], "policy": {"exits": [], "thresholds": []}}
+    (cached / "config.json").write_text(json.dumps(edited))
+    assert load_model(cached)[0].early_exits == (1, 2)
+    assert finished.evaluate(cached, [0.5])[0]["thresholds"] == (0.5, 0.5)
+    assert finished.calibrate(cached, Target("target_ratio", 0.5))["policy"]["exits"] == (1, 2)
 
 
 def test_eval_scores_the_test_split_at_thresholds(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Generation: requests, stops, seeds, penalties and what is refused. What the three ways give is in the promises."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,12 @@ def test_a_cache_says_what_it_takes_and_is_refused_for_another_use(tiny: Make) -
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"mode": "fast"}, "mode must be full or routed or exact"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or at least 1e-6"),
+        ({"temperature": 1e-40}, "temperature must be 0 or at least 1e-6"),
+        ({"seed": 10**20}, "seed must lie in"),
+        ({"draft_confidence": 0.5}, "draft_confidence is for mode exact, and this is full"),
+        ({"mode": "exact", "draft_confidence": math.nan}, r"draft_confidence must lie in \[0, 1\], got nan"),
+        ({"mode": "exact", "draft_confidence": 5}, r"draft_confidence must lie in \[0, 1\]"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),

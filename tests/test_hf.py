@@ -415,6 +415,12 @@ def test_a_checkpoint_is_replaced_only_when_told_to(tmp_path: Path) -> None:
         ({"num_hidden_layers": 4}, "lacks model.layers.3.input_layernorm.weight"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
         ({"num_attention_heads": 3}, "must divide"),
+        ({"intermediate_size": -1}, "hidden_dim must be at least 1"),
+        ({"num_attention_heads": 0, "head_dim": ...}, "is damaged"),
+        ({"rope_scaling": "x"}, "is damaged"),
+        ({"rope_parameters": 3}, "is damaged"),
+        ({"rope_parameters": ..., "rope_theta": "abc"}, "is damaged"),
+        ({"rms_norm_eps": "a"}, "is damaged"),
         ({"model_type": "qwen2"}, "lacks model.layers.0.self_attn.k_proj.bias"),
     ],
 )
@@ -438,6 +444,11 @@ def damage_index(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def point_index(folder: Path, shard: object) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -458,6 +469,9 @@ def damage_index(folder: Path) -> None:
         ),
         (lambda f: edit_policy(f, format=9), "format 9"),
         (lambda f: edit_policy(f, exits=...), "is damaged"),
+        (lambda f: edit_policy(f, calibration=[1]), "is damaged"),
+        (lambda f: point_index(f, 3), "names no shards beside it"),
+        (lambda f: point_index(f, "../other/model.safetensors"), "names no shards beside it"),
         (
             lambda f: edit_policy(f, exits=[1, 7]),
             "exit_layer 7",
@@ -484,5 +498,15 @@ def test_a_name_that_neither_disk_nor_hub_gives_is_told_in_one_sentence(monkeypa
 
 
 def test_a_folder_without_tokenizer_is_told(mine: Path) -> None:
-    with pytest.raises(EaseError, match=r"tokenizer\.json"):
+    with pytest.raises(EaseError, match=r"has no tokenizer\.json: .*save_pretrained"):
         load_tokenizer(mine)
+
+
+def test_a_name_is_a_dtype_and_a_missing_library_is_told(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(ease.from_pretrained(mine, dtype="float16").parameters()).dtype == torch.float16
+    with pytest.raises(EaseError, match="no device 'tpu'"):
+        ease.from_pretrained(mine, device="tpu")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for make in (lambda: ease.from_pretrained("org/model"), lambda: ease.save_pretrained(own_model(), mine / "out")):
+        with pytest.raises(EaseError, match=r"package huggingface_hub: pip install -e '\.\[hf\]'"):
+            make()

@@ -62,8 +62,9 @@ def test_forward_is_the_models_own_and_routes_only_in_evaluation(
     assert torch.equal(out.logits, expected.logits)
     assert torch.equal(out.exits, expected.exits)
     assert len(expected.exits.unique()) == 3
-    assert torch.equal(routed(ids, logits_to_keep=2).logits, expected.logits[:, -2:])
-    assert torch.equal(routed(ids, logits_to_keep=torch.tensor([0, 5])).logits, expected.logits[:, [0, 5]])
+    # Fewer rows of one product round otherwise.
+    torch.testing.assert_close(routed(ids, logits_to_keep=2).logits, expected.logits[:, -2:])
+    torch.testing.assert_close(routed(ids, logits_to_keep=torch.tensor([0, 5])).logits, expected.logits[:, [0, 5]])
     full = native(ids)
     assert torch.equal(routed.train()(ids).logits, full), "training is at full depth"
     routed.eval().set_routing(0.0)
@@ -114,10 +115,12 @@ def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids
     assert len(runs) == 2 * L, "every layer runs again in the backward pass"
 
 
-@pytest.mark.parametrize("what", ["inputs_embeds", "past_key_values", "output_hidden_states"])
+@pytest.mark.parametrize("what", ["inputs_embeds", "output_attentions", "output_hidden_states"])
 def test_what_forward_cannot_do_is_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
     with pytest.raises(EaseError, match=what):
         routed(ids, **{what: torch.ones(1)})
+    with pytest.raises(EaseError, match="position_ids has shape"):
+        routed(ids, position_ids=torch.arange(3))
 
 
 @pytest.mark.parametrize(
@@ -156,17 +159,221 @@ def by_hand(native: DeepSupervisionTransformer, row: torch.Tensor, steps: int) -
     return row.tolist()
 
 
-def test_generate_is_routed_greedy_decoding_for_every_row_of_a_padded_batch(
-    routed: EaseForCausalLM, native: DeepSupervisionTransformer, ids: torch.Tensor
+def padded(rows: list[torch.Tensor], left: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows with so much padding on the left and the rest on the right, and their mask."""
+    width = max(len(row) + n for row, n in zip(rows, left))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (row, n) in enumerate(zip(rows, left)):
+        ids[i, n : n + len(row)], mask[i, n : n + len(row)] = row, 1
+    return ids, mask
+
+
+@pytest.fixture
+def batch(ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows, and the batch that they are padded to: not at all, on the left, on the right, and on both sides."""
+    rows = [ids[0], ids[1][4:], ids[2][3:], ids[1][7:]]
+    return rows, *padded(rows, [0, 4, 0, 3])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_is_routed_greedy_decoding_for_every_row_whatever_the_padding(
+    routed: EaseForCausalLM, native: DeepSupervisionTransformer, batch: Any, use_cache: bool
 ) -> None:
-    rows = [ids[0], ids[1][4:], ids[2][9:]]
-    padded = torch.stack([torch.cat([torch.zeros(12 - len(r), dtype=torch.long), r]) for r in rows])
-    mask = torch.stack([(torch.arange(12) >= 12 - len(r)).long() for r in rows])
-    out = routed.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
-    expected = [by_hand(native, row, 6) for row in rows]
-    assert [o[12 - len(r) :] for o, r in zip(out.tolist(), rows)] == expected
+    routed.double()
+    rows, ids, mask = batch
+    out = routed.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+    assert [o[12:] for o in out.tolist()] == [by_hand(native, row, 6)[len(row) :] for row in rows]
+    exits = route(native, out, attention_mask=torch.cat([mask, torch.ones(4, 6)], 1)).exits
+    for layer in (1, 2, 3):
+        assert 0.1 <= (exits == layer).sum() / (exits > 0).sum() <= 0.9
     routed.set_routing(0.0)
-    assert routed.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False).tolist() != out.tolist()
+    assert not torch.equal(routed.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), out)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3},
+    "drawn beams": {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+    "stopping": {"eos_token_id": list(range(0, V, 5))},
+    "guidance": {"guidance_scale": 1.5},
+    "penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("routing", [True, False])
+def test_with_its_cache_generate_reads_every_token_once_and_gives_what_it_gives_without(
+    routed: EaseForCausalLM, batch: Any, options: dict[str, Any], routing: bool
+) -> None:
+    routed.double()
+    if not routing:
+        routed.set_routing(0.0)
+    _, ids, mask = batch
+    results, widths = [], []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        widths.append((kwargs["input_ids"] if not args else args[0]).shape[1])
+        assert (out.exits is not None) == routing
+        if routing:
+            assert out.exits.shape[1] == widths[-1], "those of the tokens that came"
+
+    routed.register_forward_hook(note, with_kwargs=True)
+    for use_cache in (True, False):
+        widths.clear()
+        torch.manual_seed(0)
+        results.append(
+            routed.generate(ids, attention_mask=mask, max_new_tokens=8, use_cache=use_cache, **options).tolist()
+        )
+        assert set(widths[2:]) == {1} if use_cache else max(widths) > 12
+    assert results[0] == results[1]
+    assert len(results[0]) == 4 * options.get("num_return_sequences", 1)
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_read_in_parts_with_a_cache_logits_and_exits_are_those_of_the_whole(
+    routed: EaseForCausalLM, batch: Any, routing: bool
+) -> None:
+    routed.double()
+    if not routing:
+        routed.set_routing(0.0)
+    _, ids, mask = batch
+    whole, real = routed(ids, attention_mask=mask), mask.bool()
+    for cuts in ([5, 12], [1, 2, 3, 11, 12]):  # the room of the first part is exceeded, several times
+        cache, parts, start = None, [], 0
+        for end in cuts:
+            seen = {"attention_mask": mask[:, :end], "past_key_values": cache}
+            out = routed(ids[:, start:end], use_cache=True, position_ids=(mask.cumsum(1) - 1)[:, start:end], **seen)
+            cache, start = out.past_key_values, end
+            parts.append(out)
+            assert cache.get_seq_length() == end
+        torch.testing.assert_close(torch.cat([part.logits for part in parts], 1)[real], whole.logits[real])
+        if routing:
+            assert torch.equal(torch.cat([part.exits for part in parts], 1), whole.exits)
+    assert routed(ids).past_key_values is None
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_what_is_cropped_reordered_or_reset_is_as_if_it_had_been_read_so(
+    routed: EaseForCausalLM, batch: Any, routing: bool
+) -> None:
+    routed.double()
+    if not routing:
+        routed.set_routing(0.0)
+    _, ids, mask = batch
+    mask[:, 4:9] = 1
+    cache = None
+    for t in range(9):  # alone, so that those who leave owe keys and values
+        seen = {"attention_mask": mask[:, : t + 1], "past_key_values": cache}
+        cache = routed(ids[:, t : t + 1], use_cache=True, **seen).past_key_values
+
+    def go_on(rows: list[int], columns: int, more: torch.Tensor) -> None:
+        seen = torch.cat([mask[rows, :columns], torch.ones(more.shape)], 1)
+        out = routed(more, attention_mask=seen, past_key_values=cache)
+        whole = routed(torch.cat([ids[rows, :columns], more], 1), attention_mask=seen)
+        torch.testing.assert_close(out.logits, whole.logits[:, columns:])
+        assert not routing or torch.equal(out.exits, whole.exits[:, columns:])
+        cache.crop(-more.shape[1])
+
+    cache.crop(0)
+    cache.crop(-1)
+    owed = cache.native.length - cache.native.filled[-1]
+    assert not routing or len(set(owed[:3].tolist())) > 1
+    more = torch.randint(0, V, (4, 3))
+    cache.reorder_cache(torch.tensor([2, 0, 1, 0]))
+    go_on([2, 0, 1, 0], 8, more)
+    cache.native.grow(99)
+    go_on([2, 0, 1, 0], 8, more)
+    cache.batch_select_indices(torch.tensor([3, 1]))
+    cache.batch_repeat_interleave(2)
+    go_on([0, 0, 0, 0], 8, torch.randint(0, V, (4, 2)))
+    cache.reset()
+    go_on([0, 0, 0, 0], 0, torch.randint(0, V, (4, 3)))
+
+
+def test_a_prompt_in_chunks_and_a_text_that_goes_on_are_read_into_one_cache(
+    routed: EaseForCausalLM, batch: Any
+) -> None:
+    routed.double()
+    rows, _, _ = batch
+    ids, mask = padded(rows, [12 - len(row) for row in rows])
+    options = {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": True}
+    plain = routed.generate(ids, max_new_tokens=12, **options)
+    chunked = routed.generate(ids, max_new_tokens=12, prefill_chunk_size=3, **options)
+    assert torch.equal(chunked.sequences, plain.sequences)
+    first = routed.generate(ids, max_new_tokens=5, **options)
+    options["attention_mask"] = torch.cat([mask, torch.ones(4, 5, dtype=torch.long)], 1)
+    second = routed.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=7, **options)
+    assert torch.equal(second.sequences, plain.sequences)
+    assert second.past_key_values.get_seq_length() == 12 + 12 - 1, "the last token is not read"
+
+
+@pytest.mark.parametrize("routing", [True, False])
+@pytest.mark.parametrize("helper", ["assistant", "itself", "lookup"])
+def test_assisted_decoding_changes_no_token(
+    routed: EaseForCausalLM, ids: torch.Tensor, helper: str, routing: bool
+) -> None:
+    routed.double()
+    if not routing:
+        routed.set_routing(0.0)
+    small = EaseForCausalLM.wrap(DeepSupervisionTransformer(V, 16, 1, 2).double().eval(), pad_token_id=0)
+    help = {
+        "assistant": {"assistant_model": small},
+        "itself": {"assistant_model": routed},
+        "lookup": {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+    }[helper]
+    prompt, widths = torch.cat([ids[:1], ids[:1]], 1), []
+    plain = routed.generate(prompt, max_new_tokens=12, do_sample=False)
+    routed.register_forward_hook(lambda _, a, kwargs, o: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    assert torch.equal(routed.generate(prompt, max_new_tokens=12, do_sample=False, **help), plain)
+    assert any(1 < width < 12 for width in widths), "candidates are read together"
+
+
+def test_in_training_mode_there_is_no_cache(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    cache = routed.generate(ids, **options).past_key_values
+    routed.train()
+    assert routed(ids, use_cache=True).past_key_values is None
+    assert routed.generate(ids, **options).past_key_values is None
+    with pytest.raises(EaseError, match="evaluation mode"):
+        routed(ids, past_key_values=cache)
+
+
+def test_a_cache_is_refused_for_what_it_was_not_made_for(routed: EaseForCausalLM, batch: Any) -> None:
+    _, ids, mask = batch
+
+    def cache() -> Any:
+        return routed(ids, attention_mask=mask, use_cache=True).past_key_values
+
+    new = torch.zeros(4, 1, dtype=torch.long)
+    seen = torch.cat([mask, torch.ones(4, 1)], 1)
+    routed(new, past_key_values=cache(), attention_mask=seen)
+    for refused, says in (
+        ({"past_key_values": transformers.DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"past_key_values": cache(), "attention_mask": torch.ones(4, 1)}, r"attention_mask \(4, 13\)"),
+        ({"past_key_values": cache(), "attention_mask": torch.ones(4, 13)}, "what it said then"),
+        ({"past_key_values": cache(), "position_ids": torch.zeros(4, 1)}, "leave position_ids out"),
+    ):
+        with pytest.raises(EaseError, match=says):
+            routed(new, **refused)
+    with pytest.raises(EaseError, match="ids of 4 rows"):
+        routed(new[:2], past_key_values=cache())
+    with pytest.raises(EaseError, match="cache_implementation"):
+        routed.generate(ids, attention_mask=mask, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(EaseError, match="on the left"):
+        routed.generate(ids, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=3)
+    old = cache()
+    routed.set_routing(0.5)
+    with pytest.raises(EaseError, match="make a new one"):
+        routed(new, past_key_values=old, attention_mask=seen)
+
+
+def test_under_autocast_generate_is_what_it_is_without_a_cache(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for threshold in (routed.policy.thresholds, 0.0):
+            routed.set_routing(threshold)
+            out = [routed.generate(ids, max_new_tokens=3, do_sample=False, use_cache=c) for c in (True, False)]
+            assert torch.equal(*out)
 
 
 def test_beams_sampling_and_stopping_are_transformers_own(
@@ -238,14 +445,20 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     ease.save_pretrained(native, tmp_path / "out", tokenizer=tokenizer)
     model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
+    for options, says in (({"device_map": "auto", "token": "x"}, "device_map, token"), ({"torch_dtype": "f99"}, "f99")):
+        with pytest.raises(EaseError, match=says):
+            EaseForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert model.policy == Policy((1,), (0.5,))
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (1, 1, 0)
 
     pipe = transformers.pipeline(
         "text-generation", model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     )
-    text = pipe("import json", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert text.startswith("import json")
+    prompts, options = ["import json", "def f", "x"], {"max_new_tokens": 4, "do_sample": False}
+    texts = [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    assert texts[0].startswith("import json")
+    for together in ({"batch_size": 3}, {"batch_size": 3, "use_cache": False}):
+        assert [text[0]["generated_text"] for text in pipe(prompts, **options, **together)] == texts
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -330,3 +543,45 @@ def test_lora_trains_saves_and_merges(
     assert torch.equal(merged.generate(rows[:, :5], max_new_tokens=3), generated)
     config_json = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert set(config_json["target_modules"]) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_generate_follows_lora_as_it_is_switched_merged_and_unloaded(
+    routed: EaseForCausalLM, ids: torch.Tensor
+) -> None:
+    peft = pytest.importorskip("peft")
+    routed.double()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
+    )
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+
+    def told(model: Any) -> list[list[int]]:
+        with_cache, without = (model.generate(input_ids=ids, use_cache=c, **options).tolist() for c in (True, False))
+        assert with_cache == without
+        return with_cache
+
+    base = told(routed)
+    model = peft.get_peft_model(routed, config, adapter_name="one")
+    model.add_adapter("two", config)
+    model.double().eval()
+    a = told(model)
+    model.set_adapter("two")
+    b = told(model)
+    assert base != a != b != base
+    with model.disable_adapter():
+        assert told(model) == base
+    model.set_adapter("one")
+    assert told(model) == a
+    model.merge_adapter()
+    assert told(model) == a
+    model.unmerge_adapter()
+    model.set_adapter("two")
+    assert told(model) == b
+    routed.set_routing(0.0)
+    b = told(model)
+    model.set_adapter("one")
+    a = told(model)
+    mixed = model.generate(input_ids=ids, adapter_names=["one", "two", "one"], **options).tolist()
+    assert mixed == [a[0], b[1], a[2]]
+    assert told(model.merge_and_unload()) == a

@@ -18,7 +18,7 @@ import ease
 from ease.data import train_tokenizer
 from ease.errors import EaseError
 from ease.exits import Policy, route
-from ease.flops import exit_flops, full_depth_flops, run_flops
+from ease.flops import exit_flops, full_depth_flops, layer_flops, run_flops
 from ease.models import DeepSupervisionTransformer
 
 pytest.importorskip("lm_eval")
@@ -91,18 +91,44 @@ def test_routed_answers_and_costs_are_those_of_the_routed_model(
     assert lm.compute["layers_run"] == pytest.approx(exits.float().mean().item() / 3)
     assert lm.compute["tokens_run"] == len(ids), "padding is not counted"
 
-    # One generated token is one routed pass over the prompt.
-    one = EaseLM(str(folder), list(policy.thresholds), "1+2")
-    one.generate_until(instances("generate_until", [(text[:-1], {"until": ["\n"], "max_gen_toks": 1})]), True)
-    flops, before = 0.0, 0
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_generated_text_costs_what_a_cache_leaves_to_do(
+    folder: Path, even_policy: Callable[..., Policy], routing: bool
+) -> None:
+    tokenizer = ease.hf.load_tokenizer(folder)
+    prompts, new = ["def f(x):\n    return", "import json and", "x"], 8
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    T = max(map(len, rows))
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+    model = ease.from_pretrained(folder)
+    policy = even_policy(model, ids[:1], (1, 2)) if routing else Policy()
+    lm = EaseLM(str(folder), list(policy.thresholds) or 0.0, "+".join(map(str, policy.exits)) or None, batch_size=3)
+    questions = [(prompt, {"until": ["?!?!"], "max_gen_toks": new}) for prompt in prompts]
+    lm.generate_until(instances("generate_until", questions), True)
+
+    # The last token is not read. All others have been, each once, whatever had been read when they came.
+    read = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, :-1]
+    assert read.shape[1] == T + new - 1
+    real = torch.cat([mask, torch.ones(3, new - 1)], 1).bool()
+    exits = real * 3
+    if routing:
+        exits = route(model, read, policy.exits, policy.thresholds, attention_mask=real).exits
+        assert len(exits[:, T:].unique()) == 3
+    asked, flops = exits[:, T - 1 :], 0.0
     for layer in (1, 2, 3):
-        arrived = routed.exits >= layer
-        if arrived.any():
-            flops += run_flops(model.config, layer - before, arrived)
-            flops += exit_flops(model.config, int(arrived.sum()), layer)
-            before = layer
-    assert one.compute["flops_per_token"] == pytest.approx(flops / (len(ids) - 1))
-    assert one.compute["layers_run"] == pytest.approx(routed.exits[0, -1].item() / 3)
+        for row, there in zip(exits >= layer, real):
+            # A row has keys and values of all tokens up to the last that went so deep.
+            deepest = int(row.nonzero().max()) + 1 if row.any() else 0
+            positions = there.cumsum(0) - 1
+            pairs = int((positions[row] + 1).sum())
+            flops += layer_flops(model.config, int(there[:deepest].sum()), int(row.sum()), pairs)
+        heads = (asked == 3) if layer == 3 else (exits >= layer) & routing
+        flops += exit_flops(model.config, int(heads.sum()), layer)
+    assert lm.flops == pytest.approx(flops)
+    assert lm.compute["layers_run"] == pytest.approx(asked.float().mean().item() / 3)
+    assert (lm.processed, lm.predicted) == (int(real.sum()), 3 * new)
 
 
 def test_a_measure_without_head_costs_a_head_only_where_a_token_leaves(folder: Path) -> None:
@@ -118,7 +144,8 @@ def test_a_measure_without_head_costs_a_head_only_where_a_token_leaves(folder: P
         layers = 1 if gone else model.num_layers
         expected = run_flops(model.config, layers, torch.ones_like(ids, dtype=torch.bool))
         assert ids.shape[1] == T
-        assert lm.flops == pytest.approx(expected + exit_flops(model.config, T, layers))
+        # At the end only the last is asked.
+        assert lm.flops == pytest.approx(expected + exit_flops(model.config, T if gone else 1, layers))
 
 
 def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
@@ -133,9 +160,17 @@ def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
 def test_bad_input_is_one_sentence_and_exit_code_2(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: EaseLM(str(folder), 0.5, "1+7"))
-    assert main() == 2
-    assert capsys.readouterr().err.startswith("ease: exit_layer 7 must lie below the last")
+    for options, says in (
+        ({"routing_threshold": 0.5, "exits": "1+7"}, "exit_layer 7 must lie below the last"),
+        ({"exits": "1+2"}, "exits are for routing: give routing_threshold"),
+        ({"routing_threshold": "abc"}, "routing_threshold is a number and exits are layers"),
+        ({"routing_threshold": 0.5, "exits": "a"}, "routing_threshold is a number and exits are layers"),
+        ({"dtype": "float99"}, "no dtype 'float99'"),
+        ({"device": "tpu"}, "no device 'tpu'"),
+    ):
+        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda options=options: EaseLM(str(folder), **options))
+        assert main() == 2
+        assert capsys.readouterr().err.startswith(f"ease: {says}")
 
 
 TASK = """

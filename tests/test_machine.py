@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from ease import EaseError
-from ease.machine import choose_device, machine
+from ease.machine import choose_device, choose_dtype, machine
 
 
 def test_a_device_is_one_that_works_here() -> None:
     assert choose_device("cpu") == "cpu"
     torch.empty(0, device=choose_device("auto"))
-    for name in ("abacus", "cuda:99"):
+    for name in ("abacus", "cuda:99", "meta"):
         with pytest.raises(EaseError, match=f"no device '{name}' on this machine: use auto, cpu"):
             choose_device(name)
+
+
+def test_a_dtype_may_be_named() -> None:
+    assert choose_dtype("bfloat16") == choose_dtype(torch.bfloat16) == torch.bfloat16
+    assert choose_dtype("auto") is choose_dtype(None) is None
+    for bad in ("float99", "int8", "nn", torch.int8):
+        with pytest.raises(EaseError, match="for weights: use auto, float32, bfloat16"):
+            choose_dtype(bad)
 
 
 def test_a_machine_is_named_by_what_a_time_depends_on() -> None:

@@ -1,5 +1,6 @@
 """The model: its shape, its two faces, bad input. How it grows is in promises/test_growth.py."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,10 @@ def test_other_precisions_run_routed(dtype: torch.dtype, tiny: Make) -> None:
         ({"dim": -4}, "dim must be at least 1"),
         ({"num_layers": 0}, "num_layers must be at least 1"),
         ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"num_kv_heads": -1}, "num_kv_heads must be at least 1"),
+        ({"head_dim": -2}, "head_dim must be at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"norm_eps": math.nan}, "norm_eps must be at least 0"),
         ({"dim": 30}, r"dim \(30\) must be a multiple of num_heads \(4\), or set head_dim"),
         ({"dim": 12}, "must be even for rotary positions, got 3: change dim or num_heads"),
         ({"head_dim": 5}, "must be even"),

@@ -161,5 +161,5 @@ def test_bad_plans_are_refused_in_one_sentence(make: Callable[[], object], fix: 
 
 
 def test_a_model_of_another_depth_is_refused(tiny: Make, text_data: Callable[..., Data]) -> None:
-    with pytest.raises(EaseError, match="phase 1 starts from 2 layers but the model has 3"):
+    with pytest.raises(EaseError, match="the model has 3: plan phase 1 with 3 layers"):
         config((2, 1.0)).strategy().next_phase(tiny(3), text_data(1, 1))

@@ -229,5 +229,5 @@ def test_bad_streams_end_in_one_sentence(tmp_path: Path) -> None:
     path.write_text("\n".join(lines[:8]))
     refused("no text to train on", str(path))
     path.write_text("\n".join(lines))
-    refused("held_out is 0", str(path), held_out=0)
-    refused("buffer is 0", str(path), buffer=0)
+    refused("held_out must be at least 1", str(path), held_out=0)
+    refused("buffer must be at least 1", str(path), buffer=0)

@@ -24,6 +24,7 @@ from ease import (
     score,
 )
 from ease.checkpoint import load_model
+from ease.cli import main
 from ease.data import EOS, load_tokenizer
 from ease.exits import walk
 from ease.flops import run_flops
@@ -86,6 +87,7 @@ def test_any_line_end_a_mark_and_empty_lines_are_read(end: str, tmp_path: Path) 
         ('{"text": "a", "label": true}', "'label' must be str or int, got true"),
         ('{"text": "a", "label": 1.5}', "'label' must be str or int, got 1.5"),
         ('{"text": " ", "label": "no"}', "'text' is empty"),
+        ('{"text": "a \\ud800", "label": "no"}', "'text' is no valid text at character 3"),
         ('{"text": "a", "label": "perhaps"}', "the label 'perhaps' is not among those the head knows ('no', 'yes')"),
     ],
 )
@@ -337,6 +339,11 @@ def test_completions_are_those_of_each_prompt_alone(tiny: Make, write: Write) ->
         together = complete(model, task, prompts, mode=mode, max_new_tokens=6)
         alone = [complete(model, task, [prompt], mode=mode, max_new_tokens=6)[0] for prompt in prompts]
         assert together == alone
+    # Validation may choose no exit at all.
+    silent = tiny(3, sharp=True, vocab_size=258)
+    assert complete(silent, task, prompts, mode="routed", max_new_tokens=6) == complete(
+        silent, task, prompts, max_new_tokens=6
+    )
     # The token that ends a text ends it and is no part of it.
     first = generate(model, prompts[0][None], 6).tokens[0].tolist()
     ended = complete(model, replace(task, eos=first[2]), prompts[:1], max_new_tokens=6)
@@ -364,7 +371,7 @@ def split(write: Write, records: list[dict[str, Any]]) -> Path:
     return write(train=records[2 * tenth :], valid=records[:tenth], test=records[tenth : 2 * tenth])
 
 
-def test_a_classifier_from_file_to_figure(write: Write, tmp_path: Path) -> None:
+def test_a_classifier_from_file_to_figure(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The word that was said last of somebody counts.
     names = [f"n{i}" for i in range(8)]
     adjectives = {"good": ("kind", "wise", "brave"), "bad": ("mean", "rude", "lazy")}
@@ -397,6 +404,11 @@ def test_a_classifier_from_file_to_figure(write: Write, tmp_path: Path) -> None:
     assert again["exit_shares"] == test["confidence"]["exit_shares"]
     with pytest.raises(EaseError, match="exists already"):
         recipe("classify").main(folder, out)
+    with pytest.raises(EaseError, match="seed must lie in"):
+        recipe("classify").main(folder, tmp_path / "other", seed=-1, tokenizer="word")
+    for command in (["generate", str(out), "--prompt", "n1"], ["export", str(out), str(tmp_path / "out")]):
+        assert main(command) == 2
+        assert "classif" in capsys.readouterr().err
 
 
 def test_completions_from_file_to_figure(write: Write, tmp_path: Path) -> None:
@@ -421,6 +433,8 @@ def test_completions_from_file_to_figure(write: Write, tmp_path: Path) -> None:
     assert test["routed"]["rouge_l"] > 0.95
     assert test["routed"]["shallow_ratio"] > 0.3
     assert load_model(tmp_path / "run")[0].num_layers == 3
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "capital of land3", "--max-new-tokens", "8"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("name", ["classify", "complete"])
@@ -428,6 +442,6 @@ def test_a_recipe_ends_bad_input_in_one_sentence(name: str, tmp_path: Path) -> N
     script = ROOT / "recipes" / "tasks" / f"{name}.py"
     command = [sys.executable, str(script), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.fullmatch(r"ease: .* has no train.jsonl: put .* there\n", done.stderr)
     assert list(tmp_path.iterdir()) == []

@@ -395,6 +395,20 @@ def test_a_one_shot_iterator_is_refused(make: Callable[[], Any], tiny: Make) -> 
         assert "\n" not in str(error.value)
 
 
+def test_an_epoch_without_a_target_is_refused(tiny: Make) -> None:
+    """A loss of 0 would be a false figure."""
+    model, trainer = tiny(2), Trainer(create_standard_config(2), 256)
+    optimizer, x = trainer.create_optimizer(model, 1e-3), torch.zeros(2, 4, dtype=torch.long)
+    nothing = [(x, torch.full_like(x, -100))]
+    for use in (
+        lambda: trainer.train_epoch(model, [], optimizer),
+        lambda: trainer.train_epoch(model, nothing, optimizer),
+        lambda: trainer.train_with_early_stopping(model, nothing, [(x, x)], optimizer, 1, verbose=False),
+    ):
+        with pytest.raises(EaseError, match="has no token to learn from: use more text, or targets"):
+            use()
+
+
 def test_one_epoch_is_one_pass(tiny: Make, text: Tensor) -> None:
     """Looking whether batches can be walked again must not begin a pass: shuffled batches would skip windows."""
     batches = TokenBatches(text[:600], 16, 4, shuffle=True, max_batches=2)
@@ -414,7 +428,8 @@ def test_a_batch_with_nothing_to_score_is_skipped(tiny: Make) -> None:
     empty, nobody = (x, torch.full_like(y, -100)), Batch(x, y, torch.zeros_like(x, dtype=torch.bool))
     before = snapshot(model)
     optimizer = trainer.create_optimizer(model, 1e-3)
-    assert trainer.train_epoch(model, [empty, nobody], optimizer) == 0
+    with pytest.raises(EaseError, match="no token to learn from"):
+        trainer.train_epoch(model, [empty, nobody], optimizer)
     assert same(model, before)
     loss = trainer.train_epoch(model, [empty, (x, y), nobody], optimizer)
     assert 4 < loss < 7
@@ -585,7 +600,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
 
     monkeypatch.setattr(Trainer, "compute_loss", broken)
     phase = Phase("one", config, [batch, batch], [batch], PhaseOptions(max_epochs=3))
-    with pytest.raises(EaseError, match=r"loss is nan: .* weights are kept; lower the learning rate") as error:
+    with pytest.raises(EaseError, match=r"loss is nan: .* last good weights .*; lower the learning rate") as error:
         Trainer(config, 256).run(model, phase)
     assert "\n" not in str(error.value)
     assert same(model, epochs[0])

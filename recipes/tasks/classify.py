@@ -5,7 +5,6 @@ the label. Validation chooses the cheapest threshold that costs no accuracy; tes
 patience and no routing.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 import tyro
 
 import ease
-from ease import Data, DeepSupervisionConfig, EaseError, Policy, StandardTransformer, train
+from ease import Data, DeepSupervisionConfig, Policy, StandardTransformer, train
 from ease.checkpoint import run_folder, save_model, write_json
+from ease.errors import told
 from ease.machine import choose_device
 from ease.tasks import ExampleBatches, cheapest, classification_figures, load_classification
 from ease.trainer import PrintWatch
@@ -79,7 +79,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with told():
         tyro.cli(main)
-    except EaseError as error:
-        sys.exit(f"ease: {error}")

@@ -41,6 +41,8 @@ def agreements(
             for exit in exits:
                 states[exit].append(found[exit])
                 agrees[exit].append(named[exit] == named[last])
+    if not any(map(len, next(iter(states.values()), []))):
+        raise EaseError("there is no scored token to learn the agreement from: give batches with targets")
     return {e: torch.cat(s) for e, s in states.items()}, {e: torch.cat(a) for e, a in agrees.items()}
 
 

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     check_folder(out, overwrite)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial, alone = out.with_name(f".{out.name}.partial-{os.getpid()}"), not out.parent.exists()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -82,6 +82,9 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if alone and not out.exists():
+            with suppress(OSError):
+                out.parent.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,7 +102,9 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
 
 
 def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
-    """The model of a run, with its policy as its own, and config.json; its key "calibration" holds policy.json or None.
+    """The model of a run, with its policy as its own, and config.json.
+
+    Of what that says, "calibration" holds policy.json or None, and "run" and "data" are there, if empty.
 
     Raises:
         EaseError: the folder is missing, damaged or written by another version of the format, or its policy.json was
@@ -110,10 +115,12 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
     if not (folder / CONFIG).is_file():
         raise EaseError(f"{folder} is no run folder (it has no {CONFIG}): pass a folder that `ease run` wrote")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        written = config["format"]
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        written = FORMAT if "model_type" in config else config["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EaseError(f"{folder / CONFIG} is damaged ({error}): run again, or restore it") from error
+    if "model_type" in config:
+        raise EaseError(f"{folder} is a checkpoint and no run: `ease tune` makes a run of it, `ease generate` takes it")
     if written != FORMAT:
         raise EaseError(f"{folder} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
     config["calibration"] = calibration = _read_calibration(folder / POLICY)
@@ -129,6 +136,10 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         model.to(getattr(torch, config.get("dtype", "float32")))
         model.trained_exits = set(config["trained_exits"])
         model.policy_options = {k: v for k, v in policy.items() if k not in ("exits", "thresholds")}
+        Policy.own(model)
+        config |= {name: dict(config.get(name, {})) for name in ("run", "data")}
+        if not isinstance(eos := config["data"].get("eos"), int | None):
+            raise TypeError(f"data.eos is {eos!r}")
         load(model, str(folder / WEIGHTS))
     except Exception as error:  # whatever a damaged file makes the libraries raise, the sentence is the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

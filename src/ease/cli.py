@@ -3,14 +3,16 @@
 import importlib
 import importlib.util
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_text
 
 USAGE = """\
 usage: ease COMMAND ...
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export,
         "reproduce": reproduce,
     }
+    if threading.current_thread() is threading.main_thread():  # a kill clears away what is half written, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -104,6 +108,8 @@ def run(args: list[str]) -> None:
     from ease.report import decoding, decoding_table, text_table, verdict
 
     recipe = load_recipe(args[0]).config()
+    if not isinstance(recipe, runs.RunConfig):
+        raise EaseError(f"config() of {args[0]} returns {type(recipe).__name__}: return an ease.runs.RunConfig")
     kind: Any = runs.RunConfig[type(recipe.strategy)]  # type: ignore[misc]  # options are those of its strategy
 
     @dataclass(frozen=True)
@@ -112,12 +118,15 @@ def run(args: list[str]) -> None:
         out: Path | None = None
         """Folder of the run (runs/NAME by default)."""
         overwrite: bool = False
-        """Replace the folder if it holds a run already."""
+        """Replace the folder if it holds a run or a checkpoint already."""
 
     # `--data D` is short for the option that is wanted most.
     rest = spell_out(args[1:], {"--data": "--data.source"})
     default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}")
+    own = (given.config.model, given.config.data.tokenizer) != (recipe.model, recipe.data.tokenizer)
+    if own and given.config.start is not None:
+        raise EaseError("what --start names brings its shape and tokenizer: leave out --model.* and --data.tokenizer")
     out = given.out or Path("runs") / given.config.name
     console = Console(stderr=True, highlight=False)
     with Progress(console) as progress:
@@ -253,10 +262,11 @@ def generate(args: list[str]) -> None:
         mode: Literal["full", "routed", "exact"] | None = None
         """Every layer; leave where an exit is sure; or draft at an exit and check, which gives the tokens of full.
         (Routed by default, where the model has a policy.)"""
-        max_new_tokens: int = 100
-        """Tokens to add at most."""
+        max_new_tokens: int | None = None
+        """Tokens to add at most (100 by default, or as many as the model has positions for)."""
         threshold: float | None = None
-        """Confidence in [0, 1] at which a token leaves, at every exit (the model's own policy by default)."""
+        """Confidence in [0, 1] at which a token leaves, at every exit (the model's own policy by default).
+        For mode routed."""
         draft_exit: int | None = None
         """In mode exact, the exit that drafts (the fastest, as measured on the way, by default)."""
         temperature: float = 0.0
@@ -273,31 +283,40 @@ def generate(args: list[str]) -> None:
         """auto, cpu, cuda or mps."""
 
     given = tyro.cli(Arguments, args=args, prog="ease generate")
+    check_text("the prompt", given.prompt)
+    if given.threshold is not None and given.mode in ("full", "exact"):
+        raise EaseError(f"--threshold is for mode routed, and this is {given.mode}: leave it out")
     model, tokenizer, eos = load_start(given.model)
     model.to(choose_device(given.device))
     if given.threshold is not None:
-        exits = ease.Policy.own(model).exits or sorted(model.trained_exits)[:-1]
+        exits = ease.Policy.own(model).exits or model.early_exits
         if not exits:
             raise EaseError(f"{given.model} has no exits to route at: leave out --threshold, or tune it first")
-        model.exit_layer, model.routing_threshold = tuple(exits), (given.threshold,) * len(exits)
-    mode = given.mode or ("routed" if ease.Policy.own(model).exits else "full")
+        model.exit_layer, model.routing_threshold = exits, (given.threshold,) * len(exits)
+    routes = bool(ease.Policy.own(model).exits)
+    if given.mode == "routed" and not routes:
+        raise EaseError(f"{given.model} says at no exit who leaves: add --threshold, or use --mode full")
+    mode = given.mode or ("routed" if routes else "full")
     ids = tokenizer.encode(given.prompt).ids
     if not ids:
         raise EaseError("the prompt is empty: give it a few words")
+    most = model.config.max_positions
+    fitting = 100 if most is None else max(1, min(100, most + 1 - len(ids)))
 
     console, stream = Console(highlight=False), DecodeStream(skip_special_tokens=True)
     colours: dict[int, str] = {}
 
     def show(token: Token) -> None:
+        if not colours:  # not before the first token, so that nothing stands before a refusal
+            console.print(Text(given.prompt), end="", soft_wrap=True)
         colour = colours.setdefault(token.exit, COLOURS[len(colours) % len(COLOURS)])
         if piece := stream.step(tokenizer, token.token):
             console.print(Text(piece, style=colour), end="", soft_wrap=True)
 
-    console.print(Text(given.prompt), end="", soft_wrap=True)
     answer = ease.generate(
         model,
         torch.tensor([ids]),
-        given.max_new_tokens,
+        fitting if given.max_new_tokens is None else given.max_new_tokens,
         mode,
         temperature=given.temperature,
         top_k=given.top_k,
@@ -428,6 +447,7 @@ def export(args: list[str]) -> None:
 
     from ease.checkpoint import load_model
     from ease.data import load_tokenizer
+    from ease.finished import made_from
     from ease.hf import save_pretrained
 
     def export_(
@@ -448,9 +468,11 @@ def export(args: list[str]) -> None:
         return run, folder, tokenizer, overwrite
 
     run, folder, tokenizer, overwrite = tyro.cli(export_, args=args, prog="ease export")
+    if folder.resolve() == run.resolve():
+        raise EaseError(f"{folder} is the run itself: choose another folder")
     model, config = load_model(run)
-    if model.config.max_positions is None and "run" in config:
-        model.config = replace(model.config, max_positions=config["run"]["data"]["seq_len"])
+    if model.config.max_positions is None and config["run"]:
+        model.config = replace(model.config, max_positions=made_from(run, config).seq_len)
     own = load_tokenizer(run / "tokenizer.json")
     save_pretrained(
         model,

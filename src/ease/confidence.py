@@ -27,14 +27,19 @@ class Evidence(NamedTuple):
     """What an exit has to go by, for n tokens."""
 
     exit: int
-    before: Tensor
-    """(n, D) their states when the layers since the exit before began."""
+    earlier: Tensor
+    """(B T, D) all states when the layers since the exit before began."""
     after: Tensor
     """(n, D) their states now."""
     logits: Tensor | None
     """(n, V), for measures that need the head."""
     places: Tensor
     """(n,) where they stand in the ids, flattened."""
+
+    @property
+    def before(self) -> Tensor:
+        """(n, D) their states when the layers since the exit before began."""
+        return self.earlier[self.places]
 
 
 Measure = Callable[[Evidence], Tensor]

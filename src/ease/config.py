@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_least
 from ease.exits import Policy
 from ease.losses import CrossEntropy, Objective
 
@@ -170,12 +170,12 @@ class PhaseOptions:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise EaseError(f"lr must be above 0, got {self.lr}")
         check_choice("schedule", self.schedule, ("constant", "cosine"))
-        if self.max_flops is not None and self.max_flops <= 0:
+        if self.max_flops is not None and not self.max_flops > 0:
             raise EaseError(f"max_flops must be above 0, got {self.max_flops}: use None for no such limit")
         if not 0 <= self.warmup < 1:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
-        if self.max_epochs < 1 or (self.patience is not None and self.patience < 1):
-            raise EaseError(f"max_epochs ({self.max_epochs}) and patience ({self.patience}) must be at least 1")
+        check_least(0, weight_decay=self.weight_decay)
+        check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
     def part(self, share: float, lr: float | None = None) -> PhaseOptions:
         """These for one of several phases: a share in (0, 1] of epochs and FLOPs, and by choice a rate of its own."""

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 import os
 import platform
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_least, check_seed, needs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and, for `word` only, 2
 WIKITEXT = {f"wikitext-{n}": ("Salesforce/wikitext", f"wikitext-{n}-raw-v1") for n in ("2", "103")}
-BYTE_VOCAB = 256 + len((PAD, EOS))
+BYTE_VOCAB, LARGEST_VOCAB = 256 + len((PAD, EOS)), 2**20
 CHUNK_CHARS = 1 << 16  # text is tokenized in pieces of about this size, in parallel
 CHARS_PER_TOKEN = 8  # a hub data set is read this far for each token asked for; text has 3 to 6
 HELD_OUT_CHARS = 8_000_000  # no more than this is read of a hub data set's own validation or test split
@@ -95,8 +94,7 @@ def load_corpus(
     given, spec = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, "given")
     if given is None:
         _bpe_size(spec)  # a wrong spec should not wait for the reading
-    if max_tokens is not None and max_tokens < 1:
-        raise EaseError(f"max_tokens is {max_tokens}: give at least 1, or None for all of train")
+    check_least(1, max_tokens=max_tokens)
 
     hub = hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()
@@ -304,6 +302,8 @@ def hub_name(source: str) -> tuple[str, str | None] | None:
     if not source.startswith("hf:"):
         return None
     name = source.removeprefix("hf:")
+    if not name:
+        raise EaseError("hf: names no data set: use hf:NAME or hf:NAME/CONFIG")
     owner_and_name, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     return (name, None) if Path(name).exists() or not config else (owner_and_name, config)
 
@@ -320,11 +320,7 @@ def _read_hub(name: str, config: str | None, max_tokens: int | None) -> dict[str
 
 def open_data_set(name: str, config: str | None = None, **options: Any) -> Any:
     """`datasets.load_dataset`, as a stream: split -> rows. To be used inside `reading`."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise EaseError(f"reading {name} needs Hugging Face datasets: pip install 'ease-lego[hf]'") from None
-    return datasets.load_dataset(name, config, streaming=True, **options)
+    return needs("datasets", "hf").load_dataset(name, config, streaming=True, **options)
 
 
 @contextmanager
@@ -347,7 +343,7 @@ def text_column(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise EaseError(f"{name} has no text in a column 'text' (only {', '.join(row)}): use another")
-        yield row["text"].replace("\r\n", "\n")
+        yield row["text"].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _assign(name: str, rows: dict[str, Iterator[str]], train_chars: float) -> dict[str, list[str]]:
@@ -437,9 +433,9 @@ def _bpe_size(spec: str) -> int | None:
     kind, _, size = spec.partition(":")
     if spec in ("byte", "word"):
         return BYTE_VOCAB if spec == "byte" else None
-    if kind == "bpe" and size.isdecimal() and int(size) > BYTE_VOCAB:
+    if kind == "bpe" and size.isdecimal() and BYTE_VOCAB < int(size) <= LARGEST_VOCAB:
         return int(size)
-    raise EaseError(f"unknown tokenizer {spec!r}: use bpe:N with N >= {BYTE_VOCAB + 1}, byte or word")
+    raise EaseError(f"unknown tokenizer {spec!r}: use bpe:N with N in {BYTE_VOCAB + 1}..{LARGEST_VOCAB}, byte or word")
 
 
 def _tokenizer_from(json: str) -> Tokenizer:
@@ -505,12 +501,8 @@ class TokenBatches:
         max_batches: int | None = None,
         drop_last: bool = True,
     ) -> None:
-        limits = [("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)]
-        if max_batches is not None:
-            limits.append(("max_batches", max_batches, 1))
-        for name, value, least in limits:
-            if value < least:
-                raise EaseError(f"{name} is {value}: give at least {least}")
+        check_least(1, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)
+        check_seed(seed)
         if ids.dim() != 1 or ids.is_floating_point():
             raise EaseError(f"ids is {ids.dtype} of shape {tuple(ids.shape)}: give a 1-D tensor of token ids")
         windows = max(0, len(ids) - 1) // seq_len

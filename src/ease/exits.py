@@ -6,6 +6,7 @@ wants: it yields at every exit, and the head of the exit a token takes is comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
@@ -26,7 +27,8 @@ class Policy:
 
     Args:
         exits: layers, from shallow to deep, all below the last one.
-        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that.
+        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that. Infinity lets none
+            leave; an exit whose threshold is 0 does not route, so it is no exit and left out.
         confidence: the measure that thresholds are compared with, one of `confidence.MEASURES`.
         patience: exits that have to agree, for the measure "patience".
         half_life: tokens after which a threshold has fallen half of its way from 1: the first tokens of a text
@@ -44,6 +46,20 @@ class Policy:
 
     def __post_init__(self) -> None:
         kind(self.confidence)
+        exits, thresholds = tuple(self.exits), tuple(map(float, self.thresholds))
+        if len(exits) != len(thresholds):
+            raise EaseError(
+                f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
+                "give one threshold per exit"
+            )
+        for threshold in thresholds:
+            if not (0 <= threshold <= 1 or threshold == math.inf):
+                raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
+        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
+            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
+        routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
+        object.__setattr__(self, "exits", tuple(e for e, _ in routing))
+        object.__setattr__(self, "thresholds", tuple(t for _, t in routing))
         if (self.confidence == "patience") != (self.patience > 0):
             raise EaseError(
                 f"patience is {self.patience} and the measure {self.confidence}: give at least 1 exit that has to "
@@ -75,30 +91,13 @@ class Policy:
 
     @classmethod
     def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
-        """From the two core options; an exit whose threshold is 0 does not route, so it is no exit.
+        """From the two core options; a single threshold of 0 means no routing, whatever the exit says.
 
         `options` are the further fields.
         """
         exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
-        thresholds = (
-            (float(routing_threshold),)
-            if isinstance(routing_threshold, int | float)
-            else tuple(map(float, routing_threshold))
-        )
-        if thresholds == (0.0,):
-            return cls()
-        if len(exits) != len(thresholds):
-            raise EaseError(
-                f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
-                "give one threshold per exit"
-            )
-        for threshold in thresholds:
-            if not 0 <= threshold <= 1:
-                raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
-        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
-            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
-        routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
-        return cls(tuple(e for e, _ in routing), tuple(t for _, t in routing), **options)
+        thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
+        return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
 
     @classmethod
     def own(cls, model: ExitModel) -> Policy:
@@ -138,6 +137,8 @@ class Stop(NamedTuple):
     """(N,)."""
     leaves: Tensor
     """(N,) true for tokens that leave here; at the last exit, all."""
+    gone: int
+    """How many leave here."""
     heads: int
     """Tokens that the head was evaluated for: all N, or those that leave where the measure needs no head."""
     read: Tensor | None
@@ -151,6 +152,8 @@ class Stop(NamedTuple):
     @property
     def stays(self) -> Tensor:
         """(B, T) true for tokens that go on."""
+        if not self.gone:  # the usual case, and not worth a kernel
+            return self.arrived
         return self.arrived & ~(self.left.any(1, keepdim=True) if self.by_row else self.left)
 
 
@@ -189,22 +192,22 @@ def walk(
         default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
         positions = default if cache is None else cache.next(arrived)
     state, first = model.embed(ids), 1
+    if not bool(arrived.any()):
+        return
     for layer, threshold in [*steps, (last, 0.0)]:
-        if not bool(arrived.any()):
-            return
-        before, final = state, layer == last
+        before, final = state.flatten(0, 1), layer == last
         state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
         asked = arrived & decides
         if wanted is not None and final:
             asked = asked & wanted
-        confidences, leaving, readings, heads = [state.new_zeros(0)], [asked.new_zeros(0)], [], 0
+        confidences, leaving, readings, gone, heads = [], [], [], 0, 0
         for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
             after = state.flatten(0, 1)[places]
             logits = model.logits(after, layer) if final or not headless else None
             if final and logits is not None and headless:  # the last exit has nothing to agree with
                 confidence = max_probability(logits)
             else:
-                confidence = measure(Evidence(layer, before.flatten(0, 1)[places], after, logits, places))
+                confidence = measure(Evidence(layer, before, after, logits, places))
             # At the end all leave, also those whose confidence is NaN.
             leaves = torch.ones_like(confidence, dtype=torch.bool)
             if not final:
@@ -213,19 +216,25 @@ def walk(
                 if positions is not None:
                     at = policy.limits(threshold, positions.flatten()[places], dtype)
                 leaves = confidence.to(dtype) >= at
-            gone = int(leaves.sum())
-            heads += len(places) if logits is not None else gone
-            if read is not None and gone:
+            count = int(leaves.sum())
+            gone, heads = gone + count, heads + (len(places) if logits is not None else count)
+            if read is not None and count:
                 logits = model.logits(after[leaves], layer) if logits is None else logits[leaves]
                 readings.append(read(logits, places[leaves]))
             confidences.append(confidence)
             leaving.append(leaves)
-        reading = torch.cat(readings) if readings else None
-        stop = Stop(
-            first, layer, state, arrived, asked, by_row, torch.cat(confidences), torch.cat(leaving), heads, reading
-        )
+        sure, leaves = joined(confidences, state.new_zeros(0)), joined(leaving, asked.new_zeros(0))
+        reading = joined(readings, state) if readings else None
+        stop = Stop(first, layer, state, arrived, asked, by_row, sure, leaves, gone, heads, reading)
         yield stop
         arrived, first = stop.stays, layer + 1
+        if gone and not bool(arrived.any()):
+            return
+
+
+def joined(parts: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """The parts one after the other; one part as it is, and `nothing` where there is none."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0] if parts else nothing
 
 
 class Routed(NamedTuple):
@@ -262,6 +271,8 @@ def route(
         **model.policy_options,
     )
     policy.check(model.num_layers)
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])

@@ -26,16 +26,22 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     """The model of a run with its configuration, and the text it was made from."""
     model, config = load_model(folder)
     model.to(choose_device("auto"))
-    try:
-        data = DataConfig(**config["run"]["data"])
-        corpus_hash, source = config["data"]["hash"], config["data"]["source"]
-    except (KeyError, TypeError) as error:
-        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
+    data = made_from(folder, config)
+    corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "a source that is not told")
     given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
     corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
     return model, config, corpus, data
+
+
+def made_from(folder: Path, config: dict[str, Any]) -> DataConfig:
+    """How the text was cut that a run was made from."""
+    try:
+        told = config["run"]["data"]
+        return DataConfig(**{**told, "seq_len": told["seq_len"]})
+    except (KeyError, TypeError, EaseError) as error:
+        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
 
 
 def halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
@@ -58,7 +64,7 @@ def calibrate(folder: Path, target: Target, watch: Callable[[str], Watch] = lamb
     those of the other half.
     """
     model, _, corpus, data = open_run(folder)
-    exits = Policy.own(model).exits or tuple(sorted(model.trained_exits)[:-1])
+    exits = Policy.own(model).exits or model.early_exits
     if not exits:
         raise EaseError(f"{folder} has no exits to calibrate: tune it first (ease tune), or use a strategy that has")
     policy = replace(Policy.own(model), exits=exits, thresholds=(1.0,) * len(exits))
@@ -83,9 +89,10 @@ def evaluate(
     if config["calibration"]:
         test, split = halves(corpus.test, data)[1], "half of the test split that chose no threshold"
     own = Policy.own(model)
-    if thresholds and not own.exits:
+    exits = own.exits or model.early_exits
+    if thresholds and not exits:
         raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
-    policies = [Policy.of(own.exits, (t,) * len(own.exits), **own.options) for t in thresholds] or [own]
+    policies = [Policy.of(exits, (t,) * len(exits), **own.options) for t in thresholds] or [own]
     watched = Watched(test, watch("scoring"), epochs=len(policies))
     return [
         {"thresholds": policy.thresholds, "split": split, **score(model, watched, policy).figures()}

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ease.confidence import max_probability
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_least, check_seed
 from ease.exits import Policy, walk
 from ease.models import StandardTransformer
 from ease.seam import Layout, eval_mode
 
 Mode = Literal["full", "routed", "exact"]
 LONGEST_DRAFT = 16
+DRAFT_CONFIDENCE = 0.15  # measured: higher, and rows of a batch wait for each other; lower, and more is refused
 PROBE_SHARE = 0.02  # of a request's estimated time: what finding the fastest draft exit may waste
 
 
@@ -52,13 +53,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fine, rule in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "0 or at least 1e-6"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
             if not fine:
                 raise EaseError(f"{name} must be {rule}, got {getattr(self, name)}")
+        if self.seed is not None:
+            check_seed(self.seed)
         if self.temperature == 0 and (self.top_k or self.top_p):
             raise EaseError("top_k and top_p choose what is drawn from, and temperature 0 draws nothing: raise it")
 
@@ -165,12 +168,14 @@ class Request:
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
             mine = flat[places]
-            logits[places[mine] // T] = chunk[mine]
+            logits[places[mine] // T] = chunk[mine].to(logits)
             return chunk[:, :0]  # what is wanted has been taken
 
         layout = Layout(torch.zeros_like(ids), real.long() - 1)
         for at in walk(self.model, ids, policy, layout=layout, read=read, wanted=last, cache=self.cache):
             self.layers_run += (at.layer - at.first + 1) * int(at.arrived.sum())
+            if not at.gone:
+                continue
             leaving = at.left & last
             exits[leaving.any(1)] = at.layer
             sure = logits.new_zeros(B, T).masked_scatter(at.asked, at.confidence)
@@ -192,12 +197,15 @@ class Request:
         seen = None if self.seen is None else self.seen.clone()
         states, drafts, beliefs, sure, read = [], [], [], [], []
         for _ in range(length):
-            layout = Layout(torch.zeros(B, 1, dtype=torch.long, device=tokens.device), drafting.long()[:, None] - 1)
+            # While every row drafts, rows are not picked out: a view costs nothing.
+            every = bool(drafting.all())
+            rows: Any = slice(None) if every else drafting.nonzero().squeeze(1)
+            layout = None if every else Layout(torch.zeros_like(tokens)[:, None], drafting.long()[:, None] - 1)
             state = model.run(model.embed(tokens[:, None]), 1, exit, layout=layout, cache=self.cache)
-            logits = model.logits(state[drafting, 0], exit)
-            offer, belief = self.draw(logits, None if seen is None else seen[drafting])
+            logits = model.logits(state[rows, 0], exit)
+            offer, belief = self.draw(logits, None if seen is None else seen[rows])
             draft, confidence = tokens.clone(), logits.new_zeros(B)
-            draft[drafting], confidence[drafting] = offer, max_probability(logits)
+            draft[rows], confidence[rows] = offer, max_probability(logits)
             states.append(state)
             drafts.append(draft)
             sure.append(confidence)
@@ -281,7 +289,7 @@ def generate(
     seed: int | None = None,
     stream: Callable[[Token], None] | None = None,
     draft_exit: int | Literal["auto"] = "auto",
-    draft_confidence: float = 0.3,
+    draft_confidence: float | None = None,
     max_memory: float | None = None,
 ) -> Generation:
     """Continues each of B prompts by up to `max_new_tokens` tokens.
@@ -296,7 +304,8 @@ def generate(
         stream: called with each `Token` as it is decided.
         draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
             decoding included.
-        draft_confidence: in exact mode, a row stops drafting after a token less confident than this.
+        draft_confidence: in exact mode, a row stops drafting after a token less confident than this (0.15 by
+            default).
         max_memory: bytes that the cache may take (what is free by default); a request beyond is refused before it
             starts.
 
@@ -309,8 +318,7 @@ def generate(
     if model.config.num_labels is not None:
         raise EaseError("a classifier writes no text: use ease.tasks.predict, or a model that predicts tokens")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    if max_new_tokens < 1:
-        raise EaseError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_least(1, max_new_tokens=max_new_tokens)
     if ids.ndim != 2 or ids.is_floating_point():
         raise EaseError(f"prompts are integers (B, T), got {ids.dtype} of shape {tuple(ids.shape)}")
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -322,6 +330,10 @@ def generate(
         raise EaseError("this model has no exits to route at: set exit_layer and routing_threshold, or use mode full")
     if mode != "exact" and draft_exit != "auto":
         raise EaseError(f"draft_exit is for mode exact, and this is {mode}: leave it out")
+    if mode != "exact" and draft_confidence is not None:
+        raise EaseError(f"draft_confidence is for mode exact, and this is {mode}: leave it out")
+    if draft_confidence is not None and not 0 <= draft_confidence <= 1:
+        raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
     if draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
         raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
     longest, most = int(real.sum(1).max()), model.config.max_positions
@@ -364,7 +376,7 @@ def generate(
         begun = time.perf_counter()
         drafted = Drafts()
         if mode == "exact":
-            drafted = exact(request, draft_exit, draft_confidence)
+            drafted = exact(request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence)
         while bool(request.running.any()):
             request.step(request.current[:, None], request.running[:, None], policy)
     return finish(request, mode, start, begun, drafted)
@@ -422,14 +434,14 @@ class Drafter:
 
 def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) -> Drafts:
     """Drafts and checks until every row is done, or until full decoding is faster."""
-    counts, last = Drafts(), request.model.num_layers
+    counts = Drafts()
     if draft_exit != "auto":
         drafter, counts.exit = Drafter(request, counts, draft_exit, patience), draft_exit
         while bool(request.running.any()):
             drafter.round()
         return counts
 
-    exits = Policy.own(request.model).exits or tuple(sorted(e for e in request.model.trained_exits if e < last))
+    exits = Policy.own(request.model).exits or request.model.early_exits
     full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
     allowance, pace = PROBE_SHARE * full * request.limit, {}
     drafters = {exit: Drafter(request, counts, exit, patience) for exit in exits}
@@ -449,14 +461,14 @@ def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) 
         if allowance <= 0:
             break
     best = min(pace, key=lambda e: pace[e], default=None)
-    if best is None or pace[best] >= full:
+    if best is None or pace[best] >= full or allowance <= 0:
         return counts
     counts.exit = best
     before, at = _count(request), time.perf_counter()
     while bool(request.running.any()):
         drafters[best].round()
         spent, made = time.perf_counter() - at, _count(request) - before
-        if spent - full * made > PROBE_SHARE * full * request.limit:  # the text has become harder to draft
+        if spent - full * made > allowance:  # the text has become harder to draft
             counts.exit = None
             break
     return counts

@@ -25,9 +25,10 @@ from torch import Tensor
 from ease.checkpoint import check_fingerprint, run_folder, write_json
 from ease.data import EOS, PAD
 from ease.data import load_tokenizer as read_tokenizer
-from ease.errors import EaseError
+from ease.errors import EaseError, needs
 from ease.exits import Policy
 from ease.hf_config import read_config, write_config
+from ease.machine import choose_device, choose_dtype
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 
 if TYPE_CHECKING:
@@ -155,11 +156,10 @@ def checkpoint_folder(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name := os.fspath(name_or_path)) or name.startswith("."):
         raise EaseError(f"there is no folder {path}: pass a checkpoint's folder, or its name on the Hugging Face hub")
-    from huggingface_hub import snapshot_download
-
+    hub = needs("huggingface_hub", "hf")
     try:
         # Never more than this: no pickle, no code.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the library's own, its HTTP client's or the system's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EaseError(
@@ -171,7 +171,7 @@ def checkpoint_folder(name_or_path: str | os.PathLike[str]) -> Path:
 def from_pretrained(
     name_or_path: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> DeepSupervisionTransformer:
     """Reads a checkpoint of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM) into the native model.
@@ -181,7 +181,7 @@ def from_pretrained(
 
     Args:
         name_or_path: a folder with config.json and safetensors, in one file or in shards, or a name on the hub.
-        dtype: of the weights; as they are stored by default.
+        dtype: of the weights, in torch or by its name; as they are stored by default (and by "auto").
         device: where the weights go; the CPU by default.
 
     Returns:
@@ -190,6 +190,7 @@ def from_pretrained(
     Raises:
         EaseError: for a folder that is missing or damaged, and for anything that the model cannot hold exactly.
     """
+    dtype, device = choose_dtype(dtype), choose_device(str(device or "cpu"))
     folder = checkpoint_folder(name_or_path)
     raw = read_json(folder / CONFIG)
     native = raw.get("model_type") == NATIVE
@@ -204,14 +205,17 @@ def from_pretrained(
         model.trained_exits = set(own["trained_exits"]) if own else {model.num_layers}
         model.policy_options = own.get("options", {}) if own else {}
         Policy.own(model)
-    except (KeyError, TypeError) as error:
+        calibration = dict(own.get("calibration", {})) if own else {}
+    except EaseError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise EaseError(f"the configuration in {folder} is damaged ({error}): fetch the checkpoint again") from error
 
     stored = _needed(_stored(_weight_files(folder)), model.config.tie_embeddings)
     if dtype is None and stored:
         name, file = next(iter(stored.items()))
         dtype = DTYPES.get(_read(file, lambda opened: opened.get_slice(name).get_dtype()))
-    model = model.to(dtype).to_empty(device=device or "cpu").eval()
+    model = model.to(dtype).to_empty(device=device).eval()
     if model.config.tie_embeddings:  # allotting memory has parted them
         model.output_head.weight = model.embedding.weight
     with torch.no_grad():
@@ -225,8 +229,8 @@ def from_pretrained(
         else:
             for norm in exits.values():
                 norm.copy_(stock[NORM])
-    if own and own.get("calibration"):
-        check_fingerprint(model, own["calibration"], folder / OWN / POLICY)
+    if calibration:
+        check_fingerprint(model, calibration, folder / OWN / POLICY)
     return model
 
 
@@ -245,8 +249,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise EaseError(f"{folder / INDEX} names no shards (weight_map): fetch it again")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise EaseError(f"{folder / INDEX} names no shards beside it (weight_map): fetch it again")
         return sorted({folder / shard for shard in shards.values()})
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
@@ -275,6 +279,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
         EaseError: it has no tokenizer.json, or one with ids that the model has no embedding for.
     """
     folder = checkpoint_folder(name_or_path)
+    if not (folder / "tokenizer.json").is_file():
+        raise EaseError(
+            f"{folder} has no tokenizer.json: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) "
+            "makes one of what there is"
+        )
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     raw = read_json(folder / CONFIG)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -321,9 +330,9 @@ def save_pretrained(
     Raises:
         EaseError: the folder exists or cannot be written, or no stock model has this shape.
     """
-    from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file
 
+    hub = needs("huggingface_hub", "hf")
     stock, exits = _split(model)
     policy = Policy.own(model)
     with run_folder(Path(folder), overwrite) as partial:
@@ -341,7 +350,7 @@ def save_pretrained(
             "model": {key: value for key, value in shape.items() if value != carried[key]},
         }
         write_json(partial / CONFIG, config)
-        save_torch_state_dict(stock, partial)
+        hub.save_torch_state_dict(stock, partial)
         (partial / OWN).mkdir()
         write_json(partial / OWN / POLICY, own)
         save_file(exits, partial / OWN / EXITS)

@@ -4,7 +4,7 @@
 - A folder that `save_pretrained` of this class writes holds the native names, so a `Trainer` resumes from it; for
   one that stock transformers loads, `ease.save_pretrained(model.model, folder)`.
 - Depth and policy are the model's own. The config tells them, and changing the config changes neither.
-- There is no key-value cache: every step of `generate` runs the whole text.
+- `generate` reads every token once, into a cache of the model's own (`hf_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ease.errors import EaseError
+from ease.errors import EaseError, needs
 from ease.exits import Policy, walk
 from ease.hf import NATIVE, checkpoint_folder, from_pretrained, read_json
 from ease.models import DeepSupervisionTransformer
 from ease.seam import Layout
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from ease.hf_cache import EaseCache
+except ImportError:
+    needs("transformers", "hf")
+    raise
 
 
 class EaseConfig(PreTrainedConfig):
@@ -62,7 +69,10 @@ class EaseConfig(PreTrainedConfig):
 
 @dataclass
 class EaseOutput(CausalLMOutputWithPast):
-    """As transformers' own, and of a routed pass also `exits` (B, T): where each token left, 0 for padding."""
+    """As transformers' own, and of a routed pass also `exits` (B, T): where each token left, 0 for padding.
+
+    With a cache T counts the tokens that came, as in `logits`, and not those read before.
+    """
 
     exits: Tensor | None = None
 
@@ -115,10 +125,13 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         if raw.get("model_type") == NATIVE:
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
             return loaded
-        if isinstance(name := kwargs.get("dtype"), str):
-            kwargs["dtype"] = None if name == "auto" else getattr(torch, name)
+        if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "device"}):
+            raise EaseError(f"{', '.join(unknown)} is not to be had for this checkpoint: give dtype and device alone")
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        model = cls.wrap(from_pretrained(folder, **kwargs), **{name: raw.get(name) for name in names})
+        model = cls.wrap(
+            from_pretrained(folder, dtype=dtype, device=kwargs.get("device")), **{name: raw.get(name) for name in names}
+        )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
@@ -144,8 +157,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             EaseError: for a policy that the model cannot follow.
         """
-        trained = sorted(e for e in self.model.trained_exits if e < self.model.num_layers)
-        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or trained)
+        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or self.model.early_exits)
         if not chosen:
             raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
         thresholds = [float(threshold)] * len(chosen) if isinstance(threshold, int | float) else list(threshold)
@@ -169,6 +181,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: EaseCache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
@@ -178,29 +191,43 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         """ids (B, T) -> logits (B, T, V), or those of the places in `logits_to_keep`.
 
         Args:
-            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side.
+            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side; with a cache, of what was read
+                before and of the ids, which are its last T columns.
             position_ids: (B, T); each 0 begins a document, and none attends to another.
+            past_key_values: what was read before; the ids are what comes next, and nothing is learned from them.
             labels: (B, T), the ids themselves; -100 is not scored.
-            logits_to_keep: the last so many places, 0 for all, or a 1-D tensor of places.
-            use_cache: without effect; there is no cache yet.
+            logits_to_keep: the last so many places, 0 for all, or a tensor of places, (K,) or (B, K) for each row.
+            use_cache: in evaluation mode, makes a cache where none is passed; it comes back as `past_key_values`.
         """
-        asked = ("inputs_embeds", "past_key_values", "output_attentions", "output_hidden_states")
+        asked = ("inputs_embeds", "output_attentions", "output_hidden_states")
         if refused := [name for name in asked if kwargs.pop(name, None)]:
             raise EaseError(f"{', '.join(refused)} is not to be had of this model: leave it out")
         if input_ids is None:
             raise EaseError("input_ids are missing: this model reads token ids")
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = torch.arange(input_ids.shape[1], device=input_ids.device)[keep]
-        layout = make_layout(input_ids, attention_mask, position_ids)
-        exits = None
-        if self.policy.exits and not self.training:
-            logits, exits = self._routed(input_ids, layout, kept)
+        B, T = input_ids.shape
+        cache = self._new_cache(B, T) if use_cache and past_key_values is None else past_key_values
+        if cache is None:
+            layout = make_layout(input_ids, attention_mask, position_ids)
+        elif self.training or not isinstance(cache, EaseCache):
+            raise EaseError(
+                f"past_key_values is a {type(cache).__name__}: leave it out, or pass one that this model made in "
+                "evaluation mode, and in that mode"
+            )
         else:
-            logits = self.model.logits(self._full_depth(input_ids, layout)[:, kept], self.model.num_layers)
+            layout = cache.come(input_ids, attention_mask, position_ids)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = torch.arange(T, device=input_ids.device)[keep].expand(B, -1)
+        routed = bool(self.policy.exits) and not self.training
+        exits = None
+        if routed or cache is not None:
+            logits, exits = self._walk(input_ids, layout, kept, cache)
+        else:
+            rows = torch.arange(B, device=input_ids.device)[:, None]
+            logits = self.model.logits(self._full_depth(input_ids, layout)[rows, kept], self.model.num_layers)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        output = EaseOutput(loss=loss, logits=logits, exits=exits)
+        output = EaseOutput(loss=loss, logits=logits, past_key_values=cache, exits=exits if routed else None)
         return output.to_tuple() if return_dict is False else output
 
     def _full_depth(self, ids: Tensor, layout: Layout | None) -> Tensor:
@@ -213,27 +240,70 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         return state
 
     @torch.no_grad()
-    def _routed(self, ids: Tensor, layout: Layout | None, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the kept places, each of the exit that the token took, and the exits (B, T)."""
-        (B, T), V, K = ids.shape, self.model.output_head.weight.shape[0], len(kept)
+    def _walk(self, ids: Tensor, layout: Layout | None, kept: Tensor, cache: EaseCache | None) -> tuple[Tensor, Tensor]:
+        """Logits of the kept places (B, K), each of the exit that the token took, and the exits (B, T)."""
+        (B, T), V, K = ids.shape, self.model.output_head.weight.shape[0], kept.shape[1]
         logits = self.model.output_head.weight.new_zeros(B * K, V)
         rows = torch.full((B, T), -1, device=ids.device)
-        rows[:, kept] = torch.arange(B * K, device=ids.device).view(B, K)
+        rows.scatter_(1, kept, torch.arange(B * K, device=ids.device).view(B, K))
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
             row = rows.flatten()[places]
-            logits[row[row >= 0]] = chunk[row >= 0]
+            logits[row[row >= 0]] = chunk[row >= 0].to(logits.dtype)
             return chunk[:, :0]
 
-        exits = torch.zeros_like(ids)
-        for stop in walk(self.model, ids, self.policy, layout=layout, read=read):
+        real = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+        exits = real * self.model.num_layers
+        native = None if cache is None else cache.native
+        for stop in walk(self.model, ids, self.policy, layout=layout, read=read, wanted=rows >= 0, cache=native):
             exits[stop.left] = stop.layer
+        if cache is not None:
+            cache.real = torch.cat([cache.real, real], 1)
         return logits.view(B, K, V), exits
+
+    def _new_cache(self, rows: int, capacity: int) -> EaseCache | None:
+        """Training mode has none: with dropout, a token would not be read twice in the same way."""
+        return None if self.training else EaseCache(self.model.new_cache(rows, capacity, key=self.policy))
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Puts a cache with room for the longest text that may come into `model_kwargs`, unless told otherwise."""
+        # A hook before a layer may count on rows, as that of PEFT's `adapter_names`, and a cache hands out tokens.
+        if self.training or any(module._forward_pre_hooks for module in self.model.modules()):
+            generation_config.use_cache = False
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            super()._prepare_cache_for_generation(*arguments)  # type: ignore[misc]
+            return
+        if generation_config.cache_implementation is not None:
+            raise EaseError("cache_implementation is for stock models: leave it out, this model has a cache of its own")
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = self._new_cache(rows, max_cache_length)
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """Positions follow from the mask, or from the cache: transformers' own go wrong after padding on the right."""
+
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As transformers' own; a row that is padded on the right goes on from its last token."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        mask, T = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
+        if mask is not None and not bool(mask[:, -1].all()):
+            real = mask[:, -T:].bool()
+            if bool((mask.any(1) & ~real.any(1)).any()):
+                raise EaseError("a row has no token in what comes next: pad prompts that are read in parts on the left")
+            inputs["logits_to_keep"] = (real * torch.arange(T, device=real.device)).amax(1, keepdim=True)
+        return inputs
 
     def generate(  # type: ignore[override]
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' own, without a key-value cache."""
+        """transformers' own; each token is read once, unless `use_cache=False` or the model is in training mode."""
         if any(
             getattr(source, "assistant_early_exit", None) is not None
             for source in (generation_config, self.generation_config)
@@ -242,7 +312,6 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
                 "assistant_early_exit is for stock models (ease.save_pretrained writes one): here, early exit is "
                 "model.set_routing(threshold, exits)"
             )
-        kwargs["use_cache"] = False
         return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
 
@@ -267,6 +336,8 @@ def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor
         raise EaseError(f"attention_mask has shape {tuple(mask.shape)}: give one of {tuple(ids.shape)}, as the ids")
     layout = Layout.from_attention_mask(mask)
     if position_ids is not None:
+        if position_ids.shape not in (ids.shape, ids.shape[1:], (1, ids.shape[1])):
+            raise EaseError(f"position_ids has shape {tuple(position_ids.shape)}: give one of {tuple(ids.shape)}")
         positions = position_ids.expand_as(ids)
         documents = (layout.real & (positions == 0)).cumsum(1)
         layout = Layout(positions, torch.where(layout.real, documents, -1))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_least
 from ease.exits import Policy
 from ease.seam import ExitModel
 from ease.trainer import Data, Phase, PhaseOptions, Step, TrainingConfig
@@ -45,8 +45,7 @@ class LayerSkipConfig(PhaseOptions):
             raise EaseError(f"layer_dropout must lie in [0, 1), got {self.layer_dropout}")
         if not 0 < self.exit_scale <= 1:
             raise EaseError(f"exit_scale must lie in (0, 1], got {self.exit_scale}")
-        if self.rotation < 1:
-            raise EaseError(f"rotation must be at least 1, got {self.rotation}")
+        check_least(1, rotation=self.rotation)
         Policy.of(self.exit_layer, self.routing_threshold)
 
     def strategy(self) -> LayerSkip:

@@ -4,26 +4,35 @@
 
 - This registers the model "ease" and hands over to the harness's own command line; every other option is its.
 - Log-likelihoods come from `ease.score`, so padding is never run and no more logits exist than a chunk of tokens has.
-- Generation is that of `EaseForCausalLM`: without a cache each step runs the whole text, and its cost says so.
+- Generation is that of `EaseForCausalLM`, with its cache: each token is read once, and counted once.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ease.confidence import kind
-from ease.errors import EaseError
+from ease.errors import EaseError, needs, told
 from ease.evaluation import score
-from ease.flops import exit_flops, run_flops
-from ease.hf_model import EaseForCausalLM
+from ease.flops import exit_flops, layer_flops, real_pairs
+from ease.machine import choose_device
 from ease.seam import IGNORE, Batch, Layout
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from ease.hf_model import EaseForCausalLM
+except ImportError:
+    with told() if __name__ == "__main__" else nullcontext():
+        needs("lm_eval.models.huggingface", "eval")
+    raise
 
 Request = tuple[Any, list[int], list[int]]  # what was asked in words, the context's ids, the continuation's ids
 MADE: list[EaseLM] = []
@@ -45,7 +54,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str,
-        routing_threshold: float | None = None,
+        routing_threshold: float | str | Sequence[float] | None = None,
         exits: int | str | Sequence[int] | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -53,11 +62,20 @@ class EaseLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if not torch.cuda.is_available() and (device is None or device.startswith("cuda")):
             device = "cpu"  # the harness asks for cuda where nobody said anything
+        if exits is not None and routing_threshold is None:
+            raise EaseError("exits are for routing: give routing_threshold beside them, or leave them out")
+        device = choose_device(device or "cuda")
         model = EaseForCausalLM.from_pretrained(pretrained, dtype=dtype)
-        model.to(device or "cuda")  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
         if routing_threshold is not None:
-            layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
-            model.set_routing(routing_threshold, layers)
+            try:
+                layers = [int(layer) for layer in exits.split("+")] if isinstance(exits, str) else exits
+                threshold = float(routing_threshold) if isinstance(routing_threshold, str) else routing_threshold
+            except ValueError:
+                raise EaseError(
+                    f"routing_threshold is a number and exits are layers, such as 4+8: got {routing_threshold}, {exits}"
+                ) from None
+            model.set_routing(threshold, layers)
         super().__init__(model, backend="causal", tokenizer=pretrained, **options)
         self.flops, self.processed, self.predicted, self.layers = 0.0, 0, 0, 0
         MADE.append(self)
@@ -103,32 +121,41 @@ class EaseLM(HFLM):  # type: ignore[misc]
         return Batch(x, y, layout=Layout.from_attention_mask(mask))
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.model.register_forward_hook(self.count, with_kwargs=True)
+        hooks = (
+            self.model.register_forward_pre_hook(self.note, with_kwargs=True),
+            self.model.register_forward_hook(self.count),
+        )
         try:
             return super()._model_generate(*args, **kwargs)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def count(self, model: EaseForCausalLM, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def note(self, model: EaseForCausalLM, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes what a step finds read: columns of the batch, and keys and values per layer and row."""
+        cache = kwargs["past_key_values"]
+        self.before = (0, 0) if cache is None else (cache.get_seq_length(), cache.native.filled.copy())
+
+    def count(self, model: EaseForCausalLM, args: Any, output: Any) -> None:
         """Adds up what one step of generation cost; a row that has ended still waits, and costs, with its batch."""
-        ids = kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
-        layout = Layout.from_attention_mask(torch.ones_like(ids) if mask is None else mask)
-        config, done = model.model.config, 0
-        exits = layout.real * model.model.num_layers if output.exits is None else output.exits
-        for layer in (*model.policy.exits, model.model.num_layers):
+        cache, (columns, filled) = output.past_key_values, self.before
+        real = cache.real.long()
+        layout = Layout((real.cumsum(1) - 1)[:, columns:], real[:, columns:] - 1)
+        config, last, policy = model.model.config, model.model.num_layers, model.policy
+        exits = layout.real * last if output.exits is None else output.exits
+        # Keys and values count where they are made: for a token that left, when a later one of its row goes deeper.
+        # Without a cache all tokens of a batch make them in every layer that one of them runs.
+        for layer, made in enumerate((cache.native.filled - filled).sum(1).tolist(), start=1):
             arrived = exits >= layer
-            if not bool(arrived.any()):
-                break
-            self.flops += run_flops(config, layer - done, arrived, layout)
-            # Routed, every token is asked at every exit, without the head by some measures until it leaves; at full
-            # depth only the one whose successor is wanted.
-            asked = arrived if kind(model.policy.confidence).needs_head else exits == layer
-            heads = output.logits.shape[:2].numel() if output.exits is None else int(asked.sum())
-            self.flops += exit_flops(config, heads, layer)
-            done = layer
+            self.flops += layer_flops(config, made, int(arrived.sum()), real_pairs(arrived, layout))
+        for layer in policy.exits:
+            # Every token is asked at every exit, by some measures without the head until it leaves.
+            asked = exits >= layer if kind(policy.confidence).needs_head else exits == layer
+            self.flops += exit_flops(config, int(asked.sum()), layer)
+        # At the end only the one whose successor is wanted is asked, the last of its row.
+        self.flops += exit_flops(config, int((exits[:, -1] == last).sum()), last)
         self.processed += int(layout.real.sum())
-        self.predicted += len(ids)
+        self.predicted += len(exits)
         self.layers += int(exits[:, -1].sum())
 
     @property

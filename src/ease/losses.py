@@ -94,6 +94,10 @@ def objective_named(name: str, temperature: float = 1.0) -> Objective:
     """Learning from the text ("cross-entropy"), the last exit ("distillation"), or "both" in equal parts."""
     check_choice("objective", name, ("cross-entropy", "distillation", "both"))
     if name == "cross-entropy":
+        if temperature != 1:
+            raise EaseError(
+                f"temperature {temperature} belongs to distillation: leave it out, or set another objective"
+            )
         return CrossEntropy()
     return Distillation(temperature, 1.0 if name == "distillation" else 0.5)
 

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_seed
 from ease.exits import Policy, Stop, walk
 from ease.flops import exit_flops, run_flops
 from ease.seam import Batch, ExitModel, Layout, eval_mode
@@ -160,6 +160,7 @@ class MinedBatches:
         seed: int = 0,
     ) -> None:
         check_ratio(ratio)
+        check_seed(seed)
         self.model, self.policy, self.layer = model, policy, model.num_layers
         self.generator = torch.Generator().manual_seed(seed)
         self.flops, kept, total = 0.0, 0, 0

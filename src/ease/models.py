@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_least
 from ease.exits import Policy
 from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, light_layer, rotary
 from ease.seam import ExitModel, Layout
@@ -86,9 +86,9 @@ class ModelConfig:
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
                 "a classifier needs at least 2 labels and a head of its own"
             )
-        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise EaseError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
+        check_least(1, **{name: getattr(self, name) for name in (*sizes, "max_positions")})
+        check_least(0, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
         if self.head_dim is None and self.dim % self.num_heads:
             raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
         if self.head_size % 2:
@@ -185,10 +185,12 @@ class StandardTransformer(ExitModel):
     def new_cache(self, rows: int, capacity: int, key: object = None) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows; `key` says what for."""
         c, like = self.config, self.embedding.weight
-        rope = rotary(
-            torch.arange(capacity, device=like.device)[None], c.head_size, c.rope_theta, like.dtype, c.rope_scaling
-        )
-        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, rope, like, key)
+
+        def turns(places: int) -> tuple[Tensor, Tensor]:
+            positions = torch.arange(places, device=like.device)[None]
+            return rotary(positions, c.head_size, c.rope_theta, like.dtype, c.rope_scaling)
+
+        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:

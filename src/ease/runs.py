@@ -20,7 +20,7 @@ import torch
 import ease
 from ease.checkpoint import load_model, run_folder, save_model, write_json
 from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer
-from ease.errors import EaseError
+from ease.errors import EaseError, check_least, check_seed
 from ease.evaluation import score
 from ease.exits import Policy
 from ease.figures import Line, decoding, explorer, figures, matched
@@ -73,6 +73,10 @@ class DataConfig:
     eval_batches: int | None = None
     """Score at most that many batches of validation and of test."""
 
+    def __post_init__(self) -> None:
+        check_least(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
+        check_least(1, epoch_batches=self.epoch_batches, eval_batches=self.eval_batches)
+
 
 class StrategyConfig(Protocol):
     """What `ease.STRATEGIES` lists: a dataclass that knows the depth to start with and makes its strategy."""
@@ -110,6 +114,11 @@ class RunConfig(Generic[S]):
     """Of the weights of a checkpoint that is started from."""
     note: str = ""
     """Said in the report: how to take these figures."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.dtype != "float32" and self.start is None:
+            raise EaseError(f"dtype {self.dtype} is that of a checkpoint: name one with --start, or leave it out")
 
 
 class Recorder(Watch):
@@ -275,6 +284,11 @@ def run(
     with run_folder(out, overwrite) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
+        most = None if start is None else start.config.max_positions
+        if most is not None and data.seq_len > most:
+            raise EaseError(
+                f"{config.start} has {most} positions: set --data.seq-len to at most that, not {data.seq_len}"
+            )
         corpus = load_corpus(data.source, tokenizer, eos=eos, max_tokens=data.max_tokens)
         shop = Workshop(config, folder, corpus, device, watch, start)
         shop.batches("test")  # too short a text should be told before training, not after
@@ -302,13 +316,17 @@ def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, 
     """The model to start from, its tokenizer, and the id that ends a text."""
     folder = Path(name)
     if (folder / "summary.json").is_file():
+        if dtype != "float32":
+            raise EaseError(f"dtype {dtype} is that of a checkpoint, and {name} is a run with its own: leave it out")
         model, config = load_model(folder)
+        if model.config.num_labels is not None:
+            raise EaseError(f"{name} is a classifier, which writes no text: use a model that predicts tokens")
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         data = config["data"]
         return model, tokenizer, data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
     from ease import hf
 
-    return hf.from_pretrained(name, dtype=getattr(torch, dtype)), hf.load_tokenizer(name), hf.end_of_text(name)
+    return hf.from_pretrained(name, dtype=dtype), hf.load_tokenizer(name), hf.end_of_text(name)
 
 
 def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:

@@ -109,6 +109,11 @@ class ExitModel(nn.Module, ABC):
         super().__init__()
         self.trained_exits: set[int] = set()  # exits that a loss has trained; the trainer keeps it
 
+    @property
+    def early_exits(self) -> tuple[int, ...]:
+        """The exits below the last layer that a loss has trained, from shallow to deep."""
+        return tuple(sorted(exit for exit in self.trained_exits if exit < self.num_layers))
+
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> state (B, T, D)."""

@@ -31,7 +31,7 @@ def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]
     if policy.exits:
         calls["routed, own policy"] = lambda: generate(model, ids, steps, "routed")
     calls["exact, auto"] = lambda: generate(model, ids, steps, "exact")
-    for exit in policy.exits or sorted(model.trained_exits - {model.num_layers}):
+    for exit in policy.exits or model.early_exits:
         calls[f"exact, exit {exit}"] = lambda e=exit: generate(model, ids, steps, "exact", draft_exit=e)  # type: ignore[misc]
     return calls
 

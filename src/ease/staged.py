@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_least
 from ease.exits import Policy
 from ease.mining import MinedBatches, check_ratio
 from ease.models import StandardTransformer
@@ -37,8 +37,7 @@ class PhaseConfig(PhaseOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.ratio)
-        if self.mine_epochs < 1:
-            raise EaseError(f"mine_epochs must be at least 1, got {self.mine_epochs}")
+        check_least(1, mine_epochs=self.mine_epochs)
         check_choice("supervise", self.supervise, ("last", "every"))
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
 
@@ -63,6 +62,7 @@ class StagedConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise EaseError("N-stage training needs at least one phase")
+        check_least(0, trunk_budget=self.trunk_budget)
         if self.pretrained and len(self.phases) < 2:
             raise EaseError("a pretrained model is phase 1: plan a second phase, or set pretrained to False")
         if self.phases[0].ratio != 1:
@@ -104,7 +104,8 @@ class Staged:
         below, plan = self.config.phases[max(0, self.done - 1)], self.config.phases[self.done]
         if model.num_layers != below.layers:
             raise EaseError(
-                f"phase {self.done + 1} starts from {below.layers} layers but the model has {model.num_layers}"
+                f"phase {self.done + 1} starts from {below.layers} layers but the model has {model.num_layers}: plan "
+                f"phase {max(1, self.done)} with {model.num_layers} layers (phase{max(1, self.done)}-layers of ASHEM)"
             )
         first, batches, spent = 1, data.train, {}
         if self.done:

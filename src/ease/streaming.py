@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ease.data import EOS, encode, hub_name, open_data_set, reading, text_column, train_tokenizer
-from ease.errors import EaseError
+from ease.errors import EaseError, check_least, check_seed
 from ease.seam import IGNORE, Batch, Layout
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ class StreamBatches:
         seed: int = 0,
         name: str = "the stream",
     ) -> None:
-        sizes = {"seq_len": seq_len, "batch_size": batch_size, "epoch_batches": epoch_batches, "buffer": buffer}
-        for what, size in sizes.items():
-            if size < 1:
-                raise EaseError(f"{what} is {size}: give at least 1")
+        check_least(1, seq_len=seq_len, batch_size=batch_size, epoch_batches=epoch_batches, buffer=buffer)
+        check_seed(seed)
         self.rows, self.tokenizer, self.eos, self.name = rows, tokenizer, eos, name
         self.batch_size, self.epoch_batches, self.buffer = batch_size, epoch_batches, buffer
         self.passes = 0  # over the documents, those before this one
@@ -199,8 +197,7 @@ def load_stream(
         EaseError: the source is unknown, cannot be read, or has no text for one of the splits.
     """
     name = os.fspath(source)
-    if held_out < 1:
-        raise EaseError(f"held_out is {held_out}: give at least 1 document")
+    check_least(1, held_out=held_out)
     with reading(name):
         found = _open(name)
         if "train" not in found:

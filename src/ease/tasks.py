@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ease.data import EOS, train_tokenizer
-from ease.errors import EaseError
+from ease.errors import EaseError, check_seed, check_text, needs
 from ease.evaluation import score
 from ease.exits import Policy, walk
 from ease.generation import generate
@@ -85,8 +85,10 @@ def _parse(line: str, where: str, fields: dict[str, tuple[type, ...]]) -> Record
         value, wanted = record[name], " or ".join(kind.__name__ for kind in types)
         if type(value) not in types:  # not isinstance: true and false are no integers here
             raise EaseError(f"{where}: {name!r} must be {wanted}, got {json.dumps(value)[:40]}: mend the line")
-        if isinstance(value, str) and not value.strip():
-            raise EaseError(f"{where}: {name!r} is empty: fill it or remove the line")
+        if isinstance(value, str):
+            check_text(f"{where}: {name!r}", value)
+            if not value.strip():
+                raise EaseError(f"{where}: {name!r} is empty: fill it or remove the line")
     return Record(where, tuple(record[name] for name in fields))
 
 
@@ -293,6 +295,7 @@ class ExampleBatches:
     ) -> None:
         if batch_size < 1 or not examples:
             raise EaseError(f"{len(examples)} examples in batches of {batch_size}: give at least 1 of each")
+        check_seed(seed)
         self.examples, self.batch_size = examples, batch_size
         self.shuffle, self.bucket, self.seed, self.epoch = shuffle, bucket, seed, 0
 
@@ -374,9 +377,13 @@ def complete(
     mode: Literal["full", "routed"] = "full",
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """The likeliest completion of each prompt (T_i,), as one batch; "routed" is by the model's own policy."""
+    """The likeliest completion of each prompt (T_i,), as one batch.
+
+    "routed" is by the model's own policy, and full where that has no exits.
+    """
     x, layout = pad(prompts)
     eos = -1 if task.eos is None else task.eos
+    mode = mode if Policy.own(model).exits else "full"
     made = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=eos)
     rows = [tokens[(exits > 0) & (tokens != eos)].tolist() for tokens, exits in zip(made.tokens, made.exits)]
     return [task.tokenizer.decode(row) for row in rows]
@@ -393,7 +400,7 @@ def completion_figures(
 ) -> dict[str, Any]:
     """`Scores.figures` over the completions' tokens, and `rouge_l` of what the model writes after each prompt.
 
-    "routed" is by the model's own policy.
+    "routed" is by the model's own policy, and full where that has no exits.
     """
     written, wanted = [], []
     for start in range(0, len(examples), batch_size):
@@ -408,11 +415,7 @@ def completion_figures(
 
 def rouge_l(written: Sequence[str], wanted: Sequence[str]) -> float:
     """The mean ROUGE-L F-measure (Lin 2004) in [0, 1], by `rouge-score` without stemming; it reads a-z and 0-9 only."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise EaseError("ROUGE-L needs the package rouge-score: pip install 'ease-lego[eval]'") from None
-    scorer = RougeScorer(["rougeL"])
+    scorer = needs("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"])
     pairs = zip(wanted, written, strict=True)
     return float(np.mean([scorer.score(target, prediction)["rougeL"].fmeasure for target, prediction in pairs]))
 

@@ -269,7 +269,7 @@ class Trainer:
         total, tokens = 0.0, 0
         for loss, scored, _ in self._steps(model, train_batches, optimizer):
             total, tokens = total + loss * scored, tokens + scored
-        return total / max(1, tokens)
+        return total / tokens
 
     def scores(
         self, model: ExitModel, batches: Batches, last: int | None = None, policy: Policy | None = None
@@ -384,7 +384,7 @@ class Trainer:
                     {
                         "epoch": epoch,
                         "step": history.steps,
-                        "train_loss": total / max(1, tokens),
+                        "train_loss": total / tokens,
                         "val_loss": figures["loss"],
                         "val_ppl": figures["ppl"],
                         "val_acc": figures["acc"],
@@ -423,11 +423,13 @@ class Trainer:
         """Takes one optimizer step per batch; yields its loss, its scored tokens and its FLOPs by kind."""
         model.to(self.device)
         train_mode(model)
+        learned = 0
         for item in re_iterable(batches):
             batch = Batch(*item)
             scored = int(batch.scored.sum())
             if not scored:
                 continue
+            learned += scored
             step = next_step()
             went: dict[int, Tensor] = {}
             loss = self.compute_loss(
@@ -444,6 +446,8 @@ class Trainer:
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
             yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, went)
+        if not learned:
+            raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 
     def step_flops(
         self,
@@ -482,7 +486,7 @@ class Trainer:
         return {"training": training, "trunk": trunk if batch.state is None else batch.flops}
 
 
-LOWER_LR = "training stopped and the last good weights are kept; lower the learning rate"
+LOWER_LR = "training stopped, and a model in memory has its last good weights again; lower the learning rate"
 
 
 def snapshot(model: ExitModel) -> dict[str, Tensor]:

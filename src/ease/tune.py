@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_least
 from ease.exits import Policy
 from ease.flops import exit_flops, run_flops
 from ease.losses import Objective, objective_named
@@ -52,8 +52,15 @@ class TuneConfig(PhaseOptions):
         check_choice("adapter", self.adapter, ("none", "mlp"))
         check_choice("tokens", self.tokens, ("all", "hard", "kept"))
         check_ratio(self.hard_ratio)
-        if self.select_epochs < 1:
-            raise EaseError(f"select_epochs must be at least 1, got {self.select_epochs}")
+        check_least(1, select_epochs=self.select_epochs, select_exit=self.select_exit, adapter_dim=self.adapter_dim)
+        if self.adapter == "none" and self.adapter_dim is not None:
+            raise EaseError(
+                f"adapter_dim {self.adapter_dim} belongs to an adapter: set adapter to mlp, or leave it out"
+            )
+        selecting = ("select_exit", "hard_ratio", "select_epochs")
+        idle = [name for name in selecting if getattr(self, name) != getattr(TuneConfig, name)]
+        if self.tokens == "all" and idle:
+            raise EaseError(f"{idle[0]} belongs to a selection: set tokens to hard or kept, or leave it out")
         Policy.of(self.exits, (self.routing_threshold,) * len(self.exits))
         self.loss()
 
@@ -88,11 +95,15 @@ class Tune:
         self.exits = c.exits or tuple(sorted({max(1, last // 3), max(1, 2 * last // 3)}))
         Policy.of(self.exits, (1.0,) * len(self.exits)).check(last)
         train, spent = data.train, 0.0
+        exit = last if c.select_exit is None else c.select_exit
+        if exit > last:
+            raise EaseError(f"select_exit is {exit} and the model has {last} layers: choose one of 1..{last}")
         if c.tokens != "all":
             watched = Watched(data.train, data.watch("selecting"), c.select_epochs)
-            train, spent = select(model, [watched] * c.select_epochs, c.select_exit or last, c.hard_ratio, c.tokens)
+            train, spent = select(model, [watched] * c.select_epochs, exit, c.hard_ratio, c.tokens)
         if c.adapter == "mlp":
-            model.add_adapters(self.exits, c.adapter_dim or max(1, model.config.dim // 4))
+            dim = max(1, model.config.dim // 4) if c.adapter_dim is None else c.adapter_dim
+            model.add_adapters(self.exits, dim)
         config = TrainingConfig(
             layer_weights={exit: 1 / len(self.exits) for exit in self.exits},
             exit_layer=self.exits,

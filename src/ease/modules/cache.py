@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +31,8 @@ class Cache:
         keys, values: (L, B, capacity, H_kv, head_dim).
         states: (B, capacity, D), the state that each token left with, or has now.
         length: (B,) tokens read so far.
-        blocks, rope: what the L layers compute, and the rotary factors (1, 1, capacity, head_dim) of all places.
+        blocks: what the L layers compute.
+        turns, rope: the rotary factors (1, 1, n, head_dim) of the first n places, and those of all there are.
         filled: (L, B) tokens that have keys and values in that layer; never more than `length`.
         key: what it was made for (mode and policy); it is refused for anything else.
     """
@@ -41,16 +43,16 @@ class Cache:
         rows: int,
         capacity: int,
         kv_heads: int,
-        rope: tuple[Tensor, Tensor],
+        turns: Callable[[int], tuple[Tensor, Tensor]],
         like: Tensor,
         key: object = None,
     ) -> None:
-        layers, head_dim, dim = len(blocks), rope[0].shape[-1], like.shape[-1]
+        self.blocks, self.turns, self.rope = blocks, turns, turns(capacity)
+        layers, head_dim, dim = len(blocks), self.rope[0].shape[-1], like.shape[-1]
         # Zeros, since a place that is masked out is multiplied by 0, and memory as it comes may hold NaN.
         self.keys = like.new_zeros(layers, rows, capacity, kv_heads, head_dim)
         self.values = like.new_zeros(layers, rows, capacity, kv_heads, head_dim)
         self.states = like.new_zeros(rows, capacity, dim)
-        self.blocks, self.rope = blocks, rope
         self.length: Ints = np.zeros(rows, np.int64)
         self.filled: Ints = np.zeros((layers, rows), np.int64)
         self.slots: Ints = np.zeros((rows, 0), np.int64)
@@ -88,6 +90,19 @@ class Cache:
         """Forgets what came after the first `length` (B,) tokens of each row."""
         self.length = np.minimum(self.length, np.asarray(length))
         self.filled = np.minimum(self.filled, self.length)
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in each row, no fewer than there is now."""
+        more = capacity - self.capacity
+        self.keys, self.values = (F.pad(store, (0, 0, 0, 0, 0, more)) for store in (self.keys, self.values))
+        self.states = F.pad(self.states, (0, 0, 0, more))
+        self.rope, self.capacity, self.planned = self.turns(capacity), capacity, None
+
+    def select(self, rows: Ints) -> None:
+        """Goes on with these rows in this order, each as often as it is named: what beam search asks for."""
+        index = self.tensor(rows)
+        self.keys, self.values, self.states = self.keys[:, index], self.values[:, index], self.states[index]
+        self.length, self.filled = self.length[rows], self.filled[:, rows]
 
     def tensor(self, index: Ints | NDArray[np.bool_]) -> Tensor:
         """Indices, or a mask, on the cache's device."""
@@ -204,7 +219,7 @@ class CachedPlan(Plan):
         """Writes keys and values (1, H, M, head_dim) where they belong; all that is in reach, (R, H, S, head_dim)."""
         found = []
         for store, new in ((self.cache.keys[self.layer - 1], keys), (self.cache.values[self.layer - 1], values)):
-            store.flatten(0, 1)[self.owed] = new[0].transpose(0, 1)
+            store.flatten(0, 1)[self.owed] = new[0].transpose(0, 1).to(store.dtype)  # autocast makes others
             seen = store[:, : self.reach]
             found.append((seen if self.used is None else seen[self.used]).transpose(1, 2))
         return found[0], found[1]
