@@ -19,6 +19,7 @@ import pytest
 import ease.report
 from ease import ASHEMConfig, finished, runs
 from ease.cli import main
+from experiments import reproduce
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,7 +132,8 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
     def stop(*_: Any, **__: Any) -> None:
         raise Parsed
 
-    for module, name in ((runs, "run"), (runs, "load_start"), (finished, "evaluate"), (finished, "calibrate")):
+    work = ((runs, "run"), (runs, "load_start"), (finished, "evaluate"), (finished, "calibrate"))
+    for module, name in (*work, (reproduce, "reproduce")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
     if args == ["run"]:
@@ -146,7 +148,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
 
 
 def test_the_commands_are_found() -> None:
-    assert {args[0] for args in commands()} == {"run", "eval", "calibrate", "report"}
+    assert {args[0] for args in commands()} == {"run", "eval", "calibrate", "report", "reproduce"}
 
 
 def test_the_settings_of_ashem_are_listed_with_their_defaults() -> None:

@@ -134,6 +134,16 @@ def test_a_changed_line_is_trained_again_and_no_other(plan: Callable[..., Plan])
     assert [task.line for task in sizes.progress([0]).todo] == ["phase 1"], "its phase 1 is another, too"
 
 
+def test_a_key_says_what_a_line_stands_on_and_what_it_reads(plan: Callable[..., Plan]) -> None:
+    part = replace(LINES["continued"], part=(0.5, 1.0))
+    made = plan({**LINES, "on a part": part, "wide": replace(LINES["phase 1"], shape={"dropout": 0.1})})
+    base = {"phase 1": {"key": "a", "flops": 3e8}}
+    other = {"phase 1": {"key": "b", "flops": 3e8}}
+    named = [("continued", base), ("continued", other), ("on a part", base), ("phase 1", {}), ("wide", {})]
+    keys = {made.task(name, 0, 1e-2, {(on, 0): row for on, row in rows.items()}).key for name, rows in named}
+    assert len(keys) == len(named)
+
+
 def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(plan: Callable[..., Plan]) -> None:
     made = plan()
     made.folder.mkdir(exist_ok=True)

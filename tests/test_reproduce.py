@@ -264,7 +264,10 @@ def test_choices_do_not_look_at_the_test_split() -> None:
         entry["points"][-1]["test"]["loss"] -= 3.0
     fronts = Fronts(told)
     assert fronts.best("exits & more_").routing == "exit 1, 50% go on"
-    assert [place.line for place in fronts.corners] == ["plain 1", "plain 2"]
+    for entry in told["entries"]:
+        if entry["line"] == "plain 1":
+            entry["points"][0]["test"]["loss"] -= 3.0
+    assert [place.line for place in Fronts(told).corners] == ["plain 1", "plain 2"]
     rows = [{"sweep": entry["points"], "exits": [1]} for entry in told["entries"] if entry["line"] == "exits & more_"]
     for row in rows:
         worse = copy.deepcopy(row["sweep"][0])
@@ -323,6 +326,7 @@ def test_the_same_figures_make_the_same_files(tmp_path: Path) -> None:
         write(fake(), tmp_path / name)
         made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert made[0] == made[1]
+    assert b"CreationDate" not in made[0]["front.pdf"]
 
 
 # What makes a token hard
