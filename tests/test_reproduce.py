@@ -25,6 +25,7 @@ from experiments.fronts import front
 from experiments.lines import Lab, Trial
 from experiments.running import Settings, write
 from experiments.statistics import Broken, Fit, Interval, corners, t95
+from experiments.sweeps import COMPARED
 from experiments.tokens import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,19 @@ def test_a_second_run_trains_nothing_and_scores_no_test_token_again(
 
 def test_every_strategy_is_among_the_rivals(data: dict[str, Any]) -> None:
     kinds_ = {entry["strategy"]["kind"] for entry in data["entries"]}
-    assert kinds_ == {config.__name__ for config in ease.STRATEGIES.values()}
+    assert kinds_ == {config.__name__ for config in ease.STRATEGIES.values()} | {"HeadlessConfig"}
+
+
+def test_a_token_that_stays_pays_no_head_where_none_is_asked(data: dict[str, Any]) -> None:
+    places = Fronts(data).places
+    half = {name: next(p for p in places[name] if p.candidate.share == COMPARED) for name in places if "early" in name}
+    asked, unasked = half["early exit"], half["early exit, no head asked"]
+    full = Fronts(data).full_depth("early exit")
+    assert full.figure("loss") == Fronts(data).full_depth("early exit, no head asked").figure("loss"), "one model"
+    lab = data["lab"]
+    # On validation half of the tokens go on, give or take ties: that is how many heads are saved.
+    saved = asked.mean("flops_per_token", "val") - unasked.mean("flops_per_token", "val")
+    assert saved == pytest.approx(0.5 * 2 * lab["dim"] * lab["vocab_size"], rel=0.25)
 
 
 def test_the_leak_is_seen_and_kept_apart(smoke: Path) -> None:
