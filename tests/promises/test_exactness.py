@@ -74,7 +74,7 @@ def test_every_token_is_the_one_of_full_greedy_decoding(
         rows=st.sampled_from((64, 1, 64, 48)),
         width=st.integers(1, 9),
         steps=st.integers(1, 24),
-        patience=st.sampled_from((0.0, 0.3, 0.6, 1.1)),
+        patience=st.sampled_from((0.0, 0.3, 0.6, 1.0)),
         penalty=st.sampled_from((1.0, 1.3, 0.8)),
         stops=st.integers(0, 20),
     )
@@ -91,7 +91,7 @@ def test_every_token_is_the_one_of_full_greedy_decoding(
             repetition_penalty=penalty,
             stop=tuple(stop),
             draft_exit=draft_exit,
-            draft_confidence=patience,
+            draft_confidence=patience if mode == "exact" else None,
         )
         answered = answers(found)
         assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, penalty)
@@ -222,7 +222,8 @@ def few(tiny: Make) -> StandardTransformer:
 def test_answers_are_as_frequent_as_full_decoding_makes_them(
     mode: Any, draft_exit: Any, patience: float, options: dict[str, Any], few: StandardTransformer
 ) -> None:
-    p, kept = drawn(few, mode, options, draft_exit=draft_exit, draft_confidence=patience)
+    drafting = {"draft_exit": draft_exit, "draft_confidence": patience} if mode == "exact" else {}
+    p, kept = drawn(few, mode, options, **drafting)
     assert p > 1e-4
     assert mode == "full" or 0.1 <= kept <= 0.9
 
