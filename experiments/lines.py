@@ -309,6 +309,7 @@ class Plan:
             batches.epoch = on["epochs"]  # the order goes on
         else:
             model = lab.model(config.num_layers, **line.shape)
+        model.to(self.device)
         phase, flops = None, dict[str, float]()
         curve, seconds = [], 0.0
         try:
