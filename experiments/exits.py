@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ TARGETS = (0.95, 0.99)
 def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
     """A row for every exit of the run's model, one for all of them together, and one for the last."""
     model, _, corpus, data = open_run(folder)
+    data = replace(data, eval_batches=batches or data.eval_batches)
     exits = Policy.own(model).exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = halves(corpus.test, data)

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +20,13 @@ import torch
 from torch import Tensor
 
 from ease.confidence import max_probability
+from ease.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, Drafts, draft
 from ease.errors import EaseError, check_choice, check_least, check_seed
 from ease.exits import Policy, walk
 from ease.models import StandardTransformer
 from ease.seam import Layout, eval_mode
 
 Mode = Literal["full", "routed", "exact"]
-LONGEST_DRAFT = 16
-DRAFT_CONFIDENCE = 0.15  # measured: higher, and rows of a batch wait for each other; lower, and more is refused
-PROBE_SHARE = 0.02  # of a request's estimated time: what finding the fastest draft exit may waste
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ class Sampling:
 
     def penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Logits (n, V) after the penalty on tokens `seen` (n, V)."""
+        if bool(logits.isnan().any()):
+            raise EaseError("the model predicts no numbers (NaN): its weights are broken, restore them")
         if seen is None:
             return logits
         penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
@@ -101,11 +100,13 @@ class Generation:
     tokens: Tensor
     """(B, N) ids; 0 after a row's stop."""
     exits: Tensor
-    """(B, N) the exit that each token was predicted at, or in exact mode drafted at; 0 after a row's stop."""
+    """(B, N) the exit that each token was predicted at; 0 after a row's stop. In exact mode the exit that drafted, also
+    where full decoding said something else."""
     confidences: Tensor
     """(B, N) the confidence of that exit."""
     stats: dict[str, Any]
-    """tokens, seconds, tokens_per_second, layers_per_token; exact: drafted, accepted, acceptance, draft_exit."""
+    """tokens, seconds, prefill_seconds, tokens_per_second, layers_per_token (refused drafts count); exact:
+    drafted, accepted, acceptance, draft_exit."""
 
 
 @dataclass
@@ -144,8 +145,6 @@ class Request:
             for new in (Token(row, *each) for each in list(zip(ids, outs, sure, strict=True))[:count]):
                 if not running[row]:
                     break
-                if math.isnan(new.confidence):
-                    raise EaseError("the model predicts no numbers (NaN): its weights are broken, restore them")
                 self.found[row].append(new)
                 if self.stream is not None:
                     self.stream(new)
@@ -186,11 +185,11 @@ class Request:
         tokens[answers], _ = self.draw(logits[answers], seen)
         self.take(tokens[:, None], exits[:, None], confidences[:, None], answers.long())
 
-    def draft_and_check(self, exit: int, length: int, patience: float) -> tuple[int, int, int]:
+    def draft_and_check(self, exit: int, length: int, draft_confidence: float) -> tuple[int, int, int]:
         """One round of exact decoding: up to `length` tokens drafted at `exit`, then checked by the layers above.
 
-        A row stops drafting after a token less confident than `patience`. Returns tokens drafted and accepted, and rows
-        of which one was refused.
+        A row stops drafting after a token less confident than `draft_confidence`. Returns tokens drafted and accepted,
+        and rows of which one was refused.
         """
         model, start = self.model, self.cache.length
         B, last, drafting, tokens = len(start), model.num_layers, self.running.clone(), self.current
@@ -215,11 +214,11 @@ class Request:
             if seen is not None:
                 seen = seen.clone()
                 seen[drafting, draft[drafting]] = True
-            drafting = drafting & (confidence >= patience)
+            drafting = drafting & (confidence >= draft_confidence)
             if not bool(drafting.any()):
                 break
         K, mine = len(drafts), torch.stack(read, 1)
-        self.layers_run += exit * int(mine.sum()) + (last - exit) * int(mine.sum())
+        self.layers_run += last * int(mine.sum())
 
         self.cache.resume(start, K)
         deep = model.run(torch.cat(states, 1), exit + 1, last, active=mine, cache=self.cache)
@@ -352,6 +351,7 @@ def generate(
         )
     device = next(model.parameters()).device
     ids, real = ids.to(device), real.to(device)
+    model.check_ids(ids, model.config.vocab_size)
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
@@ -376,7 +376,8 @@ def generate(
         begun = time.perf_counter()
         drafted = Drafts()
         if mode == "exact":
-            drafted = exact(request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence)
+            confidence = DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence
+            drafted = draft(request, draft_exit, confidence)
         while bool(request.running.any()):
             request.step(request.current[:, None], request.running[:, None], policy)
     return finish(request, mode, start, begun, drafted)
@@ -397,97 +398,6 @@ def free_memory(device: torch.device) -> float:
         available = next((line for line in told.read_text().splitlines() if line.startswith("MemAvailable")), "")
         return float(available.split()[1]) * 1024 if available else math.inf
     return math.inf
-
-
-@dataclass
-class Drafts:
-    """What exact decoding did."""
-
-    exit: int | None = None  # None: full decoding was the fastest, or nothing was left to draft
-    drafted: int = 0
-    accepted: int = 0
-
-
-class Drafter:
-    """Rounds of drafting at one exit, each as long as pays by what was accepted so far.
-
-    If a draft is accepted with probability p, then a round of K gives (1 - p^K) / (1 - p) tokens and takes K times the
-    layers up to the exit and once those above. p is estimated from the last rounds, older ones counting less.
-    """
-
-    def __init__(self, request: Request, counts: Drafts, exit: int, patience: float) -> None:
-        self.request, self.counts, self.exit, self.patience = request, counts, exit, patience
-        self.kept, self.asked = 3.0, 4.0  # before anything is known
-
-    @property
-    def length(self) -> int:
-        p, above = min(0.999, self.kept / self.asked), self.request.model.num_layers - self.exit
-        pays = {k: (1 - p**k) / (1 - p) / (k * self.exit + above) for k in range(1, LONGEST_DRAFT + 1)}
-        return max(pays, key=lambda k: pays[k])
-
-    def round(self) -> None:
-        drafted, accepted, refused = self.request.draft_and_check(self.exit, self.length, self.patience)
-        self.counts.drafted, self.counts.accepted = self.counts.drafted + drafted, self.counts.accepted + accepted
-        # What comes after a refused draft was never asked, and a few rounds of a batch weigh as many of one row.
-        self.kept, self.asked = 0.8 * self.kept + accepted, 0.8 * self.asked + accepted + refused
-
-
-def exact(request: Request, draft_exit: int | Literal["auto"], patience: float) -> Drafts:
-    """Drafts and checks until every row is done, or until full decoding is faster."""
-    counts = Drafts()
-    if draft_exit != "auto":
-        drafter, counts.exit = Drafter(request, counts, draft_exit, patience), draft_exit
-        while bool(request.running.any()):
-            drafter.round()
-        return counts
-
-    exits = Policy.own(request.model).exits or request.model.early_exits
-    full = _pace(request, lambda: request.step(request.current[:, None], request.running[:, None], Policy()), 3)
-    allowance, pace = PROBE_SHARE * full * request.limit, {}
-    drafters = {exit: Drafter(request, counts, exit, patience) for exit in exits}
-    for exit, drafter in drafters.items():
-        before, spent, made = _count(request), 0.0, 0.0
-        for _ in range(3):
-            if not bool(request.running.any()):
-                return counts
-            at = time.perf_counter()
-            drafter.round()
-            spent += time.perf_counter() - at
-            made = _count(request) - before
-            if spent - full * made > allowance:  # what this exit has cost beyond full decoding
-                break
-        pace[exit] = spent / max(1e-9, made)
-        allowance -= max(0.0, spent - full * made)
-        if allowance <= 0:
-            break
-    best = min(pace, key=lambda e: pace[e], default=None)
-    if best is None or pace[best] >= full or allowance <= 0:
-        return counts
-    counts.exit = best
-    before, at = _count(request), time.perf_counter()
-    while bool(request.running.any()):
-        drafters[best].round()
-        spent, made = time.perf_counter() - at, _count(request) - before
-        if spent - full * made > allowance:  # the text has become harder to draft
-            counts.exit = None
-            break
-    return counts
-
-
-def _count(request: Request) -> float:
-    """New tokens per row that ran, so far."""
-    return sum(map(len, request.found)) / len(request.found)
-
-
-def _pace(request: Request, step: Callable[[], object], steps: int) -> float:
-    """Seconds per step, the middle one of a few."""
-    seconds = []
-    for _ in range(steps):
-        if bool(request.running.any()):
-            at = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - at)
-    return statistics.median(seconds) if seconds else 0.0
 
 
 def finish(request: Request, mode: str, start: float, begun: float, drafted: Drafts) -> Generation:

@@ -1,8 +1,9 @@
 """A module's forward without what `nn.Module` costs at every call, for decoding one token at a time.
 
 A step of decoding calls a dozen small modules a layer, and at small widths finding attributes and looking for hooks
-takes longer than the products. A layer's mathematics is not written again: the same `forward` runs on a stand-in whose
-parts are plain functions of the same weights. Whatever is more than that (hooked, wrapped by LoRA) is called as it is.
+takes longer than the products. A layer's mathematics is not written again, its norm on a CPU excepted: the same
+`forward` runs on a stand-in whose parts are plain functions of the same weights. Whatever is more than that (hooked,
+wrapped by LoRA) is called as it is.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def light(module: nn.Module, own: tuple[type[nn.Module], ...]) -> Callable[..., 
 
 def rms_norm(module: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
     """x w / sqrt(mean(x^2) + eps), as x / hypot(|x|, sqrt(D eps)) * sqrt(D) w: one token on a CPU in half the time."""
-    weight, size, eps = module.weight, module.normalized_shape, module.eps or 0.0
-    if weight.device.type != "cpu" or weight.dtype.itemsize < 4:  # elsewhere one kernel, and half precision needs care
+    weight, size, eps = module.weight, module.normalized_shape, module.eps
+    # Elsewhere it is one kernel, and half precision needs care.
+    if eps is None or weight.device.type != "cpu" or weight.dtype.itemsize < 4:
         return partial(F.rms_norm, normalized_shape=size, weight=weight, eps=eps)
     D = size[-1]
     floor, scaled = torch.tensor(math.sqrt(D * eps), dtype=weight.dtype), weight.detach() * math.sqrt(D)
