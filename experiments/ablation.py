@@ -123,11 +123,11 @@ def choose(
             found = score(c.reference, [batch._replace(active=None, state=None)])
             value, flops = value - found.losses.view_as(value).to(value), flops + found.flops
         # The larger, the harder; the quantile is of values in [0, 1], and order is all that counts.
-        value = value if c.by == "chance" else torch.sigmoid(value.double())
+        value = value if c.by == "chance" else torch.sigmoid(value.cpu().double())
         values.append(value)
         quantile.add(value)
     least = quantile(1 - c.ashem.hard_example_ratio)
-    return [b._replace(active=v >= least) for b, v in zip(batches, values, strict=True)], flops
+    return [b._replace(active=(v >= least).to(b.x.device)) for b, v in zip(batches, values, strict=True)], flops
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,16 +88,17 @@ def measure(
             entry = {key: row[key] for key in ("key", "line", "seed", "lr", "flops", "seconds", "memory", "strategy")}
             entry["points"] = [dict(row["sweep"][i]) for i in chosen]
             entries.append(entry)
-            new = [p for p in entry["points"] if (row["key"], Candidate.of(p)) not in scored]
             base = done[report.base, row["seed"]]
+            entry["base"] = base["key"]
+            new = [point for point in entry["points"] if scoring(entry, point) not in scored]
             future = pool.submit(score_test, plan.closed, row, new, base, report) if new else None
             waiting.append((entry, new, future))
     for entry, new, future in waiting:
         if future is not None:
             for point, found in zip(new, future.result(), strict=True):
-                scored[entry["key"], Candidate.of(point)] = found
+                scored[scoring(entry, point)] = found
             say(f"test split: {entry['line']}, seed {entry['seed']}")
-        entry["points"] = [point | scored[entry["key"], Candidate.of(point)] for point in entry["points"]]
+        entry["points"] = [point | scored[scoring(entry, point)] for point in entry["points"]]
     if any(new for _, new, _ in waiting):
         clock(plan, [(done[e["line"], e["seed"]], e["points"]) for e in entries if e["seed"] == seeds[0]])
     data = {
@@ -124,14 +125,22 @@ def measure(
     return data
 
 
-def scored_before(path: Path) -> dict[tuple[str, Candidate], Point]:
+Scoring = tuple[str, str, Candidate]
+
+
+def scoring(entry: Mapping[str, Any], point: Point) -> Scoring:
+    """What figures on the test split depend on: the model, the one that says what is hard, the routing."""
+    return entry["key"], entry["base"], Candidate.of(point)
+
+
+def scored_before(path: Path) -> dict[Scoring, Point]:
     """What `test.json` says of candidates already."""
     if not path.exists():
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
     kept = ("test", "groups", "val", "microseconds")
     return {
-        (entry["key"], Candidate.of(point)): {name: point[name] for name in kept if name in point}
+        scoring(entry, point): {name: point[name] for name in kept if name in point}
         for entry in entries
         for point in entry["points"]
     }

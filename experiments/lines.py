@@ -299,17 +299,22 @@ class Plan:
         trial = self.trial(line, task.seed, task.lr, on)
         if task.reference:
             trial = trial._replace(reference=self.model(rows[task.reference]))
-        config, before = line.strategy(trial), self.model(on) if on else None
-        model = lab.model(before.num_layers if before else config.num_layers, **line.shape)
-        if on and before:
+        config = line.strategy(trial)
+        strategy = config.strategy()
+        if on:
+            before = self.model(on)
+            model = ease.StandardTransformer(**{**asdict(before.config), **line.shape})
             model.load_state_dict(before.state_dict())
             model.trained_exits = before.trained_exits
             batches.epoch = on["epochs"]  # the order goes on
-        flops: dict[str, float] = {}
+        else:
+            model = lab.model(config.num_layers, **line.shape)
+        model.to(self.device)
+        phase, flops = None, dict[str, float]()
         curve, seconds = [], 0.0
         try:
             data = ease.Data(batches, lab.val)
-            for phase, history in ease.train(model, config.strategy(), data, device=self.device):  # noqa: B007
+            for phase, history in ease.train(model, strategy, data, device=self.device):  # noqa: B007
                 flops = {
                     kind: flops.get(kind, 0.0) + history.flops.get(kind, 0.0) for kind in {**flops, **history.flops}
                 }
@@ -318,10 +323,11 @@ class Plan:
         except ease.EaseError as error:
             return row | {"failed": str(error), "seconds": time.perf_counter() - start}
         memory = peak(self.device)
+        flops |= getattr(strategy, "spent", {})  # outside of phases
         # An exit is good if the last phase trained it or left it as it was.
-        good = [e for e in model.trained_exits if e in phase.config.weights or e < phase.first]
+        good = [e for e in model.trained_exits if not phase or e in phase.config.weights or e < phase.first]
         exits = sorted(e for e in good if e < model.num_layers)
-        points = sweep(model, lab.val, exits, lab.depth, line.thresholds)
+        points = sweep(model, lab.val, exits, lab.depth, line.thresholds, strategy.policy().confidence)
         path = self.weights(task.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")

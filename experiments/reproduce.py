@@ -22,11 +22,14 @@ from ease.data import token_strings
 from experiments import scaling, wikitext
 from experiments.ablation import LEAKY, ablations, last_layer
 from experiments.fronts import Report
+from experiments.headless import headless
 from experiments.lines import Lab, Line, Trial, grow, make
 from experiments.running import Experiment, Settings, run, write_tables
 from experiments.tables import notes
 
 BASE = "phase 1"
+HEADLESS = ("ASHEM", "early exit", "stacking, with exit", "open growth", "tuned exit")
+"""Lines whose exits are also measured without asking the head whether they are sure."""
 PART = 0.6  # of the budget that phase 1 takes where lines share it
 
 
@@ -119,6 +122,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
         "tuned exit": Line(tuned(), on=finished),
         "tuned exit, distilled": Line(tuned(objective="distillation"), on=finished),
+        **{f"{name}, no head asked": Line(headless, on=name) for name in HEADLESS},
     }
 
 

@@ -52,15 +52,24 @@ def sweep(
     exits: Sequence[int],
     depth: int,
     thresholds: Sequence[float] = (),
+    measure: str = "max-probability",
 ) -> list[Point]:
-    """Every candidate with its figures on validation; `depth` is the number of layers that costs are a share of."""
-    sure = {exit: ease.score(model, val, last=exit).confidences for exit in exits}
+    """Every candidate with its figures on validation.
+
+    Args:
+        depth: layers that costs are a share of.
+        measure: of confidence.
+    """
+    sure = {}
+    for exit in exits:  # where nothing is asked for, all leave, each with the confidence that it has
+        sure[exit] = ease.score(model, val, ease.Policy((exit,), (sending(None, 0.0),), measure)).confidences
     points = []
     for wanted in candidates(exits, thresholds):
         threshold = wanted.threshold
         if threshold is None and wanted.exits:
             threshold = sending(sure[wanted.exits[0]], wanted.share or 0.0)
         found = wanted._asdict() | {"exits": list(wanted.exits), "thresholds": [threshold] * len(wanted.exits)}
+        found |= {"confidence": measure} if wanted.exits else {}
         points.append(found | {"val": figures(ease.score(model, val, policy(found)), depth)})
     return points
 
@@ -71,7 +80,7 @@ def compared(points: Sequence[Point], exits: Sequence[int]) -> Point:
 
 
 def policy(point: Point) -> ease.Policy:
-    return ease.Policy(tuple(point["exits"]), tuple(point["thresholds"]))
+    return ease.Policy(tuple(point["exits"]), tuple(point["thresholds"]), point.get("confidence", "max-probability"))
 
 
 def figures(scores: ease.Scores, depth: int, hard: Tensor | None = None) -> dict[str, float]:

@@ -21,10 +21,11 @@ import ease.cli
 from ease.cli import main
 from experiments import ablation, reproduce, scaling, tables
 from experiments.analysis import Fronts
-from experiments.fronts import front
+from experiments.fronts import front, scored_before
 from experiments.lines import Lab, Trial
 from experiments.running import Settings, write
 from experiments.statistics import Broken, Fit, Interval, corners, t95
+from experiments.sweeps import COMPARED, Candidate
 from experiments.tokens import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,19 @@ def test_a_second_run_trains_nothing_and_scores_no_test_token_again(
 
 def test_every_strategy_is_among_the_rivals(data: dict[str, Any]) -> None:
     kinds_ = {entry["strategy"]["kind"] for entry in data["entries"]}
-    assert kinds_ == {config.__name__ for config in ease.STRATEGIES.values()}
+    assert kinds_ == {config.__name__ for config in ease.STRATEGIES.values()} | {"HeadlessConfig"}
+
+
+def test_a_token_that_stays_pays_no_head_where_none_is_asked(data: dict[str, Any]) -> None:
+    places = Fronts(data).places
+    half = {name: next(p for p in places[name] if p.candidate.share == COMPARED) for name in places if "early" in name}
+    asked, unasked = half["early exit"], half["early exit, no head asked"]
+    full = Fronts(data).full_depth("early exit")
+    assert full.figure("loss") == Fronts(data).full_depth("early exit, no head asked").figure("loss"), "one model"
+    lab = data["lab"]
+    # On validation half of the tokens go on, give or take ties: that is how many heads are saved.
+    saved = asked.mean("flops_per_token", "val") - unasked.mean("flops_per_token", "val")
+    assert saved == pytest.approx(0.5 * 2 * lab["dim"] * lab["vocab_size"], rel=0.25)
 
 
 def test_the_leak_is_seen_and_kept_apart(smoke: Path) -> None:
@@ -274,6 +287,16 @@ def test_choices_do_not_look_at_the_test_split() -> None:
         worse["share"], worse["val"]["loss"], worse["val"]["flops_per_token"] = 0.7, 9.0, 180.0
         row["sweep"] = [row["sweep"][1], row["sweep"][0], worse]
     assert front(rows) == [1, 0], "from cheap to dear, without what a cheaper one beats"
+
+
+def test_what_was_scored_holds_for_one_model_and_one_hard_set(tmp_path: Path) -> None:
+    told = fake(seeds=1)
+    for entry in told["entries"]:
+        entry["base"] = "base0"
+    (tmp_path / "test.json").write_text(json.dumps(told))
+    (kept,) = [keys for keys in scored_before(tmp_path / "test.json") if keys[2].share == 0.5]
+    assert kept == ("exits & more_0", "base0", Candidate((1,), 0.5))
+    assert scored_before(tmp_path / "none.json") == {}
 
 
 def test_three_scales_are_fitted_and_two_are_not() -> None:
