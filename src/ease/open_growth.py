@@ -81,7 +81,7 @@ class OpenGrowth:
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
         assert isinstance(model, StandardTransformer)
         c = self.config
-        if self.done == 2:
+        if self.done == 2:  # inference's threshold, found as `ease calibrate` would; no training FLOPs
             self.found, _ = self.route(model, data.val)
             return None
         depths = (c.shallow_layers,) if c.first_share else (c.shallow_layers, c.deep_layers)
