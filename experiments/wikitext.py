@@ -1,6 +1,6 @@
 """What gains on a split on which phase 1 overfits at once: WikiText-2 at the seed's sizes, held out.
 
-    python -m experiments.wikitext --data ../shared/data/wikitext-2    # trains what is missing, then writes the tables
+    python -m experiments.wikitext --data path/to/wikitext-2    # trains what is missing, then writes the tables
 
 Word level, 15,936 words, 330,000 training tokens, dim 64, 2 -> 4 layers. Phase 1 memorises its training tokens, so the
 states of its training tokens are not those of held-out ones, and what phase 2 learns from them does not carry over.

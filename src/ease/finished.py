@@ -39,7 +39,7 @@ def made_from(folder: Path, config: dict[str, Any]) -> DataConfig:
     """How the text was cut that a run was made from."""
     try:
         told = config["run"]["data"]
-        return DataConfig(**{**told, "seq_len": told["seq_len"]})
+        return DataConfig(**{**told, "seq_len": told["seq_len"]})  # which has to be there, whatever the default
     except (KeyError, TypeError, EaseError) as error:
         raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
 
