@@ -1,7 +1,7 @@
 """The ASHEM experiment: a small model learns first, and new layers then learn from the tokens it is unsure of.
 
     python colab2.py                                    # WikiText-2 from the Hugging Face hub
-    python colab2.py --data ../shared/data/wikitext-2   # a folder with train.txt, valid.txt and test.txt
+    python colab2.py --data path/to/wikitext-2   # a folder with train.txt, valid.txt and test.txt
 
 The recipe and its sizes are the seed's. Two kinds of figures come out, and they must not be mixed up:
 
