@@ -34,7 +34,7 @@ from ease.finished import open_run
 from ease.flops import exit_flops, run_flops
 from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
-from ease.speed import side_by_side, ways
+from ease.speed import in_turns, side_by_side, ways
 
 PROMPT = 64
 PREFILL = 1024
@@ -43,22 +43,13 @@ Call = Callable[[], Any]
 
 
 def least(calls: Mapping[Any, Call], rounds: int, clock: Callable[[Any], float] | None = None) -> dict[Any, float]:
-    """The least time of each call over rounds in which they take turns; a round before them does not count.
-
-    Args:
-        clock: reads the seconds off what a call gives (the wall-clock of the call by default).
-    """
-    taken: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            answer = call()
-            taken[name].append(clock(answer) if clock else time.perf_counter() - start)
-    return {name: min(times[1:]) for name, times in taken.items()}
+    """The least time of each call; `clock` as in `in_turns`."""
+    seconds, _ = in_turns(calls, rounds, clock=clock)
+    return {name: min(times) for name, times in seconds.items()}
 
 
-def decoding(answer: ease.Generation) -> float:
-    """Seconds without the prefill."""
+def without_prefill(answer: ease.Generation) -> float:
+    """Seconds of decoding alone."""
     return float(answer.stats["seconds"] - answer.stats["prefill_seconds"])
 
 
@@ -124,7 +115,7 @@ def roofline(model: StandardTransformer, prompts: torch.Tensor, steps: int, roun
     for n in rows:
         calls["all", n] = partial(ease.generate, model, prompts[:n], steps)
         calls["half", n] = partial(ease.generate, half, prompts[:n], steps)
-    took = least(calls, rounds, decoding)
+    took = least(calls, rounds, without_prefill)
 
     def asking(n: int) -> None:
         for _ in range(50):
@@ -174,7 +165,7 @@ def exits_not_taken(model: StandardTransformer, prompts: torch.Tensor, steps: in
         other = with_policy(model, tuple(range(1, count + 1)), (1.0,) * count)
         other.policy_options = {"always_deep": 10**9}
         calls[count] = partial(ease.generate, other, prompts, steps, "routed")
-    took = least({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, decoding)
+    took = least({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, without_prefill)
     return [{"exits": n, "ms": 1e3 * t / (steps - 1), "ratio": t / took[0]} for n, t in took.items()]
 
 

@@ -203,17 +203,17 @@ class Request:
             state = model.run(model.embed(tokens[:, None]), 1, exit, layout=layout, cache=self.cache)
             logits = model.logits(state[rows, 0], exit)
             offer, belief = self.draw(logits, None if seen is None else seen[rows])
-            draft, confidence = tokens.clone(), logits.new_zeros(B)
-            draft[rows], confidence[rows] = offer, max_probability(logits)
+            drafted, confidence = tokens.clone(), logits.new_zeros(B)
+            drafted[rows], confidence[rows] = offer, max_probability(logits)
             states.append(state)
-            drafts.append(draft)
+            drafts.append(drafted)
             sure.append(confidence)
             read.append(drafting)
             beliefs.append(belief)
-            tokens = draft
+            tokens = drafted
             if seen is not None:
                 seen = seen.clone()
-                seen[drafting, draft[drafting]] = True
+                seen[drafting, drafted[drafting]] = True
             drafting = drafting & (confidence >= draft_confidence)
             if not bool(drafting.any()):
                 break

@@ -36,6 +36,32 @@ def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]
     return calls
 
 
+def in_turns(
+    calls: Mapping[Any, Callable[[], Any]],
+    rounds: int,
+    progress: Callable[[float], object] = lambda done: None,
+    clock: Callable[[Any], float] | None = None,
+) -> tuple[dict[Any, list[float]], dict[Any, Any]]:
+    """The seconds of every call in every round, and what each gave last.
+
+    Args:
+        rounds: timed calls of each; one more before them, since a first call allocates.
+        progress: told the share that is done.
+        clock: reads the seconds off what a call gave; its wall-clock by default.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    answers: dict[Any, Any] = {}
+    for turn in range(rounds + 1):
+        # The order turns round by round, so that none always runs in another's wake.
+        for place, name in enumerate(list(calls)[:: -1 if turn % 2 else 1], 1):
+            start = time.perf_counter()
+            answers[name] = calls[name]()
+            if turn:
+                seconds[name].append(clock(answers[name]) if clock else time.perf_counter() - start)
+            progress((turn + place / len(calls)) / (rounds + 1))
+    return seconds, answers
+
+
 def side_by_side(
     calls: Mapping[str, Call], rounds: int, progress: Callable[[float], object] = lambda done: None
 ) -> list[dict[str, Any]]:
@@ -43,23 +69,13 @@ def side_by_side(
 
     Args:
         calls: by name, each gives its `Generation`, or its tokens (B, N) alone where another library made them.
-        rounds: timed calls of each; one more before them, since a first call allocates.
-        progress: told the share that is done.
+        rounds, progress: as in `in_turns`.
 
     Returns:
         Rows with way, batch, tokens_per_second, ratio (above 1 is faster than the first) with low and high,
         same_tokens, and of a `Generation` layers_per_token, acceptance and draft_exit (those of its last round).
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    answers: dict[str, Generation | Tensor] = {}
-    for turn in range(rounds + 1):
-        # The order turns round by round, so that none always runs in another's wake.
-        for place, name in enumerate(list(calls)[:: -1 if turn % 2 else 1], 1):
-            start = time.perf_counter()
-            answers[name] = calls[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-            progress((turn + place / len(calls)) / (rounds + 1))
+    seconds, answers = in_turns(calls, rounds, progress)
     first = next(iter(calls))
     tokens = {name: a.tokens if isinstance(a, Generation) else a.cpu() for name, a in answers.items()}
     rows = []
