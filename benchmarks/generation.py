@@ -201,7 +201,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    model, _, corpus, data = open_run(args.run)
+    model, _, corpus, _ = open_run(args.run)
     model.to(device)
     if not ease.Policy.own(model).exits:
         raise SystemExit(f"{args.run} has no policy to route by: give its exits thresholds (ease calibrate)")
@@ -278,7 +278,8 @@ def main() -> None:
     )
     about = found["machine"]
     print(
-        f"\n{about['cpu']}, {about['threads']} thread(s), {about['device']}, torch {about['torch']}; {data.tokenizer}"
+        f"\n{about['cpu']}, {about['threads']} thread(s), {about['device']}, torch {about['torch']}; "
+        f"vocabulary {corpus.vocab_size}"
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import ease
 from ease.machine import machine
 from ease.mining import Quantile
+from ease.speed import in_turns
 from experiments import lines, tokens
 from experiments.lines import Plan, Row
 from experiments.sweeps import Candidate, Point, compared, figures, policy
@@ -119,9 +119,9 @@ def measure(
         "missing": plan.missing(seeds),
         "entries": entries,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return data
 
 
@@ -182,14 +182,8 @@ def clock(plan: Plan, timed: Sequence[tuple[Row, list[Point]]]) -> None:
     rounds, batches = TIMED
     text = list(islice(plan.lab.val, batches))
     turns = [(plan.model(row), point) for row, points in timed for point in points]
-    times: list[list[float]] = [[] for _ in turns]
-    for turn in range(rounds + 1):  # the first one allocates and chooses kernels
-        order = range(len(turns)) if turn % 2 else range(len(turns) - 1, -1, -1)
-        for i in order:
-            model, point = turns[i]
-            start = time.perf_counter()
-            scores = ease.score(model, text, policy(point))
-            if turn:
-                times[i].append(1e6 * (time.perf_counter() - start) / scores.processed)
-    for (_, point), seen in zip(turns, times, strict=True):
+    calls = {i: partial(ease.score, model, text, policy(point)) for i, (model, point) in enumerate(turns)}
+    seconds, scores = in_turns(calls, rounds)
+    for i, (_, point) in enumerate(turns):
+        seen = [1e6 * taken / scores[i].processed for taken in seconds[i]]
         point["microseconds"] = {"median": statistics.median(seen), "low": min(seen), "high": max(seen)}
