@@ -20,6 +20,7 @@ from ease import (
     create_deep_supervision_config,
     create_standard_config,
 )
+from ease.losses import Distillation
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5))
@@ -92,6 +93,17 @@ def test_a_configuration_describes_itself() -> None:
         (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={3: 0.5}), "going_on names exit 3: choose one below"),
         (lambda: TrainingConfig(layer_weights={2: 1.0, 3: 0.0}, going_on={2: 0.5}), "below layer 2, the last with a"),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={0: 0.5}), "going_on names exit 0"),
+        (lambda: TrainingConfig(layer_weights={3: 1.0}, classifier_weight=1.0), "for exits that going_on names"),
+        (
+            lambda: TrainingConfig(
+                layer_weights={3: 1.0}, going_on={1: 0.5}, classifier_weight=1.0, objective=Distillation()
+            ),
+            "a token that leaves has no teacher",
+        ),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.5}, classifier_weight=-1.0),
+            "must be finite and not below 0, got -1",
+        ),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.0}), r"at exit 1 must lie in \(0, 1\], got 0"),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 1.5}), r"must lie in \(0, 1\], got 1.5"),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.5}).check(3, 2), "mine the tokens"),

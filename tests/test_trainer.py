@@ -33,7 +33,7 @@ from ease import (
 )
 from ease.flops import head_flops, run_flops
 from ease.losses import CrossEntropy, Distillation
-from ease.trainer import Step, Watch, Watched, re_iterable
+from ease.trainer import Step, Watch, Watched, classifier_loss, re_iterable
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -273,6 +273,62 @@ def test_only_the_least_sure_go_on_and_are_scored_above(
     assert all(torch.equal(went[exit], ran[exit]) for exit in going_on)
     with torch.no_grad():
         torch.testing.assert_close(Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "active", "ignored"])
+@pytest.mark.parametrize("going_on", SHARES)
+def test_where_classifiers_choose_every_token_is_scored_once(
+    going_on: dict[int, float], kind: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens that a classifier is surest of leave and are scored there; the head is asked for few of the others."""
+    model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11, ignored=0.3 if kind == "ignored" else 0.0)
+    model.set_classifiers({exit: 3 * torch.randn(33) for exit in going_on})
+    batch = Batch(x, y, torch.rand(3, 11) < 0.7 if kind == "active" else None)
+    weights = {1: 0.2, 3: 0.3, 4: 0.5}
+    config = TrainingConfig(layer_weights=weights, going_on=going_on, classifier_weight=0.7)
+    active, state = batch.running, model.embed(x)
+    expected, taught = torch.zeros((), dtype=torch.float64), []
+    for layer in range(1, 5):
+        state, here = model.run(state, layer, layer, active=active), active & batch.scored
+        if layer in going_on:
+            sure = model.agreement(state, layer).masked_fill(~active, 2.0).flatten()
+            arrived, count = here, max(1, round(going_on[layer] * int(active.sum())))
+            active = torch.zeros_like(active)
+            active.view(-1)[sure.argsort()[:count]] = True
+            here = here & ~active
+            taught.append(-(-int(arrived.sum()) // 8))
+        if layer in weights:
+            lost = F.cross_entropy(model.logits(state, layer)[here], y[here])
+            expected = expected + weights[layer] * lost
+    lessons: list[int] = []
+    logits, frozen = model.logits, torch.tensor(0.25, dtype=torch.float64)
+    monkeypatch.setattr(model, "logits", lambda s, exit: lessons.append(len(s)) or logits(s, exit))
+    monkeypatch.setattr(F, "binary_cross_entropy", lambda sure, chance, **_: frozen * len(chance))
+    went: dict[int, Tensor] = {}
+    loss = Trainer(config, 256).compute_loss(model, *batch[:3], went=went)
+    torch.testing.assert_close(loss, expected + 0.7 * 0.25 * len(going_on))
+    assert lessons == taught
+    assert torch.equal(went[max(going_on)], active)
+
+
+def test_a_classifier_learns_where_the_exit_is_right(tiny: Make) -> None:
+    """And nothing else gets a gradient from what it is taught, but the state."""
+    model, (x, _) = tiny(2, sharp=True), pair(8, 32)
+    model.set_classifiers({1: torch.zeros(33)})
+    state = model.forward_to_layer(x, 1).flatten(0, 1).detach().requires_grad_()
+    right = state[:, 0] > 0
+    named = model.logits(state, 1).detach().argsort()
+    targets = torch.where(right, named[:, -1], named[:, 0])
+    optimizer = torch.optim.Adam(model.exit_classifiers.parameters(), 0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        classifier_loss(model, state, 1, targets).backward()
+        optimizer.step()
+    told = model.agreement(state, 1).detach()
+    assert told[right].mean() > 3 * told[~right].mean()
+    assert model.output_head.weight.grad is None
+    assert state.grad is not None
+    assert classifier_loss(model, state[:0], 1, targets[:0]).item() == 0
 
 
 def test_a_share_goes_on_above_a_frozen_trunk(tiny: Make) -> None:

@@ -12,6 +12,7 @@ from ease.early_exit import EarlyExitConfig
 from ease.errors import EaseError
 from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy, Routed, route
+from ease.gated import GatedConfig
 from ease.generation import Generation, generate
 from ease.hf import from_pretrained, save_pretrained
 from ease.layerskip import LayerSkipConfig
@@ -54,6 +55,7 @@ STRATEGIES = {
     "early-exit": EarlyExitConfig,
     "open-growth": OpenGrowthConfig,
     "stacking": StackingConfig,
+    "gated": GatedConfig,
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "EarlyExitConfig",
     "EaseError",
     "ExitModel",
+    "GatedConfig",
     "Generation",
     "LayerSkipConfig",
     "Layout",

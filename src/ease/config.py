@@ -50,6 +50,9 @@ class TrainingConfig:
         going_on: exit -> share in (0, 1] of the tokens of a batch that arrive there. In training only so many, those
             that the exit is least sure of (at least one token, no gradient through the choice), run the layers
             above it and are scored there. A token that has no teacher for that reason learns from the text.
+        classifier_weight: above 0, it is the exit's own classifier that says in training how sure the exit is, without
+            its head. It learns along, with this weight on its loss, from an eighth of the tokens; and an exit with a
+            loss is then scored on the tokens that leave there alone.
         layer_lr_scales: layer -> what the learning rate is multiplied by, above 0, in the layer's block and in its
             exit's norm and adapter; layer 1's holds for the embedding too. The shared head learns at 1, also where it
             is the embedding, and so do layers that are not named.
@@ -61,6 +64,7 @@ class TrainingConfig:
     layer_weights: Mapping[int, float] | None = None
     objective: Objective = field(default=CrossEntropy())
     going_on: Mapping[int, float] = field(default_factory=dict)
+    classifier_weight: float = 0.0
     layer_lr_scales: Mapping[int, float] = field(default_factory=dict)
     _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
@@ -86,6 +90,15 @@ class TrainingConfig:
                 raise EaseError(f"going_on names exit {exit}: choose one below layer {deepest}, the last with a loss")
             if not 0 < share <= 1:
                 raise EaseError(f"the share of tokens going on at exit {exit} must lie in (0, 1], got {share}")
+        if not (self.classifier_weight >= 0 and math.isfinite(self.classifier_weight)):
+            raise EaseError(f"classifier_weight must be finite and not below 0, got {self.classifier_weight}")
+        if self.classifier_weight and not self.going_on:
+            raise EaseError("classifier_weight is for exits that going_on names: name one, or leave the weight at 0")
+        if self.classifier_weight and self.objective.teacher:
+            raise EaseError(
+                "where classifiers choose, a token that leaves has no teacher: give the objective cross entropy, or "
+                "leave classifier_weight at 0"
+            )
         for layer, scale in self.layer_lr_scales.items():
             if layer < 1 or not (scale > 0 and math.isfinite(scale)):
                 raise EaseError(

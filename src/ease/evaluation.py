@@ -20,7 +20,7 @@ from torch import Tensor
 from ease.confidence import max_probability
 from ease.errors import EaseError
 from ease.exits import HEAD_CHUNK, Policy, walk
-from ease.flops import exit_flops, run_flops
+from ease.flops import classifier_flops, exit_flops, run_flops
 from ease.seam import IGNORE, Batch, ExitModel, eval_mode
 
 
@@ -129,7 +129,7 @@ def score(
     """
     policy = policy or Policy()
     policy.check(model.num_layers)
-    device = next(model.parameters()).device if device is None else device
+    device, end = next(model.parameters()).device if device is None else device, last or model.num_layers
     parts: list[Tensor] = []
     flops, processed, start = 0.0, 0, time.perf_counter()
     with eval_mode(model):
@@ -144,6 +144,8 @@ def score(
             for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
                 flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
                 flops += exit_flops(model.config, stop.heads, stop.layer)
+                if policy.confidence == "classifier" and stop.layer < end:
+                    flops += classifier_flops(model.config, len(stop.confidence))
                 if stop.read is not None:
                     confidence = stop.confidence[stop.leaves]
                     exits = torch.full_like(confidence, stop.layer)
@@ -155,7 +157,7 @@ def score(
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
     losses, correct, exits, confidences = torch.cat(parts).unbind(1)
-    return Scores(losses, correct > 0, exits.long(), confidences, last or model.num_layers, flops, seconds, processed)
+    return Scores(losses, correct > 0, exits.long(), confidences, end, flops, seconds, processed)
 
 
 def _read(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:

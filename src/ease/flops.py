@@ -43,6 +43,11 @@ def exit_flops(config: ModelConfig, tokens: int, exit: int) -> int:
     return head_flops(config, tokens) + adapter
 
 
+def classifier_flops(config: ModelConfig, tokens: int) -> int:
+    """An exit's classifier asked for `tokens` tokens."""
+    return 2 * tokens * config.dim
+
+
 def full_depth_flops(config: ModelConfig, seq_len: int) -> float:
     """Forward FLOPs per token of a plain pass over sequences of `seq_len` tokens: every layer and one head."""
     pairs = seq_len * (seq_len + 1) // 2

@@ -255,14 +255,17 @@ class StandardTransformer(ExitModel):
         modules += [self.embedding] if layer == 1 and not self.config.tie_embeddings else []
         return itertools.chain.from_iterable(module.parameters() for module in modules)
 
-    def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
+    def freeze_below(
+        self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
+    ) -> None:
         if first > 1 and not head and self.config.tie_embeddings:
             raise EaseError(
                 "a head that learns on a frozen trunk would move the embedding that it is tied to: "
                 "use tie_embeddings=False, or freeze the head"
             )
         self.requires_grad_(True)
-        self.exit_classifiers.requires_grad_(False)  # no loss of a phase teaches them
+        for name, classifier in self.exit_classifiers.items():
+            classifier.requires_grad_(int(name) in classifiers)
         if first > 1:
             for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)

@@ -156,10 +156,13 @@ class ExitModel(nn.Module, ABC):
         raise EaseError("this model does not say which parameters are a layer's: leave out layer_lr_scales")
 
     @abstractmethod
-    def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
+    def freeze_below(
+        self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
+    ) -> None:
         """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.
 
-        `exits` names exits below `first` that learn all the same.
+        `exits` names exits below `first` that learn all the same; the classifiers of exits learn only where they are
+        named.
         """
 
     def logits(self, state: Tensor, exit: int) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Under both names, so that they can be imported from here as well.
@@ -25,11 +26,12 @@ from ease.config import create_standard_config as create_standard_config
 from ease.errors import EaseError
 from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy
-from ease.flops import exit_flops, full_depth_flops, run_flops
+from ease.flops import classifier_flops, exit_flops, full_depth_flops, run_flops
 from ease.losses import CrossEntropy, Term, exit_loss
 from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
+LESSON = 8  # one in so many tokens teaches an exit's classifier, and pays for the head that tells it the truth
 
 
 class Batches(Protocol):
@@ -238,6 +240,7 @@ class Trainer:
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
         terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
+        chooser, lessons = self.config.classifier_weight, list[Tensor]()
         for stop in stops(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
@@ -245,24 +248,30 @@ class Trainer:
                 running = stays.expand_as(batch.x) if running is None else running & stays
             with torch.set_grad_enabled(learns and stop >= first):
                 state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
-            at = stop
+            at, here, going = stop, batch.scored, None
+            if stop in choices:
+                going = least_sure(model, state, stop, batch.running, choices[stop], headless=bool(chooser))
+                if chooser:
+                    lessons.append(classifier_loss(model, pick(state), stop, pick(batch.y)))
+                    here = here & ~going
             if stop in weights:
+                pick = picking(here)
                 aim = objective if stop < last else CrossEntropy()
                 term = Term(model.exit_norm(pick(state), stop), pick(batch.y), weights[stop], aim)
-                terms.append((term, batch.scored))
-            if stop in choices:
-                batch = batch._replace(active=least_sure(model, state, stop, batch.running, choices[stop]))
+                terms.append((term, here))
+            if going is not None:
+                batch = batch._replace(active=going)
                 pick = picking(batch.scored)
                 if went is not None:
-                    went[stop] = batch.running
+                    went[stop] = going
         if learns:
             model.trained_exits |= set(weights)
-        if not objective.teacher:
-            return exit_loss(model.output_head.weight, [term for term, _ in terms])
-        with torch.no_grad():
-            teacher = model.exit_norm(pick(state), last)
-        taught = [part for term, scored in terms for part in term.taught(batch.scored[scored], teacher)]
-        return exit_loss(model.output_head.weight, taught)
+        parts = [term for term, _ in terms]
+        if objective.teacher:
+            with torch.no_grad():
+                teacher = model.exit_norm(pick(state), last)
+            parts = [part for term, scored in terms for part in term.taught(batch.scored[scored], teacher)]
+        return exit_loss(model.output_head.weight, parts) + chooser * sum(lessons)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -327,7 +336,8 @@ class Trainer:
 
     def run(self, model: ExitModel, phase: Phase, watch: Watch | None = None) -> History:
         """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again."""
-        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits)
+        classified = phase.config.going_on if phase.config.classifier_weight else ()
+        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=tuple(classified))
         try:
             optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
             return self.fit(model, phase, optimizer, watch or Watch())
@@ -475,11 +485,17 @@ class Trainer:
         for exit in [*went, deepest]:
             layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(first, below + 1), exit + 1))
             training += 3 * layers * run_flops(config, 1, batch.running, batch.layout)
-            training += factor * sum(exit_flops(config, scored, layer) for layer in weights if below < layer <= exit)
+            arrived, before = int(batch.running.sum()), scored
             if exit in went:
-                training += exit_flops(config, int(batch.running.sum()), exit)
                 batch = batch._replace(active=went[exit].to(batch.x.device))
                 scored = int(batch.scored.sum())
+            if exit in went and self.config.classifier_weight:  # asked of all, learned from some, by their head
+                training += classifier_flops(config, arrived) + 3 * classifier_flops(config, lesson(before))
+                training += exit_flops(config, lesson(before), exit)
+                before -= scored
+            elif exit in went:
+                training += exit_flops(config, arrived, exit)
+            training += factor * sum(exit_flops(config, before, layer) for layer in weights if below < layer <= exit)
             below = exit
         # A teacher is asked beside each exit, for the tokens that came to it.
         training += teacher * sum(exit_flops(config, scored, layer) for layer in weights if layer < last)
@@ -510,12 +526,18 @@ def picking(scored: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def least_sure(model: ExitModel, state: Tensor, exit: int, arrived: Tensor, share: float) -> Tensor:
-    """(B, T): of the tokens that arrived, the share that `exit` is least sure of; at least one, if any arrived."""
+def least_sure(
+    model: ExitModel, state: Tensor, exit: int, arrived: Tensor, share: float, *, headless: bool = False
+) -> Tensor:
+    """(B, T): of the tokens that arrived, the share that `exit` is least sure of; at least one, if any arrived.
+
+    How sure it is, its head says, or, where `headless`, its classifier.
+    """
     if model.config.num_labels is not None:
         raise EaseError("going_on chooses among tokens, and this model decides once a sequence: leave it out")
     places = arrived.flatten().nonzero().squeeze(1)
-    confidence = compute_confidence(model, state.flatten(0, 1)[places], exit)
+    asked = state.flatten(0, 1)[places]
+    confidence = model.agreement(asked, exit) if headless else compute_confidence(model, asked, exit)
     count = min(len(places), max(1, round(share * len(places))))
     going = places[confidence.topk(count, largest=False).indices]
     return torch.zeros_like(arrived).flatten().index_fill(0, going, True).view_as(arrived)
@@ -547,3 +569,22 @@ def train(
             row["seconds"] += preparing
         yield phase, history
         start = time.perf_counter()
+
+
+def lesson(tokens: int) -> int:
+    """Of so many tokens, those that a classifier learns from."""
+    return -(-tokens // LESSON)
+
+
+def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor) -> Tensor:
+    """Binary cross entropy (nats) of the classifier at `exit` against the probability that the exit gives the target.
+
+    It learns from one in `LESSON` of the scored tokens, drawn at random: states (N, D), targets (N,). The gradient goes
+    on into the state, which so learns to show how sure the exit is; through the probability there is none.
+    """
+    drawn = torch.randperm(len(targets))[: lesson(len(targets))].to(state.device)
+    state, targets = state[drawn], targets[drawn]
+    with torch.no_grad():
+        chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
+    lost = F.binary_cross_entropy(model.agreement(state, exit).float(), chance, reduction="sum")
+    return lost / max(1, len(targets))

@@ -141,17 +141,26 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(("teacher", "classifier"), [(False, 0.0), (True, 0.0), (False, 0.3)])
 @pytest.mark.parametrize(("first", "stored", "freeze_head"), [(1, False, False), (2, False, True), (2, True, False)])
 @pytest.mark.parametrize("going_on", [{2: 0.4}, {2: 0.6, 3: 0.3}, {3: 1.0}])
 def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
-    going_on: dict[int, float], first: int, stored: bool, freeze_head: bool, teacher: bool, tiny: Make
+    going_on: dict[int, float],
+    first: int,
+    stored: bool,
+    freeze_head: bool,
+    teacher: bool,
+    classifier: float,
+    tiny: Make,
 ) -> None:
     model = tiny(4, sharp=True)
-    model.freeze_below(first, head=freeze_head)
+    model.set_classifiers({exit: torch.randn(33) for exit in going_on})
+    model.freeze_below(first, head=freeze_head, classifiers=tuple(going_on))
     objective = losses.Distillation(2.0, 0.5) if teacher else losses.CrossEntropy()
     weights = {2: 0.2, 3: 0.3, 4: 0.5}
-    trainer = Trainer(TrainingConfig(layer_weights=weights, objective=objective, going_on=going_on), 256)
+    trainer = Trainer(
+        TrainingConfig(layer_weights=weights, objective=objective, going_on=going_on, classifier_weight=classifier), 256
+    )
     x = torch.randint(256, (3, 11))
     y = x.roll(-1, 1)
     y[:, -2:] = -100
