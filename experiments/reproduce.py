@@ -55,7 +55,7 @@ def sizes(dim: int, budget: float, **settings: Any) -> dict[str, Any]:
 SCALES = {
     "tiny": Scale(sizes(16, 2e8, seq=32, batch=8, lrs=(1e-2, 2e-2), epoch_batches=5, eval_batches=(2, 3))),
     "xs": Scale(sizes(32, 5e11, mine_epochs=2)),
-    "s": Scale(sizes(48, 2e12, mine_epochs=4)),
+    "s": Scale(sizes(48, 2e12, lrs=(5e-3, 1e-2, 2e-2), mine_epochs=4)),
     "m": Scale(sizes(64, 8e12, lrs=(1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
     "l": Scale(
         sizes(128, 2e14, lrs=(3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6
