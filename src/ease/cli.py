@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export,
         "reproduce": reproduce,
     }
-    if threading.current_thread() is threading.main_thread():  # a kill clears away what is half written, too
+    if threading.current_thread() is threading.main_thread():  # a kill is told what was kept, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args or args[0] in ("-h", "--help", "help"):
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EaseError as error:
         print(f"ease: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ease: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # it says what was kept
+        print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -100,6 +100,7 @@ def run(args: list[str]) -> None:
         for name in recipes():
             print(f"  {name:18}{(load_recipe(name).__doc__ or '').strip().splitlines()[0]}")
         print("\n`ease run RECIPE --help` shows everything that can be overridden.")
+        print("A run that was killed or interrupted goes on with the same command.")
         return
     import tyro
     from rich.console import Console
@@ -118,7 +119,7 @@ def run(args: list[str]) -> None:
         out: Path | None = None
         """Folder of the run (runs/NAME by default)."""
         overwrite: bool = False
-        """Replace the folder if it holds a run or a checkpoint already."""
+        """Replace the folder if it holds a run or a checkpoint already; discard an unfinished run of other options."""
 
     # `--data D` is short for the option that is wanted most.
     rest = spell_out(args[1:], {"--data": "--data.source"})
@@ -130,7 +131,8 @@ def run(args: list[str]) -> None:
     out = given.out or Path("runs") / given.config.name
     console = Console(stderr=True, highlight=False)
     with Progress(console) as progress:
-        summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line)
+        say = lambda text: console.print(f"ease: {text}", markup=False, soft_wrap=True)  # noqa: E731
+        summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line, say=say)
     # A file or a pipe has no width of its own, and the table should not be squeezed into a guess.
     shown = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     shown.print(text_table(summary))
