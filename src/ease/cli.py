@@ -27,6 +27,7 @@ usage: ease COMMAND ...
   ease reproduce TIER [--data D] [--budget MINUTES]    the paper's tables and figures, from a checkout of ease
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
+A run that was killed or interrupted goes on with the same command.
 """
 
 
@@ -100,7 +101,6 @@ def run(args: list[str]) -> None:
         for name in recipes():
             print(f"  {name:18}{(load_recipe(name).__doc__ or '').strip().splitlines()[0]}")
         print("\n`ease run RECIPE --help` shows everything that can be overridden.")
-        print("A run that was killed or interrupted goes on with the same command.")
         return
     import tyro
     from rich.console import Console
@@ -182,7 +182,7 @@ usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
   --tokens      all, hard or kept: the tokens that the exits learn from
 
 The backbone stays as it is, bit for bit. `ease run tune --help` shows every option; those of the strategy may be
-given without their prefix here.
+given without their prefix here. Interrupted, the same command goes on.
 """
 
 

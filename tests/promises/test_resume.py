@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import ease
 from ease import Data, EaseError, PhaseConfig, StandardTransformer, TokenBatches, Trainer, resume, train
@@ -136,7 +137,7 @@ STRATEGIES: dict[str, Any] = {
     "open growth": ease.OpenGrowthConfig(**SHORT | {"max_epochs": 6}),
     "layerskip": ease.LayerSkipConfig(curriculum="gradual", dropout_schedule="exponential", layer_dropout=0.5, **SHORT),
     "early exit": ease.EarlyExitConfig(objective="both", **SHORT),
-    "deep supervision": ease.DeepSupervisionConfig(patience=1, lr=0.3, max_epochs=9),
+    "deep supervision": ease.DeepSupervisionConfig(patience=3, lr=0.3, max_epochs=8),
     "discriminative": ease.DiscriminativeConfig(**SHORT),
     "stacking": ease.StackingConfig(**SHORT | {"max_epochs": 6}),
     "tune": ease.TuneConfig(exits=(1, 2), adapter="mlp", tokens="hard", objective="both", **SHORT),
@@ -191,10 +192,9 @@ def examples(text: torch.Tensor) -> list[Example]:
 
 
 KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "passes": lambda text: (
-        rows(text, max_batches=None)
-        if len(text) < SPLIT
-        else TokenBatches(text[:900], 16, 4, shuffle=True, max_batches=9, drop_last=False)
+    "passes": lambda text: TokenBatches(text[:900], 16, 4, shuffle=True, max_batches=9, drop_last=False),
+    "a loader": lambda text: DataLoader(
+        list(zip(text[:400].long().view(-1, 8), text[1:401].long().view(-1, 8))), 7, True
     ),
     "a list": lambda text: list(rows(text)),
     "drawn": Drawn,
