@@ -46,7 +46,7 @@ class Batches(Protocol):
 
 
 class Watch:
-    """Told of every step and epoch; this one says nothing."""
+    """Told of every step and epoch, of resumed training from the first epoch again; this one says nothing."""
 
     def step(self, progress: float, loss: float = math.nan) -> None: ...
     def epoch(self, row: Mapping[str, float]) -> None: ...

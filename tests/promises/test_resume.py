@@ -91,7 +91,7 @@ def standing(model: Any, strategy: Any, data: Data, histories: list[History]) ->
         "weights": {name: value.tolist() for name, value in model.state_dict().items()},
         "modes": [module.training for module in model.modules()],
         "trained": model.trained_exits,
-        "told": repr(told),
+        "told": told,
         "policy": strategy.policy(),
         "mined": getattr(strategy, "mined", None),
         "random": torch.get_rng_state().tolist(),
@@ -137,7 +137,7 @@ STRATEGIES: dict[str, Any] = {
     "open growth": ease.OpenGrowthConfig(**SHORT | {"max_epochs": 6}),
     "layerskip": ease.LayerSkipConfig(curriculum="gradual", dropout_schedule="exponential", layer_dropout=0.5, **SHORT),
     "early exit": ease.EarlyExitConfig(objective="both", **SHORT),
-    "deep supervision": ease.DeepSupervisionConfig(patience=3, lr=0.3, max_epochs=8),
+    "deep supervision": ease.DeepSupervisionConfig(**SHORT),
     "discriminative": ease.DiscriminativeConfig(**SHORT),
     "stacking": ease.StackingConfig(**SHORT | {"max_epochs": 6}),
     "tune": ease.TuneConfig(exits=(1, 2), adapter="mlp", tokens="hard", objective="both", **SHORT),
@@ -149,6 +149,15 @@ def test_a_strategy_ends_the_same(name: str, text: torch.Tensor, tmp_path: Path)
     config = STRATEGIES[name]
     make = lambda: (small(config.num_layers or 3), config.strategy(), data_of(text))  # noqa: E731
     check(make, tmp_path, [Killer(2), Killer(1, "epoch"), Killer(0), Killer(7), Killer(0, "epoch"), Killer(4)])
+
+
+def test_the_best_epoch_is_remembered(text: torch.Tensor, tmp_path: Path) -> None:
+    """Killed when validation has turned for the worse, and goes on until patience ends."""
+    config = ease.DeepSupervisionConfig(num_layers=2, patience=3, lr=0.3, max_epochs=12)
+    make = lambda: (small(2), config.strategy(), data_of(text))  # noqa: E731
+    (told,) = ends(make, None, [])["told"]
+    assert told["stopped_early"]
+    check(make, tmp_path, [Killer(5 * told["best_epoch"] + 2)])
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
