@@ -9,7 +9,8 @@
     report.html         the page
     policy.json         thresholds that `ease calibrate` chose; they take the place of those in config.json
 
-No file is a pickle.
+No file is a pickle. While it is under way a run lies in `.NAME.partial` beside its place, with what it would need to go
+on after a kill in `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ease.seam import ExitModel
 
 FORMAT = 1
 CONFIG, WEIGHTS, POLICY = "config.json", "model.safetensors", "policy.json"
+CHECKPOINTS, PLAN = "checkpoints", "plan.json"
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
@@ -55,36 +57,112 @@ def holds_model(folder: Path) -> bool:
 
 
 @contextmanager
-def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def run_folder(out: Path, overwrite: bool = False, *, resumable: bool = False) -> Iterator[Path]:
     """A folder to write into; it becomes `out` when the block ends well and is gone when it does not.
 
+    Args:
+        resumable: the folder has the same name every time, is held against other processes, and stays if the block
+            does not end well and left checkpoints in its CHECKPOINTS; they are removed when it does.
+
     Raises:
-        EaseError: `out` may not be overwritten or cannot be written, for want of room or right.
+        EaseError: `out` may not be overwritten or cannot be written, for want of room or right; another process is at
+            work in the folder.
     """
     from safetensors import SafetensorError
 
     check_folder(out, overwrite)
-    partial, alone = out.with_name(f".{out.name}.partial-{os.getpid()}"), not out.parent.exists()
+    partial = out.with_name(f".{out.name}.partial" + ("" if resumable else f"-{os.getpid()}"))
+    alone = not out.parent.exists()
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resumable)
     except OSError as error:
         raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
+    with _held(partial):
+        try:
+            yield partial
+            check_folder(out, overwrite)
+            old = out.with_name(f".{out.name}.old-{os.getpid()}")
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # not before, or a kill in between would cost the run
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
+        except KeyboardInterrupt:
+            if _has_checkpoints(partial):
+                raise KeyboardInterrupt(f"the same command goes on ({partial})") from None
+            raise
+        finally:
+            if not _has_checkpoints(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            if alone and not out.exists():
+                with suppress(OSError):
+                    out.parent.rmdir()
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS).rglob("*.safetensors"))
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another process holds. The system lets go of it when a process dies, however it dies."""
     try:
-        yield partial
-        check_folder(out, overwrite)
-        old = out.with_name(f".{out.name}.old-{os.getpid()}")
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
+        import fcntl
+    except ImportError:  # Windows has no such locks on folders
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EaseError(
+                    f"another process is at work in {folder}: wait until it has ended, or choose another --out"
+                ) from None
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if alone and not out.exists():
-            with suppress(OSError):
-                out.parent.rmdir()
+        os.close(held)
+
+
+def goes_on(folder: Path, plan: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether a resumable folder holds checkpoints of this very plan; those of another are refused, or removed.
+
+    Args:
+        plan: everything that decides what a run does.
+        overwrite: remove another plan's checkpoints.
+    """
+    kept, plan = folder / CHECKPOINTS, json.loads(json.dumps(plan, default=repr))
+    wanted, goes_on = _flat(plan), _has_checkpoints(folder)
+    if goes_on:
+        try:
+            was = _flat(json.loads((kept / PLAN).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            was = {}
+        other = sorted(name for name in {*was, *wanted} if was.get(name) != wanted.get(name))
+        if other and not overwrite:
+            raise EaseError(
+                f"{folder} holds an unfinished run that differs in {', '.join(other[:5])}"
+                f"{' and more' if len(other) > 5 else ''}: end it with the command that began it, "
+                "choose another --out, or discard it (--overwrite)"
+            )
+        goes_on = not other
+    if not goes_on:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        write_json(kept / PLAN, plan)
+    return goes_on
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with names like data.seq_len."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}".strip(".")).items()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -27,6 +27,7 @@ usage: ease COMMAND ...
   ease reproduce TIER [--data D] [--budget MINUTES]    the paper's tables and figures, from a checkout of ease
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
+A run that was killed or interrupted goes on with the same command.
 """
 
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export,
         "reproduce": reproduce,
     }
-    if threading.current_thread() is threading.main_thread():  # a kill clears away what is half written, too
+    if threading.current_thread() is threading.main_thread():  # a kill is told what was kept, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args or args[0] in ("-h", "--help", "help"):
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EaseError as error:
         print(f"ease: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ease: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # it says what was kept
+        print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -118,7 +119,7 @@ def run(args: list[str]) -> None:
         out: Path | None = None
         """Folder of the run (runs/NAME by default)."""
         overwrite: bool = False
-        """Replace the folder if it holds a run or a checkpoint already."""
+        """Replace the folder if it holds a run or a checkpoint already; discard an unfinished run of other options."""
 
     # `--data D` is short for the option that is wanted most.
     rest = spell_out(args[1:], {"--data": "--data.source"})
@@ -130,7 +131,8 @@ def run(args: list[str]) -> None:
     out = given.out or Path("runs") / given.config.name
     console = Console(stderr=True, highlight=False)
     with Progress(console) as progress:
-        summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line)
+        say = lambda text: console.print(f"ease: {text}", markup=False, soft_wrap=True)  # noqa: E731
+        summary = runs.run(given.config, out, overwrite=given.overwrite, watch=progress.line, say=say)
     # A file or a pipe has no width of its own, and the table should not be squeezed into a guess.
     shown = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     shown.print(text_table(summary))
@@ -180,7 +182,7 @@ usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
   --tokens      all, hard or kept: the tokens that the exits learn from
 
 The backbone stays as it is, bit for bit. `ease run tune --help` shows every option; those of the strategy may be
-given without their prefix here.
+given without their prefix here. Interrupted, the same command goes on.
 """
 
 

@@ -15,7 +15,7 @@ import platform
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -482,7 +482,7 @@ class TokenBatches:
     have fewer rows.
 
     With `shuffle`, a pass over the windows is a permutation that `seed` and the number of the pass determine;
-    windows that fill no batch wait for the next one. `epoch` counts the epochs begun; set it to resume there.
+    windows that fill no batch wait for the next one. `epoch` counts the epochs begun, and is all the state there is.
 
     `max_batches` makes an epoch a slice of a pass. Without `shuffle` it is always the first batches; with it,
     successive epochs go on through the same permutation before the next is drawn.
@@ -524,6 +524,12 @@ class TokenBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.epoch += 1
         return self._batches(first=(self.epoch - 1) * self.per_epoch if self.shuffle else 0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch = state["epoch"]
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch from batch number `first` of the endless stream of passes."""

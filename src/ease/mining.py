@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -205,6 +205,13 @@ class MinedBatches:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of the order of what is to come; what was mined is mined again."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
 
     def __iter__(self) -> Iterator[Batch]:
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():

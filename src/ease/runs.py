@@ -8,6 +8,7 @@ split once, and the hard tokens are those of phase 1's final model.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 import torch
 
 import ease
-from ease.checkpoint import load_model, run_folder, save_model, write_json
+from ease.checkpoint import CHECKPOINTS, fingerprint, goes_on, load_model, run_folder, save_model, write_json
 from ease.data import EOS, Corpus, TokenBatches, load_corpus, load_tokenizer
 from ease.errors import EaseError, check_least, check_seed
 from ease.evaluation import score
@@ -196,7 +197,8 @@ class Workshop:
         phases: list[Phase] = []
         suffix = ", in-sample" if self.in_sample else ""
         watch = lambda phase: self.watching(phase.name, phase.name + suffix)  # noqa: E731
-        for phase, history in train(model, strategy, data, device=self.device, watch=watch):
+        kept = self.folder / CHECKPOINTS / "strategy"
+        for phase, history in train(model, strategy, data, device=self.device, watch=watch, checkpoints=kept):
             line = line.then(phase.name, phase, history, copy.deepcopy(model))
             lines.append(line)
             phases.append(phase)
@@ -221,18 +223,19 @@ class Workshop:
             train_batches = self.batches("train")
             train_batches.epoch = len(base.curve)
             name, model = f"{base.name} continued", copy.deepcopy(base.model)
-            yield self.trained_on(name, base, model, config, options, final.total, train_batches)
-        plans = {
+            yield self.trained_on("continued", name, base, model, config, options, final.total, train_batches)
+        plans: dict[Baseline, TrainingConfig] = {
             "standard": ease.create_standard_config(depth),
             "deep-supervision": ease.create_deep_supervision_config(depth),
         }
-        for name, config in plans.items():
+        for kind, config in plans.items():
             own = phases[0].config
             same = len(lines) == 1 and config.weights == own.weights and not (own.layer_lr_scales or own.going_on)
-            if same or name not in self.config.compare:
+            if same or kind not in self.config.compare:
                 continue
             line = self.trained_on(
-                f"{name}, {depth} layers",
+                kind,
+                f"{kind}, {depth} layers",
                 start,
                 self.new_model(depth),
                 config,
@@ -240,7 +243,7 @@ class Workshop:
                 final.total,
                 self.batches("train"),
             )
-            if name == "deep-supervision" and final.policy.exits:
+            if kind == "deep-supervision" and final.policy.exits:
                 # The same exits, and as many tokens sent on from each as the strategy sends (on validation).
                 val = self.batches("val")
                 thresholds = matched(line.model, val, final.policy.exits, score(final.model, val, final.policy))
@@ -249,6 +252,7 @@ class Workshop:
 
     def trained_on(
         self,
+        kind: Baseline,
         name: str,
         before: Line,
         model: StandardTransformer,
@@ -262,7 +266,8 @@ class Workshop:
         phase = Phase(name, config, train_batches, self.batches("val"), endless)
         torch.manual_seed(self.config.seed)
         trainer = Trainer(config, model.config.outputs, self.device)
-        return before.then(name, phase, trainer.run(model, phase, self.watching(name)), model)
+        history = trainer.run(model, phase, self.watching(name), self.folder / CHECKPOINTS / f"{kind}.safetensors")
+        return before.then(name, phase, history, model)
 
 
 def run(
@@ -271,17 +276,22 @@ def run(
     *,
     overwrite: bool = False,
     watch: Callable[[str], Watch] = lambda line: Watch(),
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Executes a run and writes its folder; returns the summary.
 
+    After a kill the same call goes on where it was, from what lies in `.NAME.partial` beside the folder.
+
     Args:
         out: the run's folder; it appears when all is done.
+        overwrite: replace a run that is there, and discard an unfinished one that was begun otherwise.
         watch: makes, from the name of a line, what is told of its steps and epochs.
+        say: is told, in a sentence, when an unfinished run goes on.
     """
     device = choose_device(config.device)
     if config.start is not None and Path(config.start).exists() and Path(config.start).resolve() == out.resolve():
         raise EaseError(f"{out} is the model to start from: choose another --out")
-    with run_folder(out, overwrite) as folder:
+    with run_folder(out, overwrite, resumable=True) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
         most = None if start is None else start.config.max_positions
@@ -290,6 +300,9 @@ def run(
                 f"{config.start} has {most} positions: set --data.seq-len to at most that, not {data.seq_len}"
             )
         corpus = load_corpus(data.source, tokenizer, eos=eos, max_tokens=data.max_tokens)
+        if goes_on(folder, plan(config, corpus, start), overwrite):
+            say(f"going on with the unfinished run in {folder}")
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # every line tells its epochs again
         shop = Workshop(config, folder, corpus, device, watch, start)
         shop.batches("test")  # too short a text should be told before training, not after
         lines, phases, strategy = shop.strategy_lines()
@@ -310,6 +323,20 @@ def run(
         write_json(folder / "explorer.json", explorer(final, corpus, test, summary["sweep"]["points"]))
         write_report([folder], folder / "report.html")
     return summary
+
+
+def plan(config: RunConfig[Any], corpus: Corpus, start: StandardTransformer | None) -> dict[str, Any]:
+    """Everything that decides what a run does: an unfinished one goes on under the same plan alone."""
+    code = hashlib.sha256()
+    for path in sorted(Path(ease.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "ease": f"{ease.__version__} {code.hexdigest()}",
+        "strategy": type(config.strategy).__qualname__,
+        "config": asdict(config),
+        "text": corpus.hash,
+        "start": start and fingerprint(start),
+    }
 
 
 def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, Tokenizer, int | None]:

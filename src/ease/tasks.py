@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -281,7 +281,7 @@ class ExampleBatches:
     """Examples in batches padded to their longest; every `iter()` is one epoch over all of them.
 
     With `shuffle`, the order is one that `seed` and the number of the epoch determine. With `bucket`, examples of like
-    length come together, so that little is padded. `epoch` counts the epochs begun; set it to resume there.
+    length come together, so that little is padded. `epoch` counts the epochs begun, and is all the state there is.
     """
 
     def __init__(
@@ -306,6 +306,12 @@ class ExampleBatches:
     def __iter__(self) -> Iterator[Batch]:
         self.epoch += 1
         return self._batches(np.random.default_rng([self.seed, self.epoch]))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch = state["epoch"]
 
     def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
         order = list(range(len(self.examples)))

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +30,7 @@ from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy
 from ease.flops import classifier_flops, exit_flops, full_depth_flops, run_flops
 from ease.losses import CrossEntropy, Term, exit_loss
+from ease.resume import Checkpoint, digest
 from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -35,14 +38,17 @@ LESSON = 8  # one in so many tokens teaches an exit's classifier, and pays for t
 
 
 class Batches(Protocol):
-    """A re-iterable of (x, y), (x, y, active) or `Batch`; one iteration is one epoch."""
+    """A re-iterable of (x, y), (x, y, active) or `Batch`; one iteration is one epoch.
+
+    Where epochs differ and training is to be resumed, they have `state_dict` and `load_state_dict`, too.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
 
 
 class Watch:
-    """Told of every step and epoch; this one says nothing."""
+    """Told of every step and epoch, of resumed training from the first epoch again; this one says nothing."""
 
     def step(self, progress: float, loss: float = math.nan) -> None: ...
     def epoch(self, row: Mapping[str, float]) -> None: ...
@@ -334,22 +340,39 @@ class Trainer:
             "stopped_early": history.stopped_early,
         }
 
-    def run(self, model: ExitModel, phase: Phase, watch: Watch | None = None) -> History:
-        """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again."""
+    def run(
+        self, model: ExitModel, phase: Phase, watch: Watch | None = None, checkpoint: Path | None = None
+    ) -> History:
+        """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again.
+
+        Args:
+            checkpoint: the file that the phase is kept in while it goes on, and goes on from if it is there.
+        """
         classified = phase.config.going_on if phase.config.classifier_weight else ()
         model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=tuple(classified))
         try:
             optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
-            return self.fit(model, phase, optimizer, watch or Watch())
+            return self.fit(model, phase, optimizer, watch or Watch(), checkpoint)
         finally:
             model.freeze_below(1)
 
-    def fit(self, model: ExitModel, phase: Phase, optimizer: torch.optim.Optimizer, watch: Watch) -> History:
-        """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights."""
+    def fit(
+        self,
+        model: ExitModel,
+        phase: Phase,
+        optimizer: torch.optim.Optimizer,
+        watch: Watch,
+        checkpoint: Path | None = None,
+    ) -> History:
+        """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights.
+
+        Begun again from its checkpoint, it tells the watch the epochs from before once more.
+        """
         train, val, options = re_iterable(phase.train), re_iterable(phase.val), phase.options
         history = History(flops=dict(phase.spent))
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         best_loss, best, start, failed = math.inf, snapshot(model), time.perf_counter(), True
+        begin, total, tokens, loss = 1, 0.0, 0, math.nan
         total_steps = options.max_epochs * max(1, len(train))
         # Of the validation pass that is yet to come: the last one's, and before the first an estimate.
         x = next(iter(val), (None,))[0]
@@ -370,11 +393,33 @@ class Trainer:
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * options.lr_factor(progress())
 
-        try:
+        identity = phase_identity(model, phase, x) if checkpoint else ""
+        kept = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
+
+        def standing(epoch: int) -> dict[str, Any]:
+            told = {"history": asdict(history), "best_loss": best_loss, "validation": validation}
+            return {**told, "epoch": epoch, "total": total, "tokens": tokens}
+
+        def save(epoch: int) -> None:
+            history.seconds = time.perf_counter() - start
+            kept.save(**standing(epoch), best=best)
+
+        if found := kept.load():
+            history, best_loss, validation = History(**found["history"]), found["best_loss"], found["validation"]
+            begin, total, tokens, best = found["epoch"], found["total"], found["tokens"], found["best"]
+            start -= history.seconds
+        else:
             set_lr()
-            for epoch in range(1, options.max_epochs + 1):
-                total, tokens = 0.0, 0
-                for loss, scored, flops in self._steps(model, train, optimizer, phase.first, step):
+        over = begin > options.max_epochs
+        try:
+            for row in history.rows:
+                watch.epoch(row)
+            if found:
+                watch.step(1.0 if over else progress())
+                train_mode(model)
+                kept.replay()
+            for epoch in range(begin, options.max_epochs + 1):
+                for loss, scored, flops in self._steps(model, kept, optimizer, phase.first, step, learned=tokens):
                     total, tokens = total + loss * scored, tokens + scored
                     for kind, count in flops.items():
                         history.flops[kind] = history.flops.get(kind, 0.0) + count
@@ -383,6 +428,8 @@ class Trainer:
                     watch.step(progress(), loss)
                     if progress() >= 1:
                         break
+                    if kept.due():
+                        save(epoch)
                 # As deep as the loss: where only exits learn, the layers above them would say the same every time.
                 policy, finding = phase.route(model) if phase.route else (None, 0.0)
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
@@ -415,11 +462,17 @@ class Trainer:
                     break
                 if progress() >= 1:
                     break
+                total, tokens = 0.0, 0
+                kept.turn()
+                if kept.due():
+                    save(epoch + 1)
             failed = False
         finally:
             # On the way out of an error or an interrupt, too: the last good weights are what is kept.
             if failed or phase.restore_best:
                 model.load_state_dict(best, strict=False)  # what is frozen is as it was
+        if not over:
+            kept.finish(**standing(options.max_epochs + 1), best={})
         return history
 
     def _steps(
@@ -429,11 +482,11 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         first: int = 1,
         next_step: Callable[[], Step | None] = lambda: None,
+        learned: int = 0,
     ) -> Iterator[tuple[float, int, dict[str, float]]]:
         """Takes one optimizer step per batch; yields its loss, its scored tokens and its FLOPs by kind."""
         model.to(self.device)
         train_mode(model)
-        learned = 0
         for item in re_iterable(batches):
             batch = Batch(*item)
             scored = int(batch.scored.sum())
@@ -510,6 +563,13 @@ def snapshot(model: ExitModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
+def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
+    """Tells a phase from others: its plan, the model's shape and what is frozen of it, x of a validation batch."""
+    plan = (phase.name, phase.config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
+    frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
+    return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
+
+
 def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> list[int]:
     """The layers above `at` after which a forward pauses, the deepest exit the last of them.
 
@@ -557,13 +617,25 @@ def train(
     *,
     device: str | torch.device | None = None,
     watch: Callable[[Phase], Watch] | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
 ) -> Iterator[tuple[Phase, History]]:
-    """Runs a strategy's phases one by one; yields each with its history when it is done."""
-    start = time.perf_counter()
+    """Runs a strategy's phases one by one; yields each with its history when it is done.
+
+    Args:
+        checkpoints: a folder to keep training in, one training a folder. The same call after a kill, with a strategy
+            and batches made anew, goes on from there and ends the same to the bit (on a CPU); phases that were
+            finished are yielded again. Left out, nothing is kept.
+
+    Raises:
+        EaseError: the folder holds checkpoints of another training, or cannot be written.
+    """
+    start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
         preparing = time.perf_counter() - start  # mining belongs to a phase's wall-clock as to its FLOPs
         trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
-        history = trainer.run(model, phase, watch(phase) if watch else None)
+        number += 1
+        checkpoint = None if checkpoints is None else Path(checkpoints) / f"phase-{number}.safetensors"
+        history = trainer.run(model, phase, watch(phase) if watch else None, checkpoint)
         history.seconds += preparing
         for row in history.rows:
             row["seconds"] += preparing
