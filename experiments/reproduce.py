@@ -119,8 +119,11 @@ def rivals(scale: Scale) -> dict[str, Line]:
         "stacking, with exit": Line(make(ease.StackingConfig, layers=(brick, deep), exit_weight=0.5)),
         "open growth": Line(make(ease.OpenGrowthConfig, **opened)),
         "open growth from the start": Line(make(ease.OpenGrowthConfig, **opened, first_share=0.0)),
-        "gated": Line(make(ease.GatedConfig, num_layers=deep, exit_layer=brick)),
-        "gated, an exit per layer": Line(make(ease.GatedConfig, num_layers=most, exit_layer=tuple(range(brick, most)))),
+        "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
+        "gated from the start": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick, first_share=0.0)),
+        "gated, an exit per layer": Line(
+            make(ease.GatedConfig, deep_layers=most, exit_layer=tuple(range(brick, most)))
+        ),
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
         "tuned exit": Line(tuned(), on=finished),
         "tuned exit, distilled": Line(tuned(objective="distillation"), on=finished),

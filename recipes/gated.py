@@ -1,4 +1,4 @@
-"""Four layers of which the upper two run for half of the tokens, in training as at inference."""
+"""Two layers, then four of which the upper two run for half of the tokens, in training as at inference."""
 
 from ease import GatedConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig
@@ -10,7 +10,7 @@ def config() -> RunConfig[GatedConfig]:
         model=ShapeConfig(dim=128),
         data=DataConfig(epoch_batches=200, eval_batches=40),
         strategy=GatedConfig(
-            num_layers=4,
+            deep_layers=4,
             exit_layer=2,
             going_on=0.5,
             lr=3e-3,
@@ -20,5 +20,5 @@ def config() -> RunConfig[GatedConfig]:
             max_epochs=100_000,
             max_flops=2e13,
         ),
-        compare=("standard", "deep-supervision"),
+        compare=("continued", "standard", "deep-supervision"),
     )

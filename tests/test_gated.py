@@ -13,26 +13,40 @@ Make = Callable[..., StandardTransformer]
 
 
 def plan(**options: Any) -> GatedConfig:
-    shape: dict[str, Any] = {"num_layers": 3, "exit_layer": 1, "going_on": 0.4, "lr": 1e-2, "patience": None}
-    return GatedConfig(**shape | {"max_epochs": 10} | options)
+    shape: dict[str, Any] = {"deep_layers": 3, "exit_layer": 1, "going_on": 0.4, "lr": 1e-2, "patience": None}
+    return GatedConfig(**shape | {"max_epochs": 12} | options)
 
 
 @pytest.fixture(scope="module")
 def done(
     tiny: Make, text_data: Callable[..., Data]
 ) -> tuple[StandardTransformer, Any, list[tuple[Phase, History]], Data]:
-    data, model, strategy = text_data(8, 2), tiny(3), plan().strategy()
+    data, model, strategy = text_data(8, 2), tiny(1), plan().strategy()
     return model, strategy, list(train(model, strategy, data)), data
 
 
-def test_one_phase_in_which_every_token_counts_alike(done: Any) -> None:
-    model, _, [(phase, history)], _ = done
-    assert phase.config.weights == {1: pytest.approx(0.6), 3: pytest.approx(0.4)}
-    assert phase.config.going_on == {1: 0.4}
-    assert history.column("val_loss")[-1] < history.column("val_loss")[0] - 0.3
+def test_two_phases_of_one_schedule_and_every_token_counts_alike(done: Any) -> None:
+    model, _, [(first, before), (second, after)], _ = done
+    assert (first.config.weights, first.config.going_on) == ({1: 1.0}, {})
+    assert second.config.weights == {1: pytest.approx(0.6), 3: pytest.approx(0.4)}
+    assert second.config.going_on == {1: 0.4}
+    assert (first.options.max_epochs, second.options.max_epochs) == (4, 8)
+    assert (first.options.span, second.options.span) == ((0.0, 0.3), (0.3, 1.0))
+    assert before.column("val_loss")[-1] < before.column("val_loss")[0] - 0.1
+    assert after.column("val_loss")[-1] < before.column("val_loss")[-1] - 0.1
     assert model.trained_exits == {1, 3}
-    two = plan(exit_layer=(1, 2), going_on=(0.5, 0.2)).training(3)
+    two = plan(exit_layer=(1, 2), going_on=(0.5, 0.2)).gates()
     assert two.weights == {1: pytest.approx(0.5), 2: pytest.approx(0.4), 3: pytest.approx(0.1)}
+
+
+def test_the_rate_goes_on_where_phase_1_left_it() -> None:
+    options = plan(schedule="cosine", warmup=0.1)
+    first, second = options.part(0.3, after=0.0), options.part(0.7, after=0.3)
+    assert [first.lr_factor(p) for p in (0.1, 1.0)] == pytest.approx([options.lr_factor(p) for p in (0.03, 0.3)])
+    assert [second.lr_factor(p) for p in (0.0, 0.5, 1.0)] == pytest.approx(
+        [options.lr_factor(p) for p in (0.3, 0.65, 1.0)]
+    )
+    assert options.part(0.3).lr_factor(1.0) == pytest.approx(0.05)
 
 
 def test_the_policy_found_sends_the_share_on_and_asks_no_head(done: Any) -> None:
@@ -57,8 +71,9 @@ def test_the_classifier_stays_as_it_is_in_other_phases(done: Any) -> None:
 
 
 def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) -> None:
+    """From the start, in a model that has all its layers."""
     data, model = text_data(4, 2), tiny(3)
-    strategy = plan(exit_layer=(1, 2), going_on=(0.6, 0.5), max_epochs=2).strategy()
+    strategy = plan(exit_layer=(1, 2), going_on=(0.6, 0.5), max_epochs=2, first_share=0.0).strategy()
     [(phase, history)] = train(model, strategy, data)
     assert history.flops["validation"] > 0
     assert set(history.flops) >= {"training", "validation"}
@@ -75,6 +90,9 @@ def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) ->
         ({"exit_layer": (), "going_on": ()}, "name at least one exit"),
         ({"classifier_weight": 0.0}, "it is what chooses"),
         ({"exit_layer": (2, 1)}, "from shallow to deep"),
+        ({"exit_layer": 3}, "must lie below the last"),
+        ({"first_share": 1.0}, "phase 2 needs some of the limits"),
+        ({"span": (0.5, 0.5)}, "where in the schedule the phase begins and ends"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -82,13 +100,15 @@ def test_plans_that_make_no_sense_are_refused(options: dict[str, Any], sentence:
         plan(**options)
 
 
-def test_an_exit_at_the_last_layer_is_refused(tiny: Make, text_data: Callable[..., Data]) -> None:
-    with pytest.raises(EaseError, match="must lie below the last"):
-        plan(exit_layer=3).strategy().next_phase(tiny(3), text_data(1, 1))
+def test_models_of_another_depth_are_refused(tiny: Make, text_data: Callable[..., Data]) -> None:
+    with pytest.raises(EaseError, match="starts from 1 layers but the model has 2"):
+        plan().strategy().next_phase(tiny(2), text_data(1, 1))
+    with pytest.raises(EaseError, match="starts from 1 or 3 layers but the model has 2"):
+        plan(first_share=0.0).strategy().next_phase(tiny(2), text_data(1, 1))
 
 
 def test_a_finished_model_keeps_what_its_classifier_knows(done: Any) -> None:
     model, _, _, data = done
     before = model.exit_classifiers["1"].weight.clone()
-    plan().strategy().next_phase(model, data)
+    plan(first_share=0.0).strategy().next_phase(model, data)
     assert torch.equal(model.exit_classifiers["1"].weight, before)

@@ -178,6 +178,8 @@ class PhaseOptions:
     """At most that many epochs."""
     max_flops: float | None = None
     """At most that many FLOPs, validation and mining included."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The stretch of schedule and warmup that the phase goes through, where several phases share one."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -187,19 +189,27 @@ class PhaseOptions:
             raise EaseError(f"max_flops must be above 0, got {self.max_flops}: use None for no such limit")
         if not 0 <= self.warmup < 1:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise EaseError(f"span is {self.span}: give where in the schedule the phase begins and ends, in [0, 1]")
         check_least(0, weight_decay=self.weight_decay)
         check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
-    def part(self, share: float, lr: float | None = None) -> PhaseOptions:
-        """These for one of several phases: a share in (0, 1] of epochs and FLOPs, and by choice a rate of its own."""
+    def part(self, share: float, lr: float | None = None, *, after: float | None = None) -> PhaseOptions:
+        """These for one of several phases: a share in (0, 1] of epochs and FLOPs, and by choice a rate of its own.
+
+        Args:
+            after: the share that came before, where one schedule goes through all phases; None: each has its own.
+        """
         own = {part.name: getattr(self, part.name) for part in fields(PhaseOptions)}
         own["lr"] = self.lr if lr is None else lr
         own["max_epochs"] = max(1, round(share * self.max_epochs))
         own["max_flops"] = self.max_flops and share * self.max_flops
+        own["span"] = self.span if after is None else (after, min(1.0, after + share))
         return PhaseOptions(**own)
 
     def lr_factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by at `progress` in [0, 1]."""
+        """What the learning rate is multiplied by at `progress` in [0, 1] of the phase."""
+        progress = self.span[0] + progress * (self.span[1] - self.span[0])
         if progress < self.warmup:
             return max(progress / self.warmup, 1e-2)
         if self.schedule == "constant":

@@ -1,10 +1,11 @@
-"""Depth for the tokens that need it, from the first step on: exits choose by a classifier that learns along.
+"""Depth for the tokens that need it, in training as at inference: exits choose by a classifier that learns along.
 
-Of every batch's tokens each exit sends the share on that its classifier is least sure of; the others leave, and each
-token is scored once, at the exit it takes. So training does what inference will do, costs what it costs, and pays for
-one head a token. Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258) sends a share through single blocks by a
-router that is learned through its product with the block; here what chooses foretells how likely the exit's prediction
-is right, as a confidence does, and a token that has left stays out.
+Phase 1 trains the layers up to the first exit on all tokens. Phase 2 grows the others and goes on under the same
+schedule. Of every batch's tokens each exit sends the share on that its classifier is least sure of; the others leave,
+and each token is scored once, at the exit it takes. So training does what inference will do, costs what it costs, and
+pays for one head a token. Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258) sends a share through single blocks
+by a router that is learned through its product with the block; here what chooses foretells how likely the exit's
+prediction is right, as a confidence does, and a token that has left stays out.
 """
 
 from __future__ import annotations
@@ -20,25 +21,27 @@ from ease.exits import Policy
 from ease.mining import Quantile, check_ratio
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
-from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig
+from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig, create_standard_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedConfig(PhaseOptions):
-    """One phase, from scratch or from a checkpoint."""
+    """Two phases; the limits on epochs and FLOPs and the schedule are those of both together."""
 
-    num_layers: int = 4
-    """Layers of the model; a checkpoint brings its own."""
+    deep_layers: int = 4
+    """Layers after growth."""
     exit_layer: int | Sequence[int] = 2
-    """The exit, or several from shallow to deep."""
+    """The exit, or several from shallow to deep; the first of them is as deep as phase 1."""
     going_on: float | Sequence[float] = 0.5
     """Of the tokens that arrive at an exit, the share in (0, 1) that goes on; one for all exits, or one per exit."""
     classifier_weight: float = 0.3
     """Weight, above 0, of what the classifiers learn, whose gradient reaches the layers too."""
+    first_share: float = 0.3
+    """Share of the limits that phase 1 takes; 0: there is none, and a new model has all its layers from the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Policy.of(self.exits, (1.0,) * len(self.exits))
+        Policy.of(self.exits, (1.0,) * len(self.exits)).check(self.deep_layers)
         if len(self.shares) != len(self.exits) or not self.exits:
             raise EaseError(
                 f"going_on is {self.going_on} for exits {list(self.exits)}: "
@@ -48,6 +51,13 @@ class GatedConfig(PhaseOptions):
             check_ratio(share)
         if not self.classifier_weight > 0:
             raise EaseError(f"classifier_weight must be above 0, got {self.classifier_weight}: it is what chooses")
+        if not 0 <= self.first_share < 1:
+            raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs some of the limits")
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of a new model when training starts."""
+        return self.exits[0] if self.first_share else self.deep_layers
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -58,25 +68,25 @@ class GatedConfig(PhaseOptions):
         """One per exit."""
         return (self.going_on,) * len(self.exits) if isinstance(self.going_on, int | float) else tuple(self.going_on)
 
-    def training(self, last: int) -> TrainingConfig:
-        """The choice at the exits of a model of `last` layers, and weights under which every token counts alike."""
+    def gates(self) -> TrainingConfig:
+        """The choice at the exits, and weights under which every token counts alike."""
         weights, arriving = {}, 1.0
         for exit, share in zip(self.exits, self.shares, strict=True):
             weights[exit], arriving = arriving * (1 - share), arriving * share
         going_on = dict(zip(self.exits, self.shares, strict=True))
-        weights[last] = arriving
+        weights[self.deep_layers] = arriving
         return TrainingConfig(layer_weights=weights, going_on=going_on, classifier_weight=self.classifier_weight)
 
     def strategy(self) -> Gated:
-        return Gated(self)
+        return Gated(self, done=int(not self.first_share))
 
 
 @dataclass
 class Gated:
-    """The strategy: one phase. Its state is the policy found last."""
+    """The strategy. Its state is the policy found last."""
 
     config: GatedConfig
-    done: bool = False
+    done: int = 0
     found: Policy = field(default_factory=lambda: Policy(confidence="classifier"))
 
     def policy(self) -> Policy:
@@ -86,15 +96,24 @@ class Gated:
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
         assert isinstance(model, StandardTransformer)
         c = self.config
-        if self.done:  # inference's thresholds, found as `ease calibrate` would; no training FLOPs
+        if self.done == 2:  # inference's thresholds, found as `ease calibrate` would; no training FLOPs
             self.found, _ = self.route(model, data.val)
             return None
-        self.done = True
-        Policy.of(c.exits, (1.0,) * len(c.exits)).check(model.num_layers)
+        depths = (c.exits[0], c.deep_layers) if self.done else (c.exits[0],)
+        if model.num_layers not in depths:
+            wanted = " or ".join(map(str, depths))
+            raise EaseError(f"gated training starts from {wanted} layers but the model has {model.num_layers}")
+        self.done += 1
+        if self.done == 1:
+            options = c.part(c.first_share, after=0.0)
+            return Phase("phase 1", create_standard_config(c.exits[0]), data.train, data.val, options)
+        if model.num_layers < c.deep_layers:
+            model.grow(c.deep_layers)
         new = set(c.exits) - set(model.config.classifier_exits)
         model.set_classifiers({exit: torch.zeros(model.config.dim + 1) for exit in new})
+        options = c.part(1 - c.first_share, after=c.first_share)
         route = lambda model: self.route(model, data.val)  # noqa: E731
-        return Phase("gated", c.training(model.num_layers), data.train, data.val, c, route=route)
+        return Phase("phase 2", c.gates(), data.train, data.val, options, route=route)
 
     def route(self, model: ExitModel, val: Batches) -> tuple[Policy, float]:
         """The policy that sends the shares of the validation tokens on, exit by exit, and the FLOPs of finding it."""

@@ -135,7 +135,7 @@ STRATEGIES: dict[str, Any] = {
         tuple(PhaseConfig(layers=n, ratio=1 / n, max_flops=2e7 * n, patience=None, schedule="cosine") for n in (1, 2))
     ),
     "open growth": ease.OpenGrowthConfig(**SHORT | {"max_epochs": 6}),
-    "gated": ease.GatedConfig(exit_layer=1, **SHORT),
+    "gated": ease.GatedConfig(exit_layer=2, **SHORT | {"max_epochs": 6}),
     "layerskip": ease.LayerSkipConfig(curriculum="gradual", dropout_schedule="exponential", layer_dropout=0.5, **SHORT),
     "early exit": ease.EarlyExitConfig(objective="both", **SHORT),
     "deep supervision": ease.DeepSupervisionConfig(**SHORT),
