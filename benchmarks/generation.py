@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -162,8 +163,7 @@ def exits_not_taken(model: StandardTransformer, prompts: torch.Tensor, steps: in
     """The time of a step by how many exits are asked in vain."""
     L, calls = model.num_layers, {}
     for count in (1, 2, 3, L // 2, L - 1):
-        other = with_policy(model, tuple(range(1, count + 1)), (1.0,) * count)
-        other.policy_options = {"always_deep": 10**9}
+        other = with_policy(model, tuple(range(1, count + 1)), (math.inf,) * count)
         calls[count] = partial(ease.generate, other, prompts, steps, "routed")
     took = least({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, without_prefill)
     return [{"exits": n, "ms": 1e3 * t / (steps - 1), "ratio": t / took[0]} for n, t in took.items()]

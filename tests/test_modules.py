@@ -1,14 +1,16 @@
 """The parts of a layer: rotary positions, who asks, who is seen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ease import Layout, StandardTransformer
-from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock, light_layer
+from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock, light_layer, packed
 from ease.modules.attention import rotary, rotate
+from ease.modules.cache import BLOCK
 
 Make = Callable[..., StandardTransformer]
 T = 8
@@ -186,3 +188,51 @@ def test_a_light_layer_computes_what_the_layer_does(dtype: torch.dtype) -> None:
         layer.ffn.down_proj.register_forward_hook(lambda *_: heard.append("down"))
         torch.testing.assert_close(light_layer(layer.train())(x, plan(x)), expected)
     assert heard == ["down"]
+
+
+# With a cache
+
+
+def read_twice(model: StandardTransformer, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """States after some tokens went on from layer 1, read as a whole and into a cache in two parts."""
+    state = torch.randn(rows, length, model.config.dim, dtype=model.embedding.weight.dtype)
+    active = torch.rand(rows, length) < 0.5
+    active[0, : length // 2] = False  # a row of which no token goes on
+    whole = model.run(model.run(state, 1, 1), 2, 3, active=active)
+    cache, parts = model.new_cache(rows, length), []
+    for part, on in zip(state.split(length // 2, 1), active.split(length // 2, 1), strict=True):
+        parts.append(model.run(model.run(part, 1, 1, cache=cache), 2, 3, active=on, cache=cache))
+    return whole, torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_long_text_is_read_in_blocks_of_queries(rows: int) -> None:
+    model = StandardTransformer(11, 16, 3, 4, num_kv_heads=2).double().eval()
+    with torch.no_grad():
+        whole, read = read_twice(model, rows, 6 * BLOCK)
+    torch.testing.assert_close(read, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "fits"),
+    [
+        ({}, torch.float64, True),
+        ({"num_kv_heads": 2}, torch.float32, True),
+        ({"qk_norm": True}, torch.float64, False),
+        ({"qkv_bias": True}, torch.float64, False),
+        ({"hidden_dim": 30_000}, torch.float32, False),
+        ({}, torch.bfloat16, False),
+    ],
+)
+def test_small_plain_layers_are_packed_and_no_others(options: dict[str, Any], dtype: torch.dtype, fits: bool) -> None:
+    layer = StandardTransformer(11, 16, 1, 4, **options).to(dtype).layers[0]
+    assert (getattr(packed(layer), "__name__", "") == "run") is fits
+    layer.ffn.up_proj.register_forward_hook(lambda *_: None)
+    assert getattr(packed(layer), "__name__", "") != "run"
+
+
+def test_a_gradient_passes_what_is_read_into_a_cache() -> None:
+    model = StandardTransformer(11, 16, 1, 4)
+    state = torch.randn(2, 5, 16)
+    model.run(state, 1, 1, cache=model.new_cache(2, 5)).sum().backward()
+    assert model.layers[0].ffn.up_proj.weight.grad is not None

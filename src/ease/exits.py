@@ -197,33 +197,38 @@ def walk(
     for layer, threshold in [*steps, (last, 0.0)]:
         before, final = state.flatten(0, 1), layer == last
         state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
-        asked = arrived & decides
+        asked = arrived & decides if by_row else arrived
         if wanted is not None and final:
             asked = asked & wanted
         confidences, leaving, readings, gone, heads = [], [], [], 0, 0
         for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
-            after = state.flatten(0, 1)[places]
+            after = state.flatten(0, 1)
+            if len(places) < size:
+                after = after[places]
             logits = model.logits(after, layer) if final or not headless else None
             if final and logits is not None and headless:  # the last exit has nothing to agree with
                 confidence = max_probability(logits)
             else:
                 confidence = measure(Evidence(layer, before, after, logits, places))
-            # At the end all leave, also those whose confidence is NaN.
-            leaves = torch.ones_like(confidence, dtype=torch.bool)
-            if not final:
+            if final:  # all leave, also those whose confidence is NaN
+                leaves, count = torch.ones_like(confidence, dtype=torch.bool), len(places)
+            else:
                 at: float | Tensor = threshold
                 dtype = torch.promote_types(confidence.dtype, torch.float32)
                 if positions is not None:
                     at = policy.limits(threshold, positions.flatten()[places], dtype)
                 leaves = confidence.to(dtype) >= at
-            count = int(leaves.sum())
+                count = int(leaves.count_nonzero())
             gone, heads = gone + count, heads + (len(places) if logits is not None else count)
             if read is not None and count:
-                logits = model.logits(after[leaves], layer) if logits is None else logits[leaves]
-                readings.append(read(logits, places[leaves]))
+                if logits is None:
+                    logits = model.logits(after[leaves], layer)
+                elif count < len(places):
+                    logits = logits[leaves]
+                readings.append(read(logits, places if count == len(places) else places[leaves]))
             confidences.append(confidence)
             leaving.append(leaves)
-        sure, leaves = joined(confidences, state.new_zeros(0)), joined(leaving, asked.new_zeros(0))
+        sure, leaves = joined(confidences, state), joined(leaving, asked)
         reading = joined(readings, state) if readings else None
         stop = Stop(first, layer, state, arrived, asked, by_row, sure, leaves, gone, heads, reading)
         yield stop
@@ -232,9 +237,9 @@ def walk(
             return
 
 
-def joined(parts: Sequence[Tensor], nothing: Tensor) -> Tensor:
-    """The parts one after the other; one part as it is, and `nothing` where there is none."""
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0] if parts else nothing
+def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The parts one after the other; one part as it is, and an empty tensor of like's kind where there is none."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0] if parts else like.new_zeros(0)
 
 
 class Routed(NamedTuple):

@@ -160,7 +160,7 @@ class Request:
     def step(self, ids: Tensor, real: Tensor, policy: Policy) -> None:
         """Reads ids (B, T), routed by the policy, and takes the token that follows in each running row."""
         B, T = ids.shape
-        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        last = real if T == 1 else real & (real.flip(1).cumsum(1).flip(1) == 1)
         logits = self.model.output_head.weight.new_zeros(B, self.model.output_head.weight.shape[0])
         exits, confidences = torch.zeros(B, dtype=torch.long, device=ids.device), logits.new_zeros(B)
         flat = last.flatten()
@@ -172,7 +172,7 @@ class Request:
 
         layout = Layout(torch.zeros_like(ids), real.long() - 1)
         for at in walk(self.model, ids, policy, layout=layout, read=read, wanted=last, cache=self.cache):
-            self.layers_run += (at.layer - at.first + 1) * int(at.arrived.sum())
+            self.layers_run += (at.layer - at.first + 1) * int(at.arrived.count_nonzero())
             if not at.gone:
                 continue
             leaving = at.left & last

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError, check_least
 from ease.exits import Policy
-from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, light_layer, rotary
+from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, packed, rotary
 from ease.seam import ExitModel, Layout
 
 
@@ -170,13 +171,13 @@ class StandardTransformer(ExitModel):
     def _run_cached(
         self, state: Tensor, first: int, last: int, layout: Layout | None, active: Tensor | None, cache: Cache
     ) -> Tensor:
-        real = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if layout is None else layout.real
+        real = np.ones(state.shape[:2], np.bool_) if layout is None else layout.real.cpu().numpy()
         if first == 1:
             cache.place(state, real)
-        active = real if active is None else active & real
-        if not bool(active.any()):
+        asks = real if active is None else active.cpu().numpy() & real
+        if not asks.any():
             return state
-        plan = CachedPlan.of(cache, first, active)
+        plan = CachedPlan.of(cache, first, asks)
         x = plan.start()
         for plan.layer in range(first, last + 1):
             x = cache.blocks[plan.layer - 1](x, plan)
@@ -190,7 +191,7 @@ class StandardTransformer(ExitModel):
             positions = torch.arange(places, device=like.device)[None]
             return rotary(positions, c.head_size, c.rope_theta, like.dtype, c.rope_scaling)
 
-        return Cache([light_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
+        return Cache([packed(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:

@@ -188,9 +188,12 @@ class ExitModel(nn.Module, ABC):
 
     def check_ids(self, ids: Tensor, vocab_size: int) -> None:
         """Refuses token ids that the model has no embedding for."""
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+        if not ids.numel():
+            return
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
             raise EaseError(
-                f"token ids must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}: "
+                f"token ids must lie in 0..{vocab_size - 1}, got {low}..{high}: "
                 "use the tokenizer that the model was made with, or a larger vocab_size"
             )
 

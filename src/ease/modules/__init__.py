@@ -5,6 +5,7 @@ from ease.modules.attention import Attention, Plan, RopeScaling, rotary
 from ease.modules.block import TransformerBlock, light_layer
 from ease.modules.cache import Cache, CachedPlan
 from ease.modules.ffn import FFN
+from ease.modules.packed import packed
 
 __all__ = [
     "FFN",
@@ -16,5 +17,6 @@ __all__ = [
     "RopeScaling",
     "TransformerBlock",
     "light_layer",
+    "packed",
     "rotary",
 ]

@@ -76,9 +76,9 @@ class Plan:
         """Whether every token asks and may look at itself and all before it."""
         return self.mask is None
 
-    def remember(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """From the keys and values (B, H, T, head_dim) just made, all that queries may look at."""
-        return keys, values
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What queries (B, H, width, head_dim) make of keys and values (B, H_kv, T, head_dim): as the queries."""
+        return mix(q, k, v, self.mask, self.causal)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D), the tokens that ask."""
@@ -165,6 +165,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return turned
 
 
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim)."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
 def heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
@@ -185,7 +192,6 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.grouped = num_kv_heads != num_heads
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
@@ -197,9 +203,6 @@ class Attention(nn.Module):
         d = self.head_dim
         q = rotate(self.q_norm(heads(plan.pad(self.q_proj(plan.gather(h))), d)), plan.query_rope)
         k = rotate(self.k_norm(heads(self.k_proj(h), d)), plan.rope)
-        k, v = plan.remember(k, heads(self.v_proj(h), d))
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=self.grouped
-        )
+        mixed = plan.attend(q, k, heads(self.v_proj(h), d))
         out: Tensor = self.o_proj(plan.unpad(mixed.transpose(1, 2).flatten(2)))
         return out

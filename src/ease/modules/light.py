@@ -1,9 +1,9 @@
 """A module's forward without what `nn.Module` costs at every call, for decoding one token at a time.
 
 A step of decoding calls a dozen small modules a layer, and at small widths finding attributes and looking for hooks
-takes longer than the products. A layer's mathematics is not written again, its norm on a CPU excepted: the same
+takes longer than the products. A layer's mathematics is not written again here, its norm on a CPU excepted: the same
 `forward` runs on a stand-in whose parts are plain functions of the same weights. Whatever is more than that (hooked,
-wrapped by LoRA) is called as it is.
+wrapped by LoRA) is called as it is. Small layers on a CPU go further (`packed.py`).
 """
 
 from __future__ import annotations
