@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture test lint types imports pytest slow format
+.PHONY: help setup demo picture paper test lint types imports pytest slow format
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ demo: $(STAMP)  ## run the demo and say where its report is
 picture: demo  ## the README's picture, from the demo's report (needs Chromium)
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
 	    --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
+
+# It needs Debian's latexmk and texlive-latex-base, and no more:
+#     apt-get install --no-install-recommends latexmk texlive-latex-base
+paper: $(STAMP)  ## paper/build/lash.pdf, with the tables of every docs/data/*/test.json (needs latexmk)
+	$(BIN)/python -m experiments.paper
+	cd paper && latexmk -pdf -silent -outdir=build lash.tex
 
 test: lint types imports pytest  ## lint, types, import rules and the tests that are quick
 

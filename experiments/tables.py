@@ -7,6 +7,7 @@ of perplexity; one that may be none is called noise.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,15 +36,16 @@ class Table:
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in self.notes)
 
     def latex(self) -> str:
-        """A `table`, as wide as the text; it needs graphicx."""
+        """A `table`, no wider than the line; it needs graphicx."""
         rows = [" & ".join(map(tex, row)) + r" \\" for row in self.rows]
-        notes = [rf"\par\raggedright\footnotesize {tex(note)}" for note in self.notes]
+        notes = [rf"\par\smallskip\raggedright\footnotesize {tex(note)}" for note in self.notes]
         head = " & ".join(map(tex, self.header)) + r" \\"
         start = [r"\begin{table}", rf"\caption{{{tex(self.title)}}}", r"\centering\small"]
         columns = "l" + "r" * (len(self.header) - 1)
-        start += [r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{{columns}}}"]
-        body = [r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}}"]
-        return "\n".join([*start, *body, *notes, r"\end{table}"]) + "\n"
+        start += [rf"\sbox0{{\begin{{tabular}}{{{columns}}}"]
+        body = [r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}}%"]
+        fit = r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"
+        return "\n".join([*start, *body, fit, *notes, r"\end{table}"]) + "\n"
 
 
 ESCAPES = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -57,7 +59,8 @@ ESCAPES = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def tex(text: str) -> str:
-    return "".join(ESCAPES.get(c, c) for c in text)
+    escaped = "".join(ESCAPES.get(c, c) for c in text).replace("--", "-{}-")  # which would become a dash
+    return re.sub('"([^"]*)"', r"``\1''", re.sub("`([^`]*)`", r"\\texttt{\1}", escaped))
 
 
 def notes(data: dict[str, Any]) -> list[str]:
