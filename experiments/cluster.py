@@ -73,7 +73,7 @@ def lines(shape: Shape) -> dict[str, list[Part]]:
         "stacking": (ease.StackingConfig(layers=(E, L)), (0.5, 0.5)),
         "stacking, with exit": (ease.StackingConfig(layers=(E, L), exit_weight=0.5), (0.5, 0.5)),
         "open growth": (ease.OpenGrowthConfig(shallow_layers=E, deep_layers=L), (0.5, 0.5)),
-        "gated": (ease.GatedConfig(**exits), (1.0,)),
+        "gated": (ease.GatedConfig(deep_layers=L, exit_layer=E), (0.3, 0.7)),
         "discriminative": (ease.DiscriminativeConfig(num_layers=L), (1.0,)),
     }
     (whole,) = parts(ease.StandardConfig(num_layers=L), shape, (1.0,))

@@ -203,7 +203,7 @@ def trained(config: object, text: torch.Tensor) -> list[float]:
         "open growth": ease.OpenGrowthConfig(shallow_layers=2, deep_layers=4, max_epochs=2),
         "discriminative": ease.DiscriminativeConfig(num_layers=4, max_epochs=1),
         "LayerSkip": ease.LayerSkipConfig(num_layers=4, exit_layer=2, max_epochs=1),
-        "gated": ease.GatedConfig(num_layers=4, exit_layer=2, max_epochs=1),
+        "gated": ease.GatedConfig(deep_layers=4, exit_layer=2, max_epochs=2),
         "ASHEM": ease.ASHEMConfig(
             phase1_layers=2, phase2_layers=4, phase1_max_epochs=1, phase2_max_epochs=1, trunk_budget=0
         ),
