@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 import ease
+from ease.evaluation import stop_flops
 from ease.exits import walk
 from ease.finished import open_run
-from ease.flops import exit_flops, run_flops
 from ease.machine import choose_device, machine
 from ease.models import StandardTransformer
 from ease.speed import in_turns, side_by_side, ways
@@ -149,10 +149,7 @@ def prefill(model: StandardTransformer, ids: torch.Tensor, rounds: int) -> dict[
     flops = {}
     for name, policy in (("full", ease.Policy()), ("routed", ease.Policy.own(routed))):
         stops = list(walk(model, ids, policy, wanted=last))
-        flops[name] = sum(
-            run_flops(model.config, s.layer - s.first + 1, s.arrived) + exit_flops(model.config, s.heads, s.layer)
-            for s in stops
-        )
+        flops[name] = sum(stop_flops(model, stop, policy, model.num_layers) for stop in stops)
     calls = {"full": partial(ease.generate, model, ids, 1), "routed": partial(ease.generate, routed, ids, 1, "routed")}
     took = least(calls, rounds, lambda answer: answer.stats["prefill_seconds"])
     promised, reached = flops["full"] / flops["routed"], took["full"] / took["routed"]

@@ -86,6 +86,7 @@ def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) ->
     ("options", "sentence"),
     [
         ({"going_on": 0.0}, "share of hard tokens must lie in"),
+        ({"going_on": 1.0}, "nothing to choose for a classifier"),
         ({"going_on": (0.5, 0.5)}, "give one share, or one per exit"),
         ({"exit_layer": (), "going_on": ()}, "name at least one exit"),
         ({"classifier_weight": 0.0}, "it is what chooses"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_runs import SHORT, TINY, budget
+from data_runs import COMPARE, SHORT, TINY, budget
 
 from ease.checkpoint import load_model
 from ease.cli import main
@@ -122,6 +122,27 @@ def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_p
     assert [line["name"] for line in lines] == ["phase 1", "phase 2", "phase 2, no routing"]
     assert lines[1]["val"]["exit_shares"]["4"] == pytest.approx(0.3, abs=0.01)
     assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
+
+
+def test_lines_beside_phases_that_share_a_schedule_go_through_all_of_it(
+    text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """And what the report sweeps is the measure that the policy asks."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    args = ["run", "gated", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *COMPARE]
+    assert main([*args, "--strategy.max-flops", "4e8"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ends = {row["line"]: row["lr"] for row in rows}
+    assert set(ends) == {"phase 1", "phase 2", "phase 1 continued", "standard, 4 layers", "deep-supervision, 4 layers"}
+    last = ends.pop("phase 2")
+    assert ends.pop("phase 1") > 5 * last
+    assert list(ends.values()) == pytest.approx([last] * 3, rel=0.2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    sent = {point["shallow_ratio"]: point["flops_per_token"] for point in summary["sweep"]["points"]}
+    policy = next(line for line in summary["lines"] if line["name"] == "phase 2")
+    assert policy["policy"]["confidence"] == "classifier"
+    nearest = min(sent, key=lambda share: abs(share - policy["test"]["shallow_ratio"]))
+    assert sent[nearest] == pytest.approx(policy["test"]["flops_per_token"], rel=0.05)
 
 
 def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Path, tmp_path: Path, monkeypatch) -> None:

@@ -30,6 +30,7 @@ import torch
 from ease.errors import EaseError
 from ease.exits import Policy
 from ease.models import DeepSupervisionTransformer, StandardTransformer
+from ease.resume import lasting
 from ease.seam import ExitModel
 
 FORMAT = 1
@@ -81,6 +82,7 @@ def run_folder(out: Path, overwrite: bool = False, *, resumable: bool = False) -
         raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
     with _held(partial):
         try:
+            check_folder(out, overwrite)  # another process may have ended just now
             yield partial
             check_folder(out, overwrite)
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
@@ -115,7 +117,10 @@ def _held(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks on folders
         yield
         return
-    held = os.open(folder, os.O_RDONLY)
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise EaseError(f"another process has just ended its work in {folder}: run again") from None
     try:
         with suppress(OSError):  # a file system without locks
             try:
@@ -136,7 +141,7 @@ def goes_on(folder: Path, plan: Mapping[str, Any], overwrite: bool) -> bool:
         plan: everything that decides what a run does.
         overwrite: remove another plan's checkpoints.
     """
-    kept, plan = folder / CHECKPOINTS, json.loads(json.dumps(plan, default=repr))
+    kept, plan = folder / CHECKPOINTS, json.loads(json.dumps(plan, default=lasting))
     wanted, goes_on = _flat(plan), _has_checkpoints(folder)
     if goes_on:
         try:

@@ -92,6 +92,8 @@ class TrainingConfig:
                 raise EaseError(f"the share of tokens going on at exit {exit} must lie in (0, 1], got {share}")
         if not (self.classifier_weight >= 0 and math.isfinite(self.classifier_weight)):
             raise EaseError(f"classifier_weight must be finite and not below 0, got {self.classifier_weight}")
+        if self.classifier_weight and 1 in self.going_on.values():
+            raise EaseError("where all go on there is nothing to choose for a classifier: give shares below 1")
         if self.classifier_weight and not self.going_on:
             raise EaseError("classifier_weight is for exits that going_on names: name one, or leave the weight at 0")
         if self.classifier_weight and self.objective.teacher:
@@ -204,7 +206,9 @@ class PhaseOptions:
         own["lr"] = self.lr if lr is None else lr
         own["max_epochs"] = max(1, round(share * self.max_epochs))
         own["max_flops"] = self.max_flops and share * self.max_flops
-        own["span"] = self.span if after is None else (after, min(1.0, after + share))
+        begin, width = self.span[0], self.span[1] - self.span[0]
+        if after is not None:
+            own["span"] = (begin + after * width, begin + min(1.0, after + share) * width)
         return PhaseOptions(**own)
 
     def lr_factor(self, progress: float) -> float:

@@ -49,14 +49,20 @@ class Drafter:
         pays = {k: (1 - p**k) / (1 - p) / (k * self.exit + above) for k in range(1, LONGEST_DRAFT + 1)}
         return min(max(left), max(pays, key=lambda k: pays[k]))
 
-    def round(self) -> float:
-        """Drafts and checks once; the tokens that a running row has gained, on average."""
+    def round(self, *, together: bool = False) -> tuple[float, float]:
+        """Drafts and checks once; the tokens that a running row has gained, on average, and that it could have.
+
+        Args:
+            together: every row takes as many tokens as the one that takes fewest.
+        """
         rows, had = int(self.request.running.sum()), sum(map(len, self.request.found))
-        drafted, accepted, refused = self.request.draft_and_check(self.exit, self.length, self.draft_confidence)
+        drafted, accepted, refused = self.request.draft_and_check(
+            self.exit, self.length, self.draft_confidence, together=together
+        )
         self.counts.drafted, self.counts.accepted = self.counts.drafted + drafted, self.counts.accepted + accepted
         # What comes after a refused draft was never asked.
         self.kept, self.asked = 0.8 * self.kept + accepted, 0.8 * self.asked + accepted + refused
-        return (sum(map(len, self.request.found)) - had) / rows
+        return (sum(map(len, self.request.found)) - had) / rows, (accepted + refused) / rows
 
 
 def draft(request: Request, draft_exit: int | Literal["auto"], draft_confidence: float) -> Drafts:
@@ -73,16 +79,18 @@ def draft(request: Request, draft_exit: int | Literal["auto"], draft_confidence:
     exits = Policy.own(request.model).exits or request.model.early_exits
     drafters = {exit: Drafter(request, counts, exit, draft_confidence) for exit in exits}
     for exit, drafter in drafters.items():
-        spent, made = 0.0, 0.0
+        spent, made, possible = 0.0, 0.0, 0.0
         for _ in range(ROUNDS):
             if not bool(request.running.any()):
                 return counts
             at = time.perf_counter()
-            made += drafter.round()
+            # Rows that stand in one place decode faster, should full decoding be what is picked.
+            took, could = drafter.round(together=True)
+            made, possible = made + took, possible + could
             spent += time.perf_counter() - at
             if spent - full * made > allowance:  # what this exit has cost beyond full decoding
                 break
-        pace[exit] = spent / max(1e-9, made)
+        pace[exit] = spent / max(1e-9, possible)
         allowance -= max(0.0, spent - full * made)
         if allowance <= 0:
             return counts
@@ -92,7 +100,7 @@ def draft(request: Request, draft_exit: int | Literal["auto"], draft_confidence:
     counts.exit = best
     made, at = 0.0, time.perf_counter()
     while bool(request.running.any()):
-        made += drafters[best].round()
+        made += drafters[best].round()[0]
         if time.perf_counter() - at - full * made > allowance:  # the text has become harder to draft
             counts.exit = None
             break

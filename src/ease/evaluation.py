@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ease.confidence import max_probability
 from ease.errors import EaseError
-from ease.exits import HEAD_CHUNK, Policy, walk
+from ease.exits import HEAD_CHUNK, Policy, Stop, walk
 from ease.flops import classifier_flops, exit_flops, run_flops
-from ease.seam import IGNORE, Batch, ExitModel, eval_mode
+from ease.seam import IGNORE, Batch, ExitModel, Layout, eval_mode
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,14 @@ def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None 
     return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])
 
 
+def stop_flops(model: ExitModel, stop: Stop, policy: Policy, last: int, layout: Layout | None = None) -> int:
+    """FLOPs of a stop of a walk that ends at layer `last`: the layers since the stop before, heads and classifiers."""
+    flops = run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
+    if policy.confidence == "classifier" and stop.layer < last:
+        flops += classifier_flops(model.config, len(stop.confidence))
+    return flops + exit_flops(model.config, stop.heads, stop.layer)
+
+
 @torch.no_grad()
 def score(
     model: ExitModel,
@@ -142,10 +150,7 @@ def score(
             model.check_ids(y[y != IGNORE], model.config.outputs)
             columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
             for stop in walk(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
-                flops += run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
-                flops += exit_flops(model.config, stop.heads, stop.layer)
-                if policy.confidence == "classifier" and stop.layer < end:
-                    flops += classifier_flops(model.config, len(stop.confidence))
+                flops += stop_flops(model, stop, policy, end, layout)
                 if stop.read is not None:
                     confidence = stop.confidence[stop.leaves]
                     exits = torch.full_like(confidence, stop.layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -115,9 +115,9 @@ def figures(
     leaving = final.policy.exits
     points = []
     if leaving:
-        confidences = {e: score(final.model, val, last=e).confidences for e in leaving}
+        confidences = {e: score(final.model, val, everyone(final.policy, e)).confidences for e in leaving}
         for share in SWEEP:
-            policy = Policy(leaving, tuple(sending(confidences[e], 1 - share) for e in leaving))
+            policy = replace(final.policy, thresholds=tuple(sending(confidences[e], 1 - share) for e in leaving))
             point = score(final.model, test, policy).figures(hard.get("test"), depth)
             points.append({"thresholds": list(policy.thresholds), **point})
     watch.step(1.0)
@@ -143,13 +143,20 @@ def figures(
             "exits": [
                 {
                     "layer": e,
-                    **score(final.model, test, last=e).reliability(),
+                    **score(final.model, test, everyone(final.policy, e)).reliability(),
                     "auroc": auroc(*seen.view(e)) if e in leaving else None,
                 }
                 for e in (*leaving, final.model.num_layers)
             ],
         },
     }
+
+
+def everyone(policy: Policy, exit: int) -> Policy:
+    """Everyone leaves at the exit, with the confidence that the policy's measure has there; at the last one as ever."""
+    if exit not in policy.exits:
+        return Policy()
+    return Policy((exit,), (sending(None, 0.0),), policy.confidence, policy.patience)
 
 
 def sending(confidences: Any, share: float) -> float:
@@ -205,14 +212,15 @@ def decoding(line: Line, test: TokenBatches, watch: Callable[[str], Watch]) -> d
 @torch.no_grad()
 def explorer(line: Line, corpus: Corpus, test: TokenBatches, points: list[dict[str, Any]]) -> dict[str, Any]:
     """Routed runs over a few held-out sequences, token by token."""
-    model = line.model.eval()
+    model = copy.copy(line.model.eval())
+    model.policy_options = line.policy.options
     device = next(model.parameters()).device
     rows = max(1, min(EXPLORER_TOKENS // test.seq_len, len(test.windows)))
     windows = test.windows[:rows].long().to(device)
     x, y = windows[:, :-1], windows[:, 1:]
     runs = []
     for point in points or [{"thresholds": []}]:
-        policy = Policy(line.policy.exits, tuple(point["thresholds"]))
+        policy = replace(line.policy, thresholds=tuple(point["thresholds"]))
         routed = route(model, x, policy.exits, policy.thresholds or 0.0)
         top = routed.logits.softmax(-1).topk(MATCH)
         losses = torch.nn.functional.cross_entropy(routed.logits.flatten(0, 1), y.flatten(), reduction="none").cpu()

@@ -53,6 +53,7 @@ class GatedConfig(PhaseOptions):
             raise EaseError(f"classifier_weight must be above 0, got {self.classifier_weight}: it is what chooses")
         if not 0 <= self.first_share < 1:
             raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs some of the limits")
+        self.gates()
 
     @property
     def num_layers(self) -> int:
@@ -124,5 +125,6 @@ class Gated:
             scores = score(model, val, Policy(self.config.exits[:number], (*thresholds, 1e-9), "classifier"))
             quantile = Quantile()
             quantile.add(scores.confidences[scores.exits == exit])
-            thresholds, flops = (*thresholds, quantile(share)), flops + scores.flops
+            # Where a threshold on the way is a tie nobody may arrive.
+            thresholds, flops = (*thresholds, quantile(share) if quantile.count else 1.0), flops + scores.flops
         return Policy(self.config.exits, thresholds, "classifier"), flops

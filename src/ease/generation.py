@@ -185,11 +185,14 @@ class Request:
         tokens[answers], _ = self.draw(logits[answers], seen)
         self.take(tokens[:, None], exits[:, None], confidences[:, None], answers.long())
 
-    def draft_and_check(self, exit: int, length: int, draft_confidence: float) -> tuple[int, int, int]:
+    def draft_and_check(
+        self, exit: int, length: int, draft_confidence: float, *, together: bool = False
+    ) -> tuple[int, int, int]:
         """One round of exact decoding: up to `length` tokens drafted at `exit`, then checked by the layers above.
 
         A row stops drafting after a token less confident than `draft_confidence`. Returns tokens drafted and accepted,
-        and rows of which one was refused.
+        and rows of which one was refused. `together`: no row takes more tokens than another, so that all stand in one
+        place if they did before.
         """
         model, start = self.model, self.cache.length
         B, last, drafting, tokens = len(start), model.num_layers, self.running.clone(), self.current
@@ -230,6 +233,8 @@ class Request:
         # Agreement counts up to the first token that differs, which is replaced by what full decoding says.
         leading = accepted.long().cumprod(1).sum(1)
         counts = torch.minimum(leading + 1, mine.sum(1))
+        if together:  # what is left out will be the same, or as likely, when it is decoded again
+            counts = counts.clamp(max=int(counts[counts > 0].min()))
         self.cache.cut(start + counts.cpu().numpy())
         self.take(answer, torch.full_like(answer, exit), torch.stack(sure, 1), counts)
         return int(mine.sum()), int(leading.sum()), int((leading < mine.sum(1)).sum())

@@ -19,7 +19,7 @@ import torch
 from ease.confidence import kind
 from ease.errors import EaseError, needs, told
 from ease.evaluation import score
-from ease.flops import exit_flops, layer_flops, real_pairs
+from ease.flops import classifier_flops, exit_flops, layer_flops, real_pairs
 from ease.machine import choose_device
 from ease.seam import IGNORE, Batch, Layout
 
@@ -152,6 +152,8 @@ class EaseLM(HFLM):  # type: ignore[misc]
             # Every token is asked at every exit, by some measures without the head until it leaves.
             asked = exits >= layer if kind(policy.confidence).needs_head else exits == layer
             self.flops += exit_flops(config, int(asked.sum()), layer)
+            if policy.confidence == "classifier":
+                self.flops += classifier_flops(config, int((exits >= layer).sum()))
         # At the end only the one whose successor is wanted is asked, the last of its row.
         self.flops += exit_flops(config, int((exits[:, -1] == last).sum()), last)
         self.processed += int(layout.real.sum())

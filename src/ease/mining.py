@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, check_seed
+from ease.evaluation import stop_flops
 from ease.exits import Policy, Stop, walk
-from ease.flops import exit_flops, run_flops
+from ease.flops import run_flops
 from ease.seam import Batch, ExitModel, Layout, eval_mode
 from ease.trainer import Batches, re_iterable
 
@@ -194,10 +195,9 @@ class MinedBatches:
     @torch.no_grad()
     def _mine(self, x: Tensor, layout: Layout | None) -> tuple[Stop, float]:
         """The stop at the mined exit and the FLOPs to get there; tokens that left before are not in `arrived`."""
-        flops, config = 0.0, self.model.config
+        flops = 0.0
         for stop in walk(self.model, x, self.policy, layout=layout, last=self.layer):
-            flops += run_flops(config, stop.layer - stop.first + 1, stop.arrived, layout)
-            flops += exit_flops(config, stop.heads, stop.layer)
+            flops += stop_flops(self.model, stop, self.policy, self.layer, layout)
         if stop.layer < self.layer:  # every token of the batch left earlier
             nobody = torch.zeros_like(stop.arrived)
             stop = stop._replace(layer=self.layer, arrived=nobody, asked=nobody, confidence=stop.confidence[:0])

@@ -203,7 +203,10 @@ class StandardTransformer(ExitModel):
         if str(exit) not in self.exit_classifiers:
             raise EaseError(f"exit {exit} has no classifier: train one (ease.learn_agreement), or use another measure")
         # On the exit's norm alone: an adapter in front of the head would cost more than the classifier.
-        odds: Tensor = self.exit_classifiers[str(exit)](self.exit_norms[exit - 1](state))
+        normed = self.exit_norms[exit - 1](state)
+        classifier: Any = self.exit_classifiers[str(exit)]
+        kind = torch.promote_types(normed.dtype, torch.float32)  # in half precision many tokens would be equally sure
+        odds = F.linear(normed.to(kind), classifier.weight.to(kind), classifier.bias.to(kind))
         return odds.squeeze(-1).sigmoid()
 
     def set_classifiers(self, weights: Mapping[int, Tensor]) -> None:

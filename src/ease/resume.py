@@ -144,14 +144,19 @@ class Checkpoint:
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Of torch's generators, the CPU's and the device's."""
     kinds = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
+    if device.type == "cuda":
+        kinds[str(device)] = torch.cuda.get_rng_state(device)
+    elif device.type != "cpu":
         kinds[device.type] = getattr(torch, device.type).get_rng_state()
     return kinds
 
 
 def set_random_state(kinds: Mapping[str, Tensor]) -> None:
     for kind, state in kinds.items():
-        (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(state)
+        if kind.startswith("cuda"):
+            torch.cuda.set_rng_state(state, kind)
+        else:
+            (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(state)
 
 
 def digest(*parts: object) -> str:
@@ -161,8 +166,13 @@ def digest(*parts: object) -> str:
         if isinstance(part, Tensor):
             sha.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
-            sha.update(re.sub(" at 0x[0-9a-f]+", "", repr(part)).encode())  # of an object its address says nothing
+            sha.update(lasting(part).encode())
     return sha.hexdigest()
+
+
+def lasting(value: object) -> str:
+    """Its `repr` without addresses, which are others in the next process."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -177,7 +187,14 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    text, partial = json.dumps(_apart(state, tensors)), path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
+    try:
+        text = json.dumps(_apart(state, tensors))
+    except TypeError as error:
+        raise EaseError(
+            f"training cannot be kept in {path} ({error}): "
+            "let the state_dict of your batches hold tensors, numbers and strings, under strings"
+        ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"state": text})

@@ -262,7 +262,7 @@ class Workshop:
         train_batches: TokenBatches,
     ) -> Line:
         """One more phase on all tokens, up to `flops` in all."""
-        endless = replace(options, patience=None, max_epochs=10**6, max_flops=flops - before.total)
+        endless = replace(options, patience=None, max_epochs=10**6, max_flops=flops - before.total, span=(0.0, 1.0))
         phase = Phase(name, config, train_batches, self.batches("val"), endless)
         torch.manual_seed(self.config.seed)
         trainer = Trainer(config, model.config.outputs, self.device)

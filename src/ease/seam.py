@@ -145,7 +145,11 @@ class ExitModel(nn.Module, ABC):
         """The state (..., D) as exit `exit` hands it to the shared head."""
 
     def agreement(self, state: Tensor, exit: int) -> Tensor:
-        """State (..., D) -> how likely it is that exit `exit` agrees with the last one (...), in [0, 1]."""
+        """State (..., D) -> how sure the exit's classifier is (...), in [0, 1].
+
+        What it foretells is what it was taught: that the exit agrees with the last one (`learn_agreement`), or the
+        probability that it gives what comes (`TrainingConfig.classifier_weight`).
+        """
         raise EaseError("this model has no classifier at its exits: use another measure of confidence")
 
     def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:

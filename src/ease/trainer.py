@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +444,9 @@ def snapshot(model: ExitModel) -> dict[str, Tensor]:
 
 def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
     """Tells a phase from others: its plan, the model's shape and what is frozen of it, x of a validation batch."""
-    plan = (phase.name, phase.config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
+    # A mined threshold is found again, and on another machine not to the bit.
+    config = replace(phase.config, routing_threshold=0.0)
+    plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
     frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
     return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
 

@@ -8,6 +8,7 @@ written once more, on a copy of its weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ease.modules.ffn import FFN
 from ease.modules.light import rms_norm
 
 MOST = 1_000_000  # numbers in a layer: beyond, the products take the time, and a copy of the weights much memory
+LONG = 256  # tokens at a time, from which on a product gains nothing by it: a prompt alone makes no copy
 KINDS = (TransformerBlock, Attention, FFN, nn.Linear, nn.RMSNorm, nn.Identity)
 
 
@@ -48,14 +50,20 @@ def packed(layer: Any) -> Callable[[Tensor, CachedPlan], Tensor]:
     def lay(*parts: nn.Linear) -> Tensor:
         return torch.cat([part.weight.detach() for part in parts]).t().contiguous()
 
-    qkv, out = lay(attention.q_proj, attention.k_proj, attention.v_proj), lay(attention.o_proj)
-    gate_up, down = lay(ffn.gate_proj, ffn.up_proj), lay(ffn.down_proj)
+    @cache
+    def laid() -> tuple[Tensor, ...]:
+        return (
+            *(lay(attention.q_proj, attention.k_proj, attention.v_proj), lay(attention.o_proj)),
+            *(lay(ffn.gate_proj, ffn.up_proj), lay(ffn.down_proj)),
+        )
+
     before_attention, before_ffn = rms_norm(layer.attention_norm), rms_norm(layer.ffn_norm)
 
     def run(x: Tensor, plan: CachedPlan) -> Tensor:
         # A gradient would end at the copy, and what autocast makes of a product is not for the sum after it.
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.shape[1] > LONG:
             return plain(x, plan)
+        qkv, out, gate_up, down = laid()
         h = before_attention(x[0])
         if plan.asking is None:
             a = x[0]
