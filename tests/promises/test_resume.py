@@ -425,9 +425,10 @@ def test_tuning_goes_on_from_its_checkpoint(recipe: str, whole: Path, tmp_path: 
 
 
 COMMAND = """
-import os, sys
+import os, signal, sys
 from ease import cli, resume, runs
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
 resume.EVERY = 0
 left, signum = int(sys.argv[1]), int(sys.argv[2])
 
