@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ease.errors import EaseError
-from ease.exits import Policy
+from ease.exits import Policy, exits_named
 from ease.losses import Objective, objective_named
 from ease.seam import ExitModel
 from ease.trainer import Data, Phase, PhaseOptions, TrainingConfig
@@ -48,7 +48,7 @@ class EarlyExitConfig(PhaseOptions):
 
     @property
     def exits(self) -> tuple[int, ...]:
-        return (self.exit_layer,) if isinstance(self.exit_layer, int) else tuple(self.exit_layer)
+        return exits_named(self.exit_layer)
 
     @property
     def weights(self) -> tuple[float, ...]:

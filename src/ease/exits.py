@@ -21,6 +21,11 @@ from ease.seam import ExitModel, Layout
 HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
 
 
+def exits_named(exit_layer: int | Sequence[int]) -> tuple[int, ...]:
+    """One exit or several, as the core option names them."""
+    return (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
+
+
 @dataclass(frozen=True)
 class Policy:
     """Which exits tokens may take, and the confidence that each asks for.
@@ -95,7 +100,7 @@ class Policy:
 
         `options` are the further fields.
         """
-        exits = (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
+        exits = exits_named(exit_layer)
         thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
         return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
 

@@ -17,7 +17,7 @@ import torch
 
 from ease.errors import EaseError
 from ease.evaluation import score
-from ease.exits import Policy
+from ease.exits import Policy, exits_named
 from ease.mining import Quantile, check_ratio
 from ease.models import StandardTransformer
 from ease.seam import ExitModel
@@ -62,7 +62,7 @@ class GatedConfig(PhaseOptions):
 
     @property
     def exits(self) -> tuple[int, ...]:
-        return (self.exit_layer,) if isinstance(self.exit_layer, int) else tuple(self.exit_layer)
+        return exits_named(self.exit_layer)
 
     @property
     def shares(self) -> tuple[float, ...]:
