@@ -104,6 +104,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
     opened = {"shallow_layers": brick, "deep_layers": deep}
     finished = f"{deep} layers, nine tenths"
     tuned = partial(make, ease.TuneConfig, exits=(brick,))
+    grown = {most: "progressive growth, deeper", deep: "progressive growth"}  # one, where they are as deep
     return {
         **plain(scale),
         finished: Line(make(ease.StandardConfig, num_layers=deep), share=0.9),
@@ -115,8 +116,12 @@ def rivals(scale: Scale) -> dict[str, Line]:
         "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
         # Its first layer has no loss, so that its first exit is the second layer's.
         "LayerSkip": Line(make(ease.LayerSkipConfig, num_layers=max(3, deep), exit_layer=2, routing_threshold=0.0)),
-        "stacking": Line(make(ease.StackingConfig, layers=(brick, deep))),
-        "stacking, with exit": Line(make(ease.StackingConfig, layers=(brick, deep), exit_weight=0.5)),
+        **{
+            name: Line(make(ease.StackingConfig, layers=tuple(k for k in scale.depths if k <= layers)))
+            for layers, name in grown.items()
+        },
+        "stacking": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy")),
+        "stacking, with exit": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy", exit_weight=0.5)),
         "open growth": Line(make(ease.OpenGrowthConfig, **opened)),
         "open growth from the start": Line(make(ease.OpenGrowthConfig, **opened, first_share=0.0)),
         "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),

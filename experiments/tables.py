@@ -75,8 +75,8 @@ def notes(data: dict[str, Any]) -> list[str]:
         f"{lab['corpus']} (tokens: {text}), vocabulary {lab['vocab_size']:,}, dim {lab['dim']}, {lab['heads']} heads, "
         f"sequences of {lab['seq']}, batches of {lab['batch']}, {'tied' if lab['tie_embeddings'] else 'untied'} head, "
         f"dropout {lab['dropout']:g}; {lab['budget']:.3g} training FLOPs for every line{less}; learning rates "
-        f"{', '.join(f'{lr:g}' for lr in lab['lrs'])} tried with the first seed and chosen on validation, cosine "
-        f"schedule in each phase; seeds {seeds}.",
+        f"{', '.join(f'{lr:g}' for lr in lab['lrs'])} tried with the first seed and chosen on validation, a cosine "
+        f"schedule in each phase, or one through all where the strategy has it so; seeds {seeds}.",
         f"In brackets: 95% intervals over {len(data['seeds'])} seeds (Student's t), differences paired by seed; none "
         "is corrected for the number of rows."
         if several

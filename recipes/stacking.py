@@ -1,4 +1,4 @@
-"""Progressive stacking: two layers, then four of which the upper two start as copies, all of them learning."""
+"""Progressive growth: two layers, then four, all of them learning under one schedule."""
 
 from ease import StackingConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig

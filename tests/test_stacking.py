@@ -1,4 +1,4 @@
-"""Progressive stacking: phases of growing depth on all tokens, copies on top, and everything learning."""
+"""Progressive growth: phases of growing depth on all tokens under one schedule, and everything learning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ease import Data, EaseError, Policy, StackingConfig, StandardTransformer, train
+from ease.trainer import PhaseOptions
 
 Make = Callable[..., StandardTransformer]
 
@@ -24,7 +25,7 @@ def test_every_phase_is_deeper_and_learns_with_all_layers(tiny: Make, text_data:
     assert [phase.name for phase, _ in runs] == ["phase 1", "phase 2", "phase 3"]
     assert [phase.config.weights for phase, _ in runs] == [{1: 1.0}, {2: 1.0}, {4: 1.0}]
     assert all((phase.train, phase.val, phase.first) == (data.train, data.val, 1) for phase, _ in runs)
-    assert [phase.options.max_epochs for phase, _ in runs] == [2, 2, 2]
+    assert [phase.options.max_epochs for phase, _ in runs] == [1, 2, 3], "in proportion to depth"
     losses = [history.rows[-1]["val_loss"] for _, history in runs]
     assert losses == sorted(losses, reverse=True)
     for before, after in zip(weights, weights[1:]):
@@ -64,10 +65,20 @@ def test_exits_keep_a_loss_where_they_have_a_weight(tiny: Make, text_data: Calla
 
 
 def test_phases_share_the_limits_as_told() -> None:
-    config = plan(shares=(0.5, 0.3, 0.2), max_flops=100.0, later_lr=1e-3)
+    config = plan(shares=(0.5, 0.3, 0.2), max_flops=100.0)
     assert [config.options(phase).max_flops for phase in range(3)] == pytest.approx([50.0, 30.0, 20.0])
-    assert [config.options(phase).lr for phase in range(3)] == [5e-3, 1e-3, 1e-3]
-    assert [plan().options(phase).lr for phase in range(3)] == [5e-3] * 3
+    assert [plan(max_flops=70.0).options(phase).max_flops for phase in range(3)] == pytest.approx([10.0, 20.0, 40.0])
+
+
+def test_one_schedule_goes_through_all_phases() -> None:
+    config = plan(shares=(0.5, 0.3, 0.2), schedule="cosine", warmup=0.1)
+    phases, whole = [config.options(phase) for phase in range(3)], PhaseOptions(schedule="cosine", warmup=0.1)
+    at = [(phase.lr_factor(0.0), phase.lr_factor(1.0)) for phase in phases]
+    for (_, end), (begin, _) in zip(at, at[1:]):
+        assert end == pytest.approx(begin)
+    assert at[0][0] == whole.lr_factor(0.0)
+    assert at[0][1] == pytest.approx(whole.lr_factor(0.5))
+    assert at[-1][1] == pytest.approx(whole.lr_factor(1.0))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +91,8 @@ def test_phases_share_the_limits_as_told() -> None:
         ({"shares": (0.5, 0.4, 0.2)}, "sum to 1"),
         ({"shares": (0.5, 0.5, 0.0)}, "one above 0"),
         ({"exit_weight": 1.0}, r"exit_weight must lie in \[0, 1\)"),
-        ({"grow_init": "zero"}, "grow_init must be copy or identity"),
+        ({"grow_init": "zero"}, "grow_init must be identity or copy"),
         ({"exit_weight": 0.5, "routing_threshold": 1.5}, r"must lie in \[0, 1\]"),
-        ({"later_lr": 0.0}, "lr must be above 0"),
     ],
 )
 def test_bad_plans_are_refused_in_one_sentence(options: dict[str, Any], fix: str) -> None:

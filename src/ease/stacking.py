@@ -1,8 +1,10 @@
-"""Progressive stacking: a shallow model is trained, its layers are copied on top of it, and all learn on.
+"""Progressive growth: a shallow model is trained, new layers are put on top of it, and all learn on.
 
-Gong et al. 2019 (Efficient Training of BERT by Progressively Stacking, ICML): nothing is frozen, every token trains in
-every phase, and the loss is on the last layer. By choice the last layers of earlier phases keep a loss, so that tokens
-may leave there.
+Nothing is frozen, every token trains in every phase, the loss is on the last layer, and one schedule goes through all
+phases: most of the FLOPs of a deep model's first steps are spent on layers that have nothing to learn from yet. New
+layers hand their input through at first, or start as copies of those below (Gong et al. 2019, Efficient Training of
+BERT by Progressively Stacking, ICML). By choice the last layers of earlier phases keep a loss, so that tokens may
+leave there.
 """
 
 from __future__ import annotations
@@ -19,16 +21,14 @@ from ease.trainer import Data, Phase, PhaseOptions, TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StackingConfig(PhaseOptions):
-    """Two or more phases; the limits on epochs and FLOPs are those of all together."""
+    """Two or more phases; the limits on epochs and FLOPs and the schedule are those of all together."""
 
     layers: tuple[int, ...] = (2, 4)
     """Depth of the model in each phase."""
     shares: tuple[float, ...] = ()
-    """Share of the limits that each phase takes, 1 in all (the same for each by default)."""
-    grow_init: Literal["copy", "identity"] = "copy"
+    """Share of the limits that each phase takes, 1 in all (in proportion to its depth by default)."""
+    grow_init: Literal["identity", "copy"] = "identity"
     """How new layers start."""
-    later_lr: float | None = None
-    """Learning rate of later phases (lr by default)."""
     exit_weight: float = 0.0
     """Weight, below 1, of the losses at the last layers of earlier phases together; above 0 tokens may leave there."""
     routing_threshold: float = 0.9
@@ -41,7 +41,7 @@ class StackingConfig(PhaseOptions):
         shares = self.shares
         if shares and (len(shares) != len(self.layers) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
             raise EaseError(f"shares must be one above 0 per phase and sum to 1, got {list(shares)}")
-        check_choice("grow_init", self.grow_init, ("copy", "identity"))
+        check_choice("grow_init", self.grow_init, ("identity", "copy"))
         if not 0 <= self.exit_weight < 1:
             raise EaseError(f"exit_weight must lie in [0, 1), got {self.exit_weight}: the last layer needs some")
         self.training(1)
@@ -61,8 +61,8 @@ class StackingConfig(PhaseOptions):
 
     def options(self, phase: int) -> PhaseOptions:
         """How a phase learns, counted from 0."""
-        share = self.shares[phase] if self.shares else 1 / len(self.layers)
-        return self.part(share, self.later_lr if phase else None)
+        shares = self.shares or [depth / sum(self.layers) for depth in self.layers]
+        return self.part(shares[phase], after=sum(shares[:phase]))
 
     def strategy(self) -> Stacking:
         return Stacking(self)
