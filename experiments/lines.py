@@ -182,7 +182,7 @@ class Progress(NamedTuple):
     done: dict[tuple[str, int], Row]
     """(line, seed) -> the row at the learning rate that validation chose."""
     todo: list[Task]
-    """What can be trained now."""
+    """What can be trained now, line by line, so that a plan that is stopped has finished lines to show."""
     kept: int
     """Rows of the plan that there are."""
     failed: set[str]
@@ -276,7 +276,7 @@ class Plan:
                     if open_ or not good:
                         break  # the other seeds wait for the choice
                     lrs = (done[name, seed]["lr"],)
-        return Progress(done, sorted(todo, key=lambda task: seeds.index(task.seed)), kept, failed)
+        return Progress(done, todo, kept, failed)
 
     def finished(self, seeds: Sequence[int]) -> list[str]:
         """The lines that are finished with every seed."""

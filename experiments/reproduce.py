@@ -98,7 +98,7 @@ def plain(scale: Scale) -> dict[str, Line]:
 
 
 def rivals(scale: Scale) -> dict[str, Line]:
-    """Every strategy; what others stand on comes first."""
+    """Every strategy, those that tell most first; what others stand on comes before them."""
     brick, deep, most = scale.depths[0], scale.deep, scale.depths[-1]
     joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
     opened = {"shallow_layers": brick, "deep_layers": deep}
@@ -107,31 +107,31 @@ def rivals(scale: Scale) -> dict[str, Line]:
     grown = {most: "progressive growth, deeper", deep: "progressive growth"}  # one, where they are as deep
     return {
         **plain(scale),
-        finished: Line(make(ease.StandardConfig, num_layers=deep), share=0.9),
         "ASHEM": Line(grow(deep), on=BASE),
-        "N-stage": Line(partial(stages, tuple(range(brick, most + 1))), on=BASE),
-        "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=most)),
-        "deep supervision, by depth": Line(make(ease.DeepSupervisionConfig, num_layers=most, weighting="depth")),
-        "early exit": Line(make(ease.EarlyExitConfig, **joint)),
-        "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
-        # Its first layer has no loss, so that its first exit is the second layer's.
-        "LayerSkip": Line(make(ease.LayerSkipConfig, num_layers=max(3, deep), exit_layer=2, routing_threshold=0.0)),
         **{
             name: Line(make(ease.StackingConfig, layers=tuple(k for k in scale.depths if k <= layers)))
             for layers, name in grown.items()
         },
+        "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
+        "early exit": Line(make(ease.EarlyExitConfig, **joint)),
+        "open growth": Line(make(ease.OpenGrowthConfig, **opened)),
+        "N-stage": Line(partial(stages, tuple(range(brick, most + 1))), on=BASE),
+        finished: Line(make(ease.StandardConfig, num_layers=deep), share=0.9),
+        "tuned exit": Line(tuned(), on=finished),
+        "tuned exit, distilled": Line(tuned(objective="distillation"), on=finished),
         "stacking": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy")),
         "stacking, with exit": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy", exit_weight=0.5)),
-        "open growth": Line(make(ease.OpenGrowthConfig, **opened)),
-        "open growth from the start": Line(make(ease.OpenGrowthConfig, **opened, first_share=0.0)),
-        "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
-        "gated from the start": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick, first_share=0.0)),
         "gated, an exit per layer": Line(
             make(ease.GatedConfig, deep_layers=most, exit_layer=tuple(range(brick, most)))
         ),
+        "gated from the start": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick, first_share=0.0)),
+        "open growth from the start": Line(make(ease.OpenGrowthConfig, **opened, first_share=0.0)),
+        "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
+        # Its first layer has no loss, so that its first exit is the second layer's.
+        "LayerSkip": Line(make(ease.LayerSkipConfig, num_layers=max(3, deep), exit_layer=2, routing_threshold=0.0)),
+        "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=most)),
+        "deep supervision, by depth": Line(make(ease.DeepSupervisionConfig, num_layers=most, weighting="depth")),
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
-        "tuned exit": Line(tuned(), on=finished),
-        "tuned exit, distilled": Line(tuned(objective="distillation"), on=finished),
         **{f"{name}, no head asked": Line(headless, on=name) for name in HEADLESS},
     }
 
