@@ -64,14 +64,14 @@ class Part:
 def lines(shape: Shape) -> dict[str, list[Part]]:
     """Line -> its phases, set up as the front's lines are."""
     L, E = shape.layers, shape.brick
-    exits = {"num_layers": L, "exit_layer": E}
+    exits, by_depth = {"num_layers": L, "exit_layer": E}, (E / (E + L), L / (E + L))
     planned: dict[str, tuple[Any, Sequence[float]]] = {
         "deep supervision": (ease.DeepSupervisionConfig(num_layers=L), (1.0,)),
         "early exit": (ease.EarlyExitConfig(**exits), (1.0,)),
         "early exit, distilled": (ease.EarlyExitConfig(**exits, objective="both"), (1.0,)),
         "LayerSkip": (ease.LayerSkipConfig(**exits), (1.0,)),
-        "stacking": (ease.StackingConfig(layers=(E, L)), (0.5, 0.5)),
-        "stacking, with exit": (ease.StackingConfig(layers=(E, L), exit_weight=0.5), (0.5, 0.5)),
+        "progressive growth": (ease.StackingConfig(layers=(E, L)), by_depth),
+        "stacking, with exit": (ease.StackingConfig(layers=(E, L), grow_init="copy", exit_weight=0.5), by_depth),
         "open growth": (ease.OpenGrowthConfig(shallow_layers=E, deep_layers=L), (0.5, 0.5)),
         "gated": (ease.GatedConfig(deep_layers=L, exit_layer=E), (0.3, 0.7)),
         "discriminative": (ease.DiscriminativeConfig(num_layers=L), (1.0,)),
@@ -151,7 +151,7 @@ def inference(shape: Shape, *, headless: bool = False) -> float:
     return (layers + asked + head_flops(config, stay)) / T
 
 
-WHOLE = ("stacking", "discriminative")
+WHOLE = ("progressive growth", "discriminative")
 """Lines without an exit."""
 
 

@@ -61,7 +61,7 @@ SCALES = {
         sizes(128, 2e14, lrs=(3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6
     ),
     "words": Scale({"lrs": (5e-3, 1e-2)}, None, depths=(2, 3, 4), deep=4),
-    "bpe": Scale(sizes(64, 8e12, lrs=(1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
+    "bpe": Scale(sizes(64, 2e12, lrs=(1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
 }
 
 

@@ -199,6 +199,7 @@ def trained(config: object, text: torch.Tensor) -> list[float]:
         "deep supervision": ease.DeepSupervisionConfig(num_layers=4, max_epochs=1),
         "early exit": ease.EarlyExitConfig(num_layers=4, exit_layer=2, max_epochs=1),
         "early exit, distilled": ease.EarlyExitConfig(num_layers=4, exit_layer=2, objective="both", max_epochs=1),
+        "progressive growth": ease.StackingConfig(layers=(2, 4), max_epochs=2),
         "stacking, with exit": ease.StackingConfig(layers=(2, 4), exit_weight=0.5, max_epochs=2),
         "open growth": ease.OpenGrowthConfig(shallow_layers=2, deep_layers=4, max_epochs=2),
         "discriminative": ease.DiscriminativeConfig(num_layers=4, max_epochs=1),
