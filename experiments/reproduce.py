@@ -104,6 +104,9 @@ def rivals(scale: Scale) -> dict[str, Line]:
     opened = {"shallow_layers": brick, "deep_layers": deep}
     finished = f"{deep} layers, nine tenths"
     tuned = partial(make, ease.TuneConfig, exits=(brick,))
+    *below, under, _ = scale.depths  # the exit lies under the last of them
+    grown_first = {"deep_layers": most, "exit_layer": under, "growth": tuple(below), "going_on": 0.3}
+    grown_first["first_share"] = 1 - most / sum(scale.depths)
     grown = {most: "progressive growth, deeper", deep: "progressive growth"}  # one, where they are as deep
     return {
         **plain(scale),
@@ -113,6 +116,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
             for layers, name in grown.items()
         },
         "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
+        "gated, grown": Line(make(ease.GatedConfig, **grown_first)),
         "early exit": Line(make(ease.EarlyExitConfig, **joint)),
         "open growth": Line(make(ease.OpenGrowthConfig, **opened)),
         "N-stage": Line(partial(stages, tuple(range(brick, most + 1))), on=BASE),

@@ -39,6 +39,25 @@ def test_two_phases_of_one_schedule_and_every_token_counts_alike(done: Any) -> N
     assert two.weights == {1: pytest.approx(0.5), 2: pytest.approx(0.4), 3: pytest.approx(0.1)}
 
 
+def test_the_brick_grows_up_to_the_exit_under_the_same_schedule(tiny: Make, text_data: Callable[..., Data]) -> None:
+    config = plan(exit_layer=2, growth=(1,), first_share=0.6, max_epochs=10, max_flops=1e12)
+    data, model, depths = text_data(2, 1), tiny(1), []
+    strategy = config.strategy()
+    phases = []
+    while phase := strategy.next_phase(model, data):
+        phases.append(phase)
+        depths.append(model.num_layers)
+    assert depths == [1, 2, 3]
+    assert [phase.name for phase in phases] == ["phase 1", "phase 2", "phase 3"]
+    assert [phase.config.weights for phase in phases[:2]] == [{1: 1.0}, {2: 1.0}]
+    assert phases[2].config.going_on == {2: 0.4}
+    assert [phase.options.max_flops for phase in phases] == pytest.approx([0.2e12, 0.4e12, 0.4e12]), "by depth"
+    spans = [end for phase in phases for end in phase.options.span]
+    assert spans == pytest.approx([0.0, 0.2, 0.2, 0.6, 0.6, 1.0])
+    assert config.num_layers == 1
+    assert strategy.policy().exits == (2,)
+
+
 def test_the_rate_goes_on_where_phase_1_left_it() -> None:
     options = plan(schedule="cosine", warmup=0.1)
     first, second = options.part(0.3, after=0.0), options.part(0.7, after=0.3)
@@ -93,6 +112,9 @@ def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) ->
         ({"exit_layer": (2, 1)}, "from shallow to deep"),
         ({"exit_layer": 3}, "must lie below the last"),
         ({"first_share": 1.0}, "phase 2 needs some of the limits"),
+        ({"growth": (1,)}, "growth must name depths below exit 1, from shallow to deep"),
+        ({"exit_layer": 2, "growth": (0,)}, "growth must name depths below exit 2"),
+        ({"exit_layer": 2, "growth": (1,), "first_share": 0.0}, "growth without a first_share"),
         ({"span": (0.5, 0.5)}, "where in the schedule the phase begins and ends"),
     ],
 )

@@ -1,11 +1,12 @@
 """Depth for the tokens that need it, in training as at inference: exits choose by a classifier that learns along.
 
-Phase 1 trains the layers up to the first exit on all tokens. Phase 2 grows the others and goes on under the same
-schedule. Of every batch's tokens each exit sends the share on that its classifier is least sure of; the others leave,
-and each token is scored once, at the exit it takes. So training does what inference will do, costs what it costs, and
-pays for one head a token. Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258) sends a share through single blocks
-by a router that is learned through its product with the block; here what chooses foretells how likely the exit's
-prediction is right, as a confidence does, and a token that has left stays out.
+The first phase trains the layers up to the first exit on all tokens, or several phases do, growing up to there. The
+last one grows the other layers and goes on under the same schedule. Of every batch's tokens each exit sends the share
+on that its classifier is least sure of; the others leave, and each token is scored once, at the exit it takes. So
+training does what inference will do, costs what it costs, and pays for one head a token. Mixture-of-Depths (Raposo et
+al. 2024, arXiv:2404.02258) sends a share through single blocks by a router that is learned through its product with the
+block; here what chooses foretells how likely the exit's prediction is right, as a confidence does, and a token that has
+left stays out.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ from ease.trainer import Batches, Data, Phase, PhaseOptions, TrainingConfig, cre
 
 @dataclass(frozen=True, kw_only=True)
 class GatedConfig(PhaseOptions):
-    """Two phases; the limits on epochs and FLOPs and the schedule are those of both together."""
+    """Two phases or more; the limits on epochs and FLOPs and the schedule are those of all together."""
 
     deep_layers: int = 4
     """Layers after growth."""
     exit_layer: int | Sequence[int] = 2
-    """The exit, or several from shallow to deep; the first of them is as deep as phase 1."""
+    """The exit, or several from shallow to deep; the first of them is where the phases on all tokens end."""
     going_on: float | Sequence[float] = 0.5
     """Of the tokens that arrive at an exit, the share in (0, 1) that goes on; one for all exits, or one per exit."""
     classifier_weight: float = 0.3
     """Weight, above 0, of what the classifiers learn, whose gradient reaches the layers too."""
     first_share: float = 0.3
-    """Share of the limits that phase 1 takes; 0: there is none, and a new model has all its layers from the start."""
+    """Share of the limits before the last phase; 0: it is the only one, and a new model has all its layers at once."""
+    growth: Sequence[int] = ()
+    """Depths that are trained before the first exit's; these phases share what `first_share` gives by their depth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +56,21 @@ class GatedConfig(PhaseOptions):
             raise EaseError(f"classifier_weight must be above 0, got {self.classifier_weight}: it is what chooses")
         if not 0 <= self.first_share < 1:
             raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs some of the limits")
+        if not self.first_share and self.growth:
+            raise EaseError("growth without a first_share: give the phases before the last some of the limits")
+        if list(self.bricks) != sorted(set(self.bricks)) or min(self.bricks, default=1) < 1:
+            raise EaseError(f"growth must name depths below exit {self.exits[0]}, from shallow to deep")
         self.gates()
 
     @property
     def num_layers(self) -> int:
         """Depth of a new model when training starts."""
-        return self.exits[0] if self.first_share else self.deep_layers
+        return (*self.bricks, self.deep_layers)[0]
+
+    @property
+    def bricks(self) -> tuple[int, ...]:
+        """Depth in each phase on all tokens."""
+        return (*self.growth, self.exits[0]) if self.first_share else ()
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -79,7 +91,7 @@ class GatedConfig(PhaseOptions):
         return TrainingConfig(layer_weights=weights, going_on=going_on, classifier_weight=self.classifier_weight)
 
     def strategy(self) -> Gated:
-        return Gated(self, done=int(not self.first_share))
+        return Gated(self)
 
 
 @dataclass
@@ -96,25 +108,29 @@ class Gated:
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
         assert isinstance(model, StandardTransformer)
-        c = self.config
-        if self.done == 2:  # inference's thresholds, found as `ease calibrate` would; no training FLOPs
+        c, number = self.config, self.done
+        bricks = c.bricks
+        if number > len(bricks):  # inference's thresholds, found as `ease calibrate` would; no training FLOPs
             self.found, _ = self.route(model, data.val)
             return None
-        depths = (c.exits[0], c.deep_layers) if self.done else (c.exits[0],)
-        if model.num_layers not in depths:
-            wanted = " or ".join(map(str, depths))
+        depth = (*bricks, c.deep_layers)[number]
+        before = bricks[number - 1] if number else bricks[0] if bricks else c.exits[0]
+        if model.num_layers not in {before, depth}:
+            wanted = " or ".join(map(str, sorted({before, depth})))
             raise EaseError(f"gated training starts from {wanted} layers but the model has {model.num_layers}")
+        if model.num_layers < depth:
+            model.grow(depth)
         self.done += 1
-        if self.done == 1:
-            options = c.part(c.first_share, after=0.0)
-            return Phase("phase 1", create_standard_config(c.exits[0]), data.train, data.val, options)
-        if model.num_layers < c.deep_layers:
-            model.grow(c.deep_layers)
+        name = f"phase {self.done}"
+        if number < len(bricks):
+            share = c.first_share / sum(bricks)
+            options = c.part(share * depth, after=share * sum(bricks[:number]))
+            return Phase(name, create_standard_config(depth), data.train, data.val, options)
         new = set(c.exits) - set(model.config.classifier_exits)
         model.set_classifiers({exit: torch.zeros(model.config.dim + 1) for exit in new})
         options = c.part(1 - c.first_share, after=c.first_share)
         route = lambda model: self.route(model, data.val)  # noqa: E731
-        return Phase("phase 2", c.gates(), data.train, data.val, options, route=route)
+        return Phase(name, c.gates(), data.train, data.val, options, route=route)
 
     def route(self, model: ExitModel, val: Batches) -> tuple[Policy, float]:
         """The policy that sends the shares of the validation tokens on, exit by exit, and the FLOPs of finding it."""
