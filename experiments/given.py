@@ -46,9 +46,7 @@ class Size:
     """How much is trained, and of a new model what."""
 
     lab: Mapping[str, Any]
-    """Settings of the lab."""
-    lrs: tuple[float, ...]
-    dim: int
+    """Settings of the lab of new models."""
     depths: tuple[int, ...]
     """Of plain models; tokens leave after the first, of models as deep as the last."""
     tokenizer: str
@@ -58,45 +56,49 @@ class Size:
     """Training FLOPs of a line on a stream."""
     held_out: int
     """Documents of a stream for validation, and for test."""
-    tuned: int
-    """Tokens that a checkpoint could read at full depth within a line's budget."""
-    tune_lrs: tuple[float, ...] = (1e-3, 5e-3)
+    buffer: int
+    """Rows of a stream to shuffle among."""
+    tune: Mapping[str, Any]
+    """Settings of the lab on a checkpoint."""
+    tokens: int
+    """That a checkpoint could read at full depth within a line's budget."""
 
 
 SIZES = {
     "tiny": Size(
-        {"seq": 32, "batch": 8, "epoch_batches": 5, "eval_batches": (2, 3)},
-        (1e-2,),
-        dim=16,
+        {"dim": 16, "seq": 32, "batch": 8, "epoch_batches": 5, "eval_batches": (2, 3), "lrs": (1e-2,)},
         depths=(1, 2),
         tokenizer="bpe:300",
         epochs=2,
         budget=2e8,
         held_out=20,
-        tuned=4_000,
-        tune_lrs=(5e-3,),
+        buffer=64,
+        tune={"seq": 32, "batch": 8, "epoch_batches": 5, "eval_batches": (2, 3), "lrs": (5e-3,)},
+        tokens=4_000,
     ),
     "s": Size(
-        {"seq": 128, "batch": 32, "epoch_batches": 200, "eval_batches": (20, 80), "mine_epochs": 4},
-        (1e-3, 3e-3, 1e-2),
-        dim=64,
+        {"dim": 64, "seq": 128, "batch": 32, "epoch_batches": 200, "eval_batches": (20, 80), "lrs": (3e-3, 1e-2)}
+        | {"mine_epochs": 4},
         depths=(1, 2, 4),
         tokenizer="bpe:2048",
         epochs=10,
         budget=8e12,
         held_out=500,
-        tuned=500_000,
+        buffer=4_096,
+        tune={"seq": 256, "batch": 8, "epoch_batches": 200, "eval_batches": (20, 80), "lrs": (3e-3, 1e-2)},
+        tokens=1_000_000,
     ),
     "l": Size(
-        {"seq": 512, "batch": 16, "epoch_batches": 500, "eval_batches": (40, 160), "mine_epochs": 8},
-        (1e-3, 3e-3),
-        dim=512,
+        {"dim": 512, "seq": 512, "batch": 16, "epoch_batches": 500, "eval_batches": (40, 160), "lrs": (1e-3, 3e-3)}
+        | {"heads": 8, "mine_epochs": 8},
         depths=(4, 8, 12),
         tokenizer="bpe:16384",
         epochs=10,
-        budget=1e17,
+        budget=2e16,
         held_out=2_000,
-        tuned=5_000_000,
+        buffer=16_384,
+        tune={"seq": 1024, "batch": 8, "epoch_batches": 500, "eval_batches": (20, 80), "lrs": (1e-3, 3e-3)},
+        tokens=10_000_000,
     ),
 }
 LABS: dict[tuple[str, bool], type[Lab]] = {
@@ -154,58 +156,66 @@ def cuts(layers: int) -> tuple[int, ...]:
 def make_lab(name: str, data: str, model: str | None, device: str) -> Lab:
     """What is given, at a size."""
     size, kind = SIZES[name], kind_of(data)
-    settings, tokenizer, eos = dict(size.lab), size.tokenizer, None
-    shape = None if model is None else shape_of(model)
-    if shape and shape.max_positions:  # half of them, so that there are some for what is written
+    return new_lab(size, kind, data) if model is None else checkpoint_lab(size, kind, data, model, device)
+
+
+def new_lab(size: Size, kind: str, data: str) -> Lab:
+    """For new models."""
+    given, tokenizer, about = READ[kind](size, size.lab, data, size.tokenizer, None)
+    heads = size.lab.get("heads", Lab.heads)
+    tied = kind != "labels"  # labels have a head of their own
+    shape = ModelConfig(tokenizer.get_vocab_size(), size.lab["dim"], size.depths[-1], heads, tie_embeddings=tied)
+    budget = size.budget
+    if kind != "documents":
+        tokens = sum(len(example.ids) for example in given["text"]["train"])
+        length = max(1, tokens // len(given["text"]["train"]))
+        budget = 3 * size.epochs * tokens * full_depth_flops(shape, length)
+    ends = {"brick": size.depths[0], "depth": size.depths[-1], "budget": rounded(budget), "tie_embeddings": tied}
+    corpus = f"{called(data)}, {about}, {size.tokenizer}"
+    return LABS[kind, False](corpus=corpus, vocab_size=shape.vocab_size, **ends, **size.lab, **given)
+
+
+def checkpoint_lab(size: Size, kind: str, data: str, model: str, device: str) -> Lab:
+    """For exits on a checkpoint."""
+    shape, settings = shape_of(model), dict(size.tune)
+    if shape.max_positions:  # half of them, so that some are left for a completion
         settings["seq"] = min(settings["seq"], shape.max_positions // 2)
-    if model is not None:
-        tokenizer, eos = hf.load_tokenizer(model), hf.end_of_text(model)
-    found, tokenizer, about = READ[kind](size, settings, data, tokenizer, eos)
-    if shape is None:
-        shape = ModelConfig(tokenizer.get_vocab_size(), size.dim, size.depths[-1], tie_embeddings=kind != "labels")
-        found |= {"brick": size.depths[0], "lrs": size.lrs, "budget": size.budget}
-        if examples := found["text"].get("train"):
-            tokens = sum(len(example.ids) for example in examples)
-            found["budget"] = 3 * size.epochs * tokens * full_depth_flops(shape, max(1, tokens // len(examples)))
-    else:
-        found |= {"brick": cuts(shape.num_layers)[0], "lrs": size.tune_lrs, "path": model, "device": device}
-        found["budget"] = size.tuned * full_depth_flops(shape, settings["seq"])
-        about += f"; the checkpoint {Path(str(model)).name}, of which exits alone learn"
-    found["budget"] = float(f"{found['budget']:.3g}")
-    made = {"vocab_size": shape.vocab_size, "dim": shape.dim, "depth": shape.num_layers, "heads": shape.num_heads}
-    made |= {"corpus": about, "tie_embeddings": shape.tie_embeddings}
-    return LABS[kind, model is not None](**made, **settings, **found)
+    given, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
+    settings |= {name: getattr(shape, name) for name in ("vocab_size", "dim", "tie_embeddings")}
+    settings |= {"heads": shape.num_heads, "brick": cuts(shape.num_layers)[0], "depth": shape.num_layers}
+    budget = rounded(size.tokens * full_depth_flops(shape, settings["seq"]))
+    corpus = f"{called(data)}, {about}; {Path(model).resolve().name}, of which exits alone learn"
+    return LABS[kind, True](corpus=corpus, budget=budget, path=model, device=device, **settings, **given)
 
 
-def read_examples(size: Size, settings: dict[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+def rounded(flops: float) -> float:
+    return float(f"{flops:.3g}")
+
+
+def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
     load = load_classification if kind_of(data) == "labels" else load_completion
     task = load(data, tokenizer, eos=eos, seq_len=settings["seq"])
     what = f"texts with {len(task.labels)} labels" if task.labels else "prompts with completions"
     text = {"train": task.train, "val": task.val, "test": task.test}
     found = {"text": text, "task": task, "labels": len(task.labels) or None}
     counts = ", ".join(f"{len(examples):,} {split}" for split, examples in text.items())
-    return found, task.tokenizer, f"{called(data)}, {what} ({counts}), {spec(tokenizer)}"
+    return found, task.tokenizer, f"{what} ({counts})"
 
 
-def read_stream(size: Size, settings: dict[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+def read_stream(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
     options = {"seq_len": settings["seq"], "batch_size": settings["batch"], "held_out": size.held_out, "eos": eos}
-    stream = load_stream(data, tokenizer, **options, epoch_batches=settings["epoch_batches"])
-    found = {"text": {"val": stream.val, "test": stream.test}, "stream": stream.train}
-    return found, stream.tokenizer, f"{called(data)}, a stream of documents, {spec(tokenizer)}"
+    stream = load_stream(data, tokenizer, **options, epoch_batches=settings["epoch_batches"], buffer=size.buffer)
+    found = {"text": {"val": stream.val, "test": stream.test}, "stream": stream.train, "buffer": size.buffer}
+    return found, stream.tokenizer, "a stream of documents"
 
 
-def read_text(size: Size, settings: dict[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+def read_text(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
     corpus = ease.load_corpus(data, tokenizer, eos=eos)
-    found = {"text": {"train": corpus.train, "val": corpus.val, "test": corpus.test}}
-    return found, tokenizer, f"{corpus.name}, {spec(tokenizer)}"
+    return {"text": {"train": corpus.train, "val": corpus.val, "test": corpus.test}}, tokenizer, "text"
 
 
 READ = {"labels": read_examples, "completions": read_examples, "documents": read_stream, "text": read_text}
 """Kind of data -> what reads it: fields of the lab, the tokenizer, and what to call it."""
-
-
-def spec(tokenizer: Any) -> str:
-    return tokenizer if isinstance(tokenizer, str) else "the checkpoint's tokenizer"
 
 
 def called(data: str) -> str:

@@ -7,7 +7,7 @@ and `Stream` change the first, `Checkpoint` the second, so that a checkpoint goe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +88,7 @@ class Slices:
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         while self.place < self.epoch:
             for _ in self.stream:
                 pass

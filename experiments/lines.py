@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
 
 import ease
 from experiments.sweeps import compared, sweep

@@ -512,7 +512,7 @@ def reproduce(args: list[str]) -> None:
         model: str | None = None
         """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
         scales: str = ""
-        """Sizes of model and data, with commas between them (those of the tier by default)."""
+        """Sizes of model and data, with commas between them (those of the tier by default; for 3 tiny, s or l)."""
         seeds: str = "0,1,2"
         """With commas between them; the first one tries learning rates."""
         budget: float | None = None
