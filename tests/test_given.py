@@ -240,10 +240,11 @@ def test_a_cut_checkpoint_is_its_first_layers_and_learns_its_norm_alone(tmp_path
     ids = next(iter(lab.val))[0].long()
     cut, whole = lab.model(2), lab.model(None)
     assert torch.equal(cut(ids), whole.logits(whole.forward_to_layer(ids, 2), 2))
+    before = {name: value.clone() for name, value in cut.state_dict().items()}  # whose layers the line's model shares
     plan = Plan(lambda: lab, given.checkpoint_lines(3), tmp_path)
     row = plan.run(next(task for task in plan.progress([0]).todo if task.line == "cut after layer 2"))
     trained = plan.model(row).state_dict()
-    moved = {name for name, value in cut.state_dict().items() if not torch.equal(value, trained[name])}
+    moved = {name for name, value in before.items() if not torch.equal(value, trained[name])}
     assert moved == {"exit_norms.1.weight"}
     assert row["val"]["loss"] < ease.score(cut, lab.val).figures()["loss"]
 
@@ -259,23 +260,22 @@ def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypat
 
 
 @every_kind
-def test_a_key_holds_what_is_given_and_not_where_it_lies(
-    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = lab_of(kind)
-    other = tmp_path / "elsewhere"
+def test_a_key_holds_what_is_given_and_not_where_it_lies(kind: str, place: Path, tmp_path: Path) -> None:
+    def lab_in(folder: Path) -> Any:
+        data, model = KINDS[kind]
+        return given.make_lab("tiny", str(folder / data), model and str(folder / model), "cpu")
+
+    before, other = lab_in(place), tmp_path / "elsewhere"
     shutil.copytree(place, other, ignore=shutil.ignore_patterns("out", "later", "workers", "cache"))
-    monkeypatch.chdir(other)
-    moved = lab_of(kind)
+    moved = lab_in(other)
     assert moved.identity() == before.identity()
-    json.dumps(moved.describe())
     assert str(tmp_path) not in json.dumps(moved.describe())
     if "checkpoint" in kind:
         assert replace(moved, device="meta").identity() == before.identity()
         weights = load_file(other / "checkpoint" / "model.safetensors")
         weights["model.norm.weight"][0] += 1
         save_file(weights, other / "checkpoint" / "model.safetensors", {"format": "pt"})
-        assert lab_of(kind).identity() != before.identity()
+        assert lab_in(other).identity() != before.identity()
         shutil.copytree(place / "checkpoint", other / "checkpoint", dirs_exist_ok=True)
     for name, was, now in (
         ("people/train.jsonl", "wise", "rash"),
@@ -286,7 +286,7 @@ def test_a_key_holds_what_is_given_and_not_where_it_lies(
         ("text.txt", "def ", "de f "),
     ):
         (other / name).write_text((other / name).read_text().replace(was, now))
-    assert lab_of(kind).identity() != before.identity()
+    assert lab_in(other).identity() != before.identity()
 
 
 @pytest.mark.usefixtures("place")
