@@ -35,6 +35,7 @@ from experiments.headless import headless
 from experiments.labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
 from experiments.lines import Lab, Line, grow, make
 from experiments.running import Experiment, Settings, run
+from experiments.sweeps import SHARES
 
 BASE, WHOLE = "phase 1", "checkpoint"
 PART = 0.6  # of the budget that phase 1 takes where lines share it
@@ -182,6 +183,8 @@ def checkpoint_lab(size: Size, kind: str, data: str, model: str, device: str) ->
         settings["seq"] = min(settings["seq"], shape.max_positions // 2)
     given, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
     settings |= {name: getattr(shape, name) for name in ("vocab_size", "dim", "tie_embeddings")}
+    # Layers that learned nothing of exits lose nothing only where most tokens go on.
+    settings |= {"shares": (*SHARES, 0.85, 0.95)}
     settings |= {"heads": shape.num_heads, "brick": cuts(shape.num_layers)[0], "depth": shape.num_layers}
     budget = rounded(size.tokens * full_depth_flops(shape, settings["seq"]))
     corpus = f"{called(data)}, {about}; {Path(model).resolve().name}, of which exits alone learn"

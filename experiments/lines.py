@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 import ease
-from experiments.sweeps import compared, sweep
+from experiments.sweeps import SHARES, compared, sweep
 from experiments.utils import set_seed
 
 Row = dict[str, Any]
@@ -65,6 +65,8 @@ class Lab:
     """Batches of validation and of test that are scored (all by default)."""
     mine_epochs: int = 1
     """Epochs of batches that a phase on hard tokens mines."""
+    shares: tuple[float, ...] = SHARES
+    """Of the validation tokens that go on from an exit, a routing for each."""
     pieces: tuple[str, ...] = field(default=(), repr=False)
     """The text of every token, where it is known; nothing but what is said of tokens depends on it."""
 
@@ -352,7 +354,8 @@ class Plan:
         # An exit is good if the last phase trained it or left it as it was.
         good = [e for e in model.trained_exits if not phase or e in phase.config.weights or e < phase.first]
         exits = sorted(e for e in good if e < model.num_layers)
-        points = sweep(model, lab.val, exits, lab.depth, line.thresholds, strategy.policy().confidence)
+        measure = strategy.policy().confidence
+        points = sweep(model, lab.val, exits, lab.depth, line.thresholds, measure, lab.shares)
         path = self.weights(task.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")

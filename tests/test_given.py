@@ -253,6 +253,7 @@ def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypat
     monkeypatch.setattr(ease.hf, "from_pretrained", lambda *_, **__: pytest.fail("the weights were read"))
     lab = lab_of("text on a checkpoint")
     assert lab.describe()["depth"] == 3
+    assert max(lab.shares) == 0.95, "where exits may cost nothing"
     assert lab.identity()["hash"]
 
 

@@ -195,6 +195,7 @@ def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
     assert Candidate.of(compared(points[:1], [])) == Candidate()
     assert [c.threshold for c in candidates([1, 2], [0.9])][-1] == 0.9
     assert not any(c.exits for c in candidates([], [0.9])), "no exit, no threshold"
+    assert [c.share for c in candidates([1, 2], (), (0.0, 0.9)) if c.exits] == [0.0, 0.9, 0.0, 0.9, 0.9]
 
 
 def test_a_plan_is_sent_to_workers_without_its_lab(plan: Callable[..., Plan]) -> None:

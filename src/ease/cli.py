@@ -24,7 +24,7 @@ usage: ease COMMAND ...
   ease calibrate RUN --min-agreement 0.99              choose thresholds for a target, a budget or a bound
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
   ease export RUN DIR [--tokenizer C] [--overwrite]    write a run's model as stock transformers loads it
-  ease reproduce TIER [--data D] [--budget MINUTES]    the paper's tables and figures, from a checkout of ease
+  ease reproduce TIER [--data D] [--model CHECKPOINT]  the paper's tables and figures, from a checkout of ease
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
 A run that was killed or interrupted goes on with the same command.
