@@ -48,6 +48,8 @@ class Report:
     """Lines that are shown on validation tokens as well."""
     leaky: str | None = None
     """That one of them which was trained on validation tokens, and stands in no other table."""
+    measures: tuple[str, ...] = ()
+    """Figures of quality that are shown beside perplexity, by their names in `tables.MEASURES`."""
     command: str = ""
     """What made it."""
 
@@ -100,7 +102,10 @@ def measure(
             say(f"test split: {entry['line']}, seed {entry['seed']}")
         entry["points"] = [point | scored[scoring(entry, point)] for point in entry["points"]]
     if any(new for _, new, _ in waiting):
-        clock(plan, [(done[e["line"], e["seed"]], e["points"]) for e in entries if e["seed"] == seeds[0]])
+        timed = [(done[e["line"], e["seed"]], e["points"]) for e in entries if e["seed"] == seeds[0]]
+        seen = pool.submit(clock, plan.closed, timed).result()
+        for point, taken in zip((point for _, points in timed for point in points), seen, strict=True):
+            point["microseconds"] = taken
     data = {
         "title": report.title,
         "command": report.command,
@@ -116,6 +121,7 @@ def measure(
         "original": report.original if report.original in finished else None,
         "both": [name for name in report.both if name in finished],
         "leaky": report.leaky,
+        "measures": list(report.measures),
         "missing": plan.missing(seeds),
         "entries": entries,
     }
@@ -168,7 +174,8 @@ def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report:
     hard, found = {split: scores.confidences < threshold for split, scores in first.items()}, []
     for point in points:
         scores = ease.score(model, plan.lab.test, policy(point))
-        found.append({"test": figures(scores, plan.lab.depth, hard["test"])})
+        further = plan.lab.further(model, policy(point))
+        found.append({"test": figures(scores, plan.lab.depth, hard["test"]) | further})
         if row["line"] == report.explained:
             found[-1]["groups"] = tokens.groups(kinds(plan.folder), first["test"], scores, hard["test"])
         if row["line"] in report.both:
@@ -177,13 +184,19 @@ def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report:
     return found
 
 
-def clock(plan: Plan, timed: Sequence[tuple[Row, list[Point]]]) -> None:
-    """Writes microseconds per token into every point: the median over rounds in which all take turns, and the range."""
+def clock(plan: Plan, timed: Sequence[tuple[Row, list[Point]]]) -> list[dict[str, float]]:
+    """A worker's part: microseconds per token of every point, the median of rounds in which all take turns, and range.
+
+    A model may be too large for one more process to hold it.
+    """
+    plan = lines.opened(plan)
     rounds, batches = TIMED
     text = list(islice(plan.lab.val, batches))
     turns = [(plan.model(row), point) for row, points in timed for point in points]
     calls = {i: partial(ease.score, model, text, policy(point)) for i, (model, point) in enumerate(turns)}
     seconds, scores = in_turns(calls, rounds)
-    for i, (_, point) in enumerate(turns):
+    found = []
+    for i in calls:
         seen = [1e6 * taken / scores[i].processed for taken in seconds[i]]
-        point["microseconds"] = {"median": statistics.median(seen), "low": min(seen), "high": max(seen)}
+        found.append({"median": statistics.median(seen), "low": min(seen), "high": max(seen)})
+    return found

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 import ease
 from ease.flops import exit_flops, run_flops
 from experiments.lines import Trial
@@ -51,10 +49,11 @@ class Headless:
         assert isinstance(model, ease.StandardTransformer)
         *exits, last = sorted(model.trained_exits)
         text, flops = [], 0.0
-        for x, y in data.train:
-            text.append((x, y))
-            flops += run_flops(model.config, last, torch.ones_like(x, dtype=torch.bool))
-            flops += sum(exit_flops(model.config, x.numel(), exit) for exit in (*exits, last))
+        for item in data.train:
+            batch = ease.Batch(*item)
+            text.append(batch)
+            flops += run_flops(model.config, last, batch.running, batch.layout)
+            flops += sum(exit_flops(model.config, int(batch.scored.sum()), exit) for exit in (*exits, last))
             if flops >= self.config.flops:
                 break
         ease.learn_agreement(model, text, exits)

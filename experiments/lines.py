@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
 
 import ease
-from experiments.sweeps import compared, sweep
+from experiments.sweeps import SHARES, compared, sweep
 from experiments.utils import set_seed
 
 Row = dict[str, Any]
@@ -41,8 +40,8 @@ ENDLESS = 1_000_000  # epochs: budgets are in FLOPs
 class Lab:
     """Everything that the lines of one experiment have in common."""
 
-    text: Mapping[str, Tensor] = field(repr=False)
-    """train, val and test, each 1-D ids."""
+    text: Mapping[str, Any] = field(repr=False)
+    """train, val and test, each 1-D ids; other labs hold other things (`experiments.labs`)."""
     corpus: str
     """What the text is, in words."""
     vocab_size: int
@@ -66,6 +65,8 @@ class Lab:
     """Batches of validation and of test that are scored (all by default)."""
     mine_epochs: int = 1
     """Epochs of batches that a phase on hard tokens mines."""
+    shares: tuple[float, ...] = SHARES
+    """Of the validation tokens that go on from an exit, a routing for each."""
     pieces: tuple[str, ...] = field(default=(), repr=False)
     """The text of every token, where it is known; nothing but what is said of tokens depends on it."""
 
@@ -77,10 +78,20 @@ class Lab:
             sha.update(f"{split} {len(ids)} ".encode() + ids.int().numpy().tobytes())
         return sha.hexdigest()
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many each split has."""
+        return {split: len(ids) for split, ids in self.text.items()}
+
     def describe(self) -> dict[str, Any]:
         """The settings and which text it was, fit for JSON."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
-        return settings | {"tokens": {split: len(ids) for split, ids in self.text.items()}, "hash": self.hash}
+        return settings | {"tokens": self.tokens, "hash": self.hash}
+
+    def identity(self) -> dict[str, Any]:
+        """What of the lab decides a trial: the settings beyond their defaults, and the text."""
+        hidden = {f.name: default(f) for f in fields(self) if not f.repr}
+        return told(replace(self, **{**hidden, "text": {}, "lrs": ()})) | {"hash": self.hash}
 
     def train(self, seed: int, part: tuple[float, float] = (0.0, 1.0)) -> ease.TokenBatches:
         """The part of the training text between two shares of its length."""
@@ -97,8 +108,24 @@ class Lab:
         return ease.TokenBatches(self.text["test"], self.seq, self.batch, max_batches=self.eval_batches[1])
 
     def model(self, layers: int, **shape: Any) -> ease.StandardTransformer:
+        """What a line starts from that goes on from no other."""
         own = {"dropout": self.dropout, "tie_embeddings": self.tie_embeddings}
         return ease.StandardTransformer(self.vocab_size, self.dim, layers, self.heads, **own | shape)
+
+    def build(self, shape: Mapping[str, Any]) -> ease.StandardTransformer:
+        """A model that is yet to be filled with what a line left."""
+        return ease.StandardTransformer(**shape)
+
+    def save(self, model: ease.StandardTransformer, file: Path) -> None:
+        """Keeps what a line left."""
+        save_model(model, str(file))
+
+    def load(self, model: ease.StandardTransformer, file: Path) -> None:
+        load_model(model, str(file))
+
+    def further(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
+        """Figures on the test split beyond those that every lab has."""
+        return {}
 
 
 class Trial(NamedTuple):
@@ -232,8 +259,8 @@ class Plan:
 
     def model(self, row: Row) -> ease.StandardTransformer:
         """What a line left."""
-        model = ease.StandardTransformer(**row["model"])
-        load_model(model, str(self.weights(row["key"])))
+        model = self.lab.build(row["model"])
+        self.lab.load(model, self.weights(row["key"]))
         model.trained_exits = {*row["exits"], model.num_layers}
         return model.to(self.device)
 
@@ -246,7 +273,7 @@ class Plan:
         on, reference = (done[other, seed] if other else None for other in (line.on, line.reference))
         keys = [row["key"] if row else None for row in (on, reference)]
         identity = {
-            "lab": told(replace(self.lab, text={}, pieces=(), lrs=())) | {"hash": self.lab.hash},
+            "lab": self.lab.identity(),
             "strategy": told(line.strategy(self.trial(line, seed, lr, on))),
             "line": {"share": line.share, "part": line.part, "shape": dict(line.shape), "on": keys},
             "seed": seed,
@@ -303,7 +330,7 @@ class Plan:
         strategy = config.strategy()
         if on:
             before = self.model(on)
-            model = ease.StandardTransformer(**{**asdict(before.config), **line.shape})
+            model = lab.build({**asdict(before.config), **line.shape})
             model.load_state_dict(before.state_dict())
             model.trained_exits = before.trained_exits
             batches.epoch = on["epochs"]  # the order goes on
@@ -327,11 +354,12 @@ class Plan:
         # An exit is good if the last phase trained it or left it as it was.
         good = [e for e in model.trained_exits if not phase or e in phase.config.weights or e < phase.first]
         exits = sorted(e for e in good if e < model.num_layers)
-        points = sweep(model, lab.val, exits, lab.depth, line.thresholds, strategy.policy().confidence)
+        measure = strategy.policy().confidence
+        points = sweep(model, lab.val, exits, lab.depth, line.thresholds, measure, lab.shares)
         path = self.weights(task.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
-        save_model(model, str(partial_file))
+        lab.save(model, partial_file)
         partial_file.replace(path)
         return row | {
             "strategy": told(config),

@@ -3,7 +3,7 @@
 - smoke: everything, end to end, at a size that says nothing.
 - 1: the front. Every strategy and plain models of every depth at equal training FLOPs, at several scales.
 - 2: ASHEM taken apart, its thresholds, what it costs, in-sample beside held-out, the path of the last layer.
-- 3: checkpoints, classification, large streams: by the commands that the library has for these.
+- 3: tier 1's tables on what is given: a checkpoint, texts with labels, prompts with completions, a stream.
 
 A tier is a list of experiments, each a plan of lines in a folder of its own, `OUT/TIER/NAME`. What is trained is kept,
 so the same command goes on where it was stopped.
@@ -19,7 +19,7 @@ from typing import Any
 
 import ease
 from ease.data import token_strings
-from experiments import scaling, wikitext
+from experiments import given, scaling, wikitext
 from experiments.ablation import LEAKY, ablations, last_layer
 from experiments.fronts import Report
 from experiments.headless import headless
@@ -187,26 +187,28 @@ TIERS = {"smoke": ("tiny",), "1": ("xs", "s", "m"), "2": ("s",)}
 """Tier -> its scales on the standard library."""
 ELSEWHERE = ("words", "bpe")
 """Scales on other data."""
-OTHERWISE = (
-    "tier 3 has no plan of its own yet: give exits to a checkpoint with `ease tune`, classify and complete with "
-    "recipes/tasks, train on a large stream with `ease run --data hf:NAME`"
-)
 
 
-def reproduce(tier: str, data: str, scales: Sequence[str], settings: Settings) -> list[str]:
+def reproduce(
+    tier: str, data: str | None, scales: Sequence[str], settings: Settings, model: str | None = None
+) -> list[str]:
     """Trains what is missing of a tier, and writes its tables and figures; returns what is still missing.
 
     Args:
-        data: stdlib, or whatever `ease.load_corpus` reads.
+        data: whatever `ease.load_corpus` reads (stdlib by default); for tier 3 see `experiments.given`.
         scales: those of the tier by default.
+        model: a checkpoint, for tier 3.
 
     Raises:
         EaseError: an unknown tier or scale, or settings that make no sense.
     """
     if tier == "3":
-        raise ease.EaseError(OTHERWISE)
+        return given.reproduce(data, model, scales, settings)
     if tier not in TIERS:
-        raise ease.EaseError(f"unknown tier {tier!r}: use {', '.join(TIERS)}")
+        raise ease.EaseError(f"unknown tier {tier!r}: use {', '.join(TIERS)}, 3")
+    if model is not None:
+        raise ease.EaseError(f"--model is for tier 3, and tier {tier} trains its own: leave it out")
+    data = data or "stdlib"
     names = scales or (TIERS[tier] if data == "stdlib" or tier == "smoke" else ELSEWHERE)
     if unknown := [name for name in names if name not in SCALES]:
         raise ease.EaseError(f"unknown scale {unknown[0]!r}: use {', '.join(SCALES)}")

@@ -38,11 +38,13 @@ class Candidate(NamedTuple):
         return cls(tuple(point["exits"]), point["share"], point["threshold"])
 
 
-def candidates(exits: Sequence[int], thresholds: Sequence[float] = ()) -> list[Candidate]:
+def candidates(
+    exits: Sequence[int], thresholds: Sequence[float] = (), shares: Sequence[float] = SHARES
+) -> list[Candidate]:
     """Full depth, each exit alone, all together; all together also at fixed `thresholds`."""
-    found = [Candidate(), *(Candidate((exit,), share) for exit in exits for share in SHARES)]
+    found = [Candidate(), *(Candidate((exit,), share) for exit in exits for share in shares)]
     if len(exits) > 1:  # where nobody goes on from the first exit, the others make no difference
-        found += [Candidate(tuple(exits), share) for share in SHARES if share]
+        found += [Candidate(tuple(exits), share) for share in shares if share]
     return found + [Candidate(tuple(exits), None, t) for t in thresholds if exits]
 
 
@@ -53,18 +55,20 @@ def sweep(
     depth: int,
     thresholds: Sequence[float] = (),
     measure: str = "max-probability",
+    shares: Sequence[float] = SHARES,
 ) -> list[Point]:
     """Every candidate with its figures on validation.
 
     Args:
         depth: layers that costs are a share of.
         measure: of confidence.
+        shares: of the tokens that go on.
     """
     sure = {}
     for exit in exits:  # where nothing is asked for, all leave, each with the confidence that it has
         sure[exit] = ease.score(model, val, ease.Policy((exit,), (sending(None, 0.0),), measure)).confidences
     points = []
-    for wanted in candidates(exits, thresholds):
+    for wanted in candidates(exits, thresholds, shares):
         threshold = wanted.threshold
         if threshold is None and wanted.exits:
             threshold = sending(sure[wanted.exits[0]], wanted.share or 0.0)

@@ -70,7 +70,8 @@ def notes(data: dict[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, data["seeds"]))
     several = len(data["seeds"]) > 1
     spent = {e["line"]: e["flops"] / lab["budget"] for e in data["entries"]}
-    less = "".join(f" ({name}: {spent[name]:.0%} of it)" for name in data["unfinished"])
+    part = [name for name, share in spent.items() if name in data["unfinished"] or not share]
+    less = "".join(f" ({name}: {spent[name]:.0%} of it)" for name in part)
     found = [
         f"{lab['corpus']} (tokens: {text}), vocabulary {lab['vocab_size']:,}, dim {lab['dim']}, {lab['heads']} heads, "
         f"sequences of {lab['seq']}, batches of {lab['batch']}, {'tied' if lab['tie_embeddings'] else 'untied'} head, "
@@ -220,6 +221,29 @@ def clock(place: Place) -> str:
     if seen is None:
         return ""
     return f"{seen['median']:.1f} ({seen['low']:.1f} to {seen['high']:.1f})"
+
+
+MEASURES = {"acc": "accuracy", "f1": "macro F1", "rouge_l": "ROUGE-L"}
+
+
+def quality(fronts: Fronts) -> Table | None:
+    """What a task is judged by, beside what it costs, for every candidate of every front."""
+    measures = fronts.data.get("measures", ())
+    rows = [
+        [
+            name,
+            place.routing,
+            *(spread(Interval.of(place.figure(m)), lambda share: 100 * share, lambda p: f"{p:.1f}%") for m in measures),
+            f"{place.mean('shallow_ratio'):.0%}",
+            k(place.mean("flops_per_token")),
+        ]
+        for name in (*fronts.data["unfinished"], *fronts.data["plain"], *fronts.strategies)
+        for place in fronts.front(name)
+    ]
+    header = ["line", "routing", *(f"test {MEASURES[m]}" for m in measures), "leave early", "FLOPs/token"]
+    told = "Routings are chosen by their loss on validation; perplexity elsewhere is exp of the mean loss of a target."
+    title = f"{fronts.data['title']}: quality of the task"
+    return Table("quality", title, header, rows, [told, *notes(fronts.data)]) if measures else None
 
 
 def savings(fronts: Fronts) -> Table:
@@ -390,6 +414,7 @@ def all_tables(data: dict[str, Any]) -> list[Table]:
         summary(fronts),
         every(fronts),
         savings(fronts),
+        quality(fronts),
         thresholds(fronts),
         explained(fronts),
         leak(fronts),

@@ -144,6 +144,13 @@ def test_a_key_says_what_a_line_stands_on_and_what_it_reads(plan: Callable[..., 
     assert len(keys) == len(named)
 
 
+def test_what_a_lab_adds_to_a_key_is_what_kept_rows_were_made_with(text: torch.Tensor) -> None:
+    lab = make_lab(text, pieces=("a",))
+    told = {"corpus": "three modules", "vocab_size": 256, "brick": 1, "depth": 2, "budget": BUDGET, "dim": 16}
+    told |= {"seq": 16, "batch": 8, "epoch_batches": 6, "eval_batches": [2, 2], "kind": "Lab", "text": {}, "lrs": []}
+    assert lab.identity() == told | {"hash": lab.hash}, "or every row there is would be trained again"
+
+
 def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(plan: Callable[..., Plan]) -> None:
     made = plan()
     made.folder.mkdir(exist_ok=True)
@@ -188,6 +195,7 @@ def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
     assert Candidate.of(compared(points[:1], [])) == Candidate()
     assert [c.threshold for c in candidates([1, 2], [0.9])][-1] == 0.9
     assert not any(c.exits for c in candidates([], [0.9])), "no exit, no threshold"
+    assert [c.share for c in candidates([1, 2], (), (0.0, 0.9)) if c.exits] == [0.0, 0.9, 0.0, 0.9, 0.9]
 
 
 def test_a_plan_is_sent_to_workers_without_its_lab(plan: Callable[..., Plan]) -> None:

@@ -153,8 +153,7 @@ def test_a_budget_that_is_used_up_begins_nothing_and_says_what_is_missing(
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["4"], "unknown tier '4': use smoke, 1, 2"),
-        (["3"], "ease tune"),
+        (["4"], "unknown tier '4': use smoke, 1, 2, 3"),
         (["1", "--seeds", "a,b"], "seeds are numbers"),
         (["1", "--seeds", "1,1"], "each once"),
         (["1", "--budget", "0"], "more than 0"),

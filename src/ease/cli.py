@@ -24,7 +24,7 @@ usage: ease COMMAND ...
   ease calibrate RUN --min-agreement 0.99              choose thresholds for a target, a budget or a bound
   ease report RUN [RUN ...] [--out FILE]               write the report of one run, or of several side by side
   ease export RUN DIR [--tokenizer C] [--overwrite]    write a run's model as stock transformers loads it
-  ease reproduce TIER [--data D] [--budget MINUTES]    the paper's tables and figures, from a checkout of ease
+  ease reproduce TIER [--data D] [--model CHECKPOINT]  the paper's tables and figures, from a checkout of ease
 
 `ease run` alone lists the recipes; `ease run RECIPE --help` shows everything that can be overridden.
 A run that was killed or interrupted goes on with the same command.
@@ -499,16 +499,20 @@ def reproduce(args: list[str]) -> None:
         """Train what is missing of a tier of the paper's experiments, and write its tables and figures.
 
         Tiers: smoke (everything, at a size that says nothing), 1 (every strategy against plain models at equal training
-        FLOPs), 2 (ASHEM taken apart). What is trained is kept under OUT/TIER: the same command goes on where it was
-        stopped. Tables say which lines are missing.
+        FLOPs), 2 (ASHEM taken apart), 3 (tier 1's tables on what is given with --data and --model). What is trained is
+        kept under OUT/TIER: the same command goes on where it was stopped. Tables say which lines are missing.
         """
 
         tier: tyro.conf.Positional[str]
         """smoke, 1, 2 or 3."""
-        data: str = "stdlib"
-        """stdlib, a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or hf:NAME/CONFIG."""
+        data: str | None = None
+        """stdlib (by default), a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or
+        hf:NAME/CONFIG. For tier 3 a folder with train.jsonl, of texts with labels or of prompts with completions;
+        .jsonl or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any text."""
+        model: str | None = None
+        """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
         scales: str = ""
-        """Sizes of model and data, with commas between them (those of the tier by default)."""
+        """Sizes of model and data, with commas between them (those of the tier by default; for 3 tiny, s or l)."""
         seeds: str = "0,1,2"
         """With commas between them; the first one tries learning rates."""
         budget: float | None = None
@@ -535,7 +539,7 @@ def reproduce(args: list[str]) -> None:
     try:
         settings = running.Settings(given.out, seeds, given.jobs, given.budget, given.device)
         scales = tuple(filter(None, given.scales.split(",")))
-        missing = reproduce.reproduce(given.tier, given.data, scales, settings)
+        missing = reproduce.reproduce(given.tier, given.data, scales, settings, given.model)
     except KeyboardInterrupt:
         raise EaseError("interrupted: what was trained is kept, and the same command goes on") from None
     if missing:

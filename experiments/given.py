@@ -1,0 +1,321 @@
+"""Tier 3: the tables of tier 1 on what is given: `ease reproduce 3 --data DATA [--model CHECKPOINT]`.
+
+DATA                                                   what is learned
+a folder with train.jsonl of {"text", "label"}         labels
+a folder with train.jsonl of {"prompt", "completion"}  completions, scored by ROUGE-L too
+.jsonl or .parquet files, or hf:NAME/CONFIG            a stream of documents
+any other text that `ease.load_corpus` reads           text, on a checkpoint only: tier 1 is that without one
+
+Without a checkpoint, new models of several depths are the line to beat. With one, none of its layers learns, exits are
+put after a third and two thirds of them, and the line to beat goes through the checkpoint as it is and cut there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ease
+from ease import hf
+from ease.errors import needs
+from ease.flops import full_depth_flops
+from ease.hf_config import read_config
+from ease.machine import choose_device
+from ease.models import ModelConfig
+from ease.streaming import load_stream
+from ease.tasks import load_classification, load_completion
+from experiments.cut import CutConfig, whole
+from experiments.fronts import Report
+from experiments.headless import headless
+from experiments.labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
+from experiments.lines import Lab, Line, grow, make
+from experiments.running import Experiment, Settings, run
+from experiments.sweeps import SHARES
+
+BASE, WHOLE = "phase 1", "checkpoint"
+PART = 0.6  # of the budget that phase 1 takes where lines share it
+GIVE = "a folder with train.jsonl (texts with labels, or prompts with completions), .jsonl documents or hf:NAME"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained, and of a new model what."""
+
+    lab: Mapping[str, Any]
+    """Settings of the lab of new models."""
+    depths: tuple[int, ...]
+    """Of plain models; tokens leave after the first, of models as deep as the last."""
+    tokenizer: str
+    epochs: int
+    """Over examples, of the deepest plain model."""
+    budget: float
+    """Training FLOPs of a line on a stream."""
+    held_out: int
+    """Documents of a stream for validation, and for test."""
+    buffer: int
+    """Rows of a stream to shuffle among."""
+    tune: Mapping[str, Any]
+    """Settings of the lab on a checkpoint."""
+    tokens: int
+    """That a checkpoint could read at full depth within a line's budget."""
+
+
+SIZES = {
+    "tiny": Size(
+        {"dim": 16, "seq": 32, "batch": 8, "epoch_batches": 5, "eval_batches": (2, 3), "lrs": (1e-2,)},
+        depths=(1, 2),
+        tokenizer="bpe:300",
+        epochs=2,
+        budget=2e8,
+        held_out=20,
+        buffer=64,
+        tune={"seq": 32, "batch": 8, "epoch_batches": 5, "eval_batches": (2, 3), "lrs": (5e-3,)},
+        tokens=4_000,
+    ),
+    "s": Size(
+        {"dim": 64, "seq": 128, "batch": 32, "epoch_batches": 200, "eval_batches": (20, 80), "lrs": (3e-3, 1e-2)}
+        | {"mine_epochs": 4},
+        depths=(1, 2, 4),
+        tokenizer="bpe:2048",
+        epochs=10,
+        budget=8e12,
+        held_out=500,
+        buffer=4_096,
+        tune={"seq": 256, "batch": 8, "epoch_batches": 200, "eval_batches": (20, 80), "lrs": (3e-3, 1e-2)},
+        tokens=1_000_000,
+    ),
+    "l": Size(
+        {"dim": 512, "seq": 512, "batch": 16, "epoch_batches": 500, "eval_batches": (40, 160), "lrs": (1e-3, 3e-3)}
+        | {"heads": 8, "mine_epochs": 8},
+        depths=(4, 8, 12),
+        tokenizer="bpe:16384",
+        epochs=10,
+        budget=2e16,
+        held_out=2_000,
+        buffer=16_384,
+        tune={"seq": 1024, "batch": 8, "epoch_batches": 500, "eval_batches": (20, 80), "lrs": (1e-3, 3e-3)},
+        tokens=10_000_000,
+    ),
+}
+LABS: dict[tuple[str, bool], type[Lab]] = {
+    ("labels", False): Examples,
+    ("completions", False): Examples,
+    ("completions", True): CheckpointExamples,
+    ("documents", False): Stream,
+    ("documents", True): CheckpointStream,
+    ("text", True): Checkpoint,
+}
+"""(kind of data, on a checkpoint) -> the lab."""
+REFUSED = {
+    ("labels", True): "a checkpoint has a head of tokens and none of labels: leave out --model, or give records with "
+    "a prompt and a completion",
+    ("text", False): f"{{data}} is no data for tier 3 without --model CHECKPOINT: add it, give {GIVE}, or take tier 1",
+}
+MEASURES = {"labels": ("acc", "f1"), "completions": ("acc", "rouge_l")}
+
+
+def kind_of(data: str) -> str:
+    """labels, completions, documents or text."""
+    records = Path(data) / "train.jsonl"
+    if records.is_file():
+        with records.open(encoding="utf-8-sig", errors="replace") as file:
+            line = next((line for line in file if line.strip()), "")
+        try:
+            found = set(json.loads(line))
+        except (ValueError, TypeError):
+            found = set()
+        for kind, wanted in (("labels", {"text", "label"}), ("completions", {"prompt", "completion"})):
+            if wanted <= found:
+                return kind
+        raise ease.EaseError(
+            f"{records} begins with no record for tier 3 (fields: {', '.join(sorted(map(str, found))) or 'none'}): "
+            'give {"text": ..., "label": ...} or {"prompt": ..., "completion": ...} a line'
+        )
+    files = Path(data).name
+    return "documents" if data.startswith("hf:") or ".json" in files or files.endswith(".parquet") else "text"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Labs
+
+
+def shape_of(model: str) -> ModelConfig:
+    """Of a checkpoint, whose weights are not read."""
+    return read_config(hf.read_json(hf.checkpoint_folder(model) / hf.CONFIG))
+
+
+def cuts(layers: int) -> tuple[int, ...]:
+    """A third and two thirds of a checkpoint's layers."""
+    return tuple(sorted({max(1, layers // 3), max(1, 2 * layers // 3)}))
+
+
+def make_lab(name: str, data: str, model: str | None, device: str) -> Lab:
+    """What is given, at a size."""
+    size, kind = SIZES[name], kind_of(data)
+    return new_lab(size, kind, data) if model is None else checkpoint_lab(size, kind, data, model, device)
+
+
+def new_lab(size: Size, kind: str, data: str) -> Lab:
+    """For new models."""
+    given, tokenizer, about = READ[kind](size, size.lab, data, size.tokenizer, None)
+    heads = size.lab.get("heads", Lab.heads)
+    tied = kind != "labels"  # labels have a head of their own
+    shape = ModelConfig(tokenizer.get_vocab_size(), size.lab["dim"], size.depths[-1], heads, tie_embeddings=tied)
+    budget = size.budget
+    if kind != "documents":
+        tokens = sum(len(example.ids) for example in given["text"]["train"])
+        length = max(1, tokens // len(given["text"]["train"]))
+        budget = 3 * size.epochs * tokens * full_depth_flops(shape, length)
+    ends = {"brick": size.depths[0], "depth": size.depths[-1], "budget": rounded(budget), "tie_embeddings": tied}
+    corpus = f"{called(data)}, {about}, {size.tokenizer}"
+    return LABS[kind, False](corpus=corpus, vocab_size=shape.vocab_size, **ends, **size.lab, **given)
+
+
+def checkpoint_lab(size: Size, kind: str, data: str, model: str, device: str) -> Lab:
+    """For exits on a checkpoint."""
+    shape, settings = shape_of(model), dict(size.tune)
+    if shape.max_positions:  # half of them, so that some are left for a completion
+        settings["seq"] = min(settings["seq"], shape.max_positions // 2)
+    given, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
+    settings |= {name: getattr(shape, name) for name in ("vocab_size", "dim", "tie_embeddings")}
+    # Layers that learned nothing of exits lose nothing only where most tokens go on.
+    settings |= {"shares": (*SHARES, 0.85, 0.95)}
+    settings |= {"heads": shape.num_heads, "brick": cuts(shape.num_layers)[0], "depth": shape.num_layers}
+    budget = rounded(size.tokens * full_depth_flops(shape, settings["seq"]))
+    corpus = f"{called(data)}, {about}; {Path(model).resolve().name}, of which exits alone learn"
+    return LABS[kind, True](corpus=corpus, budget=budget, path=model, device=device, **settings, **given)
+
+
+def rounded(flops: float) -> float:
+    return float(f"{flops:.3g}")
+
+
+def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+    load = load_classification if kind_of(data) == "labels" else load_completion
+    task = load(data, tokenizer, eos=eos, seq_len=settings["seq"])
+    what = f"texts with {len(task.labels)} labels" if task.labels else "prompts with completions"
+    text = {"train": task.train, "val": task.val, "test": task.test}
+    found = {"text": text, "task": task, "labels": len(task.labels) or None}
+    counts = ", ".join(f"{len(examples):,} {split}" for split, examples in text.items())
+    return found, task.tokenizer, f"{what} ({counts})"
+
+
+def read_stream(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+    options = {"seq_len": settings["seq"], "batch_size": settings["batch"], "held_out": size.held_out, "eos": eos}
+    stream = load_stream(data, tokenizer, **options, epoch_batches=settings["epoch_batches"], buffer=size.buffer)
+    found = {"text": {"val": stream.val, "test": stream.test}, "stream": stream.train, "buffer": size.buffer}
+    return found, stream.tokenizer, "a stream of documents"
+
+
+def read_text(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+    corpus = ease.load_corpus(data, tokenizer, eos=eos)
+    return {"text": {"train": corpus.train, "val": corpus.val, "test": corpus.test}}, tokenizer, "text"
+
+
+READ = {"labels": read_examples, "completions": read_examples, "documents": read_stream, "text": read_text}
+"""Kind of data -> what reads it: fields of the lab, the tokenizer, and what to call it."""
+
+
+def called(data: str) -> str:
+    """A source by its name: a path on this machine is nobody's business."""
+    return data if data.startswith("hf:") else Path(data).resolve().name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def plain_names(size: Size) -> tuple[str, ...]:
+    return tuple(f"plain, layers: {k}" for k in size.depths)
+
+
+def new_lines(size: Size, kind: str) -> dict[str, Line]:
+    """Of new models."""
+    brick, deep = size.depths[0], size.depths[-1]
+    shallow = make(ease.StandardConfig, num_layers=brick)
+    models = [Line(make(ease.StandardConfig, num_layers=k)) for k in size.depths]
+    joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
+    lines = {
+        BASE: Line(shallow, share=PART),
+        **dict(zip(plain_names(size), models, strict=True)),
+        "continued": Line(shallow, on=BASE),
+        "ASHEM": Line(grow(deep), on=BASE),
+        "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=deep)),
+        "early exit": Line(make(ease.EarlyExitConfig, **joint)),
+        "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
+    }
+    if kind == "labels":  # decided once a text, by a head that costs next to nothing
+        return lines
+    gated = Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick))
+    return lines | {"gated": gated, "early exit, no head asked": Line(headless, on="early exit")}
+
+
+def checkpoint_lines(layers: int) -> dict[str, Line]:
+    """Of a checkpoint of so many layers."""
+    tuned = partial(make, ease.TuneConfig, exits=cuts(layers), weight_decay=0.0)
+    return {
+        **{f"cut after layer {k}": Line(make(CutConfig, num_layers=k, weight_decay=0.0)) for k in cuts(layers)},
+        WHOLE: Line(whole),
+        "exits": Line(tuned()),
+        "exits, distilled": Line(tuned(objective="distillation")),
+        "exits with adapters": Line(tuned(adapter="mlp")),
+        "exits with adapters, distilled": Line(tuned(adapter="mlp", objective="distillation")),
+        "exits, distilled, no head asked": Line(headless, on="exits, distilled"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running
+
+
+def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequence[int]) -> Experiment:
+    size, kind = SIZES[name], kind_of(data)
+    measures, told = MEASURES.get(kind, ()), f"--data {called(data)}"
+    if model is None:
+        title, lines = f"{called(data)} at scale {name}", new_lines(size, kind)
+        base, plain, beside = BASE, plain_names(size), ("continued",)
+    else:
+        layers = shape_of(model).num_layers
+        if layers < 2:
+            raise ease.EaseError(f"{model} has one layer, after which all tokens leave: give a deeper checkpoint")
+        title, lines = f"Exits on {Path(model).name} at scale {name}", checkpoint_lines(layers)
+        base, plain, beside = WHOLE, (*(n for n in lines if n.startswith("cut")), WHOLE), (WHOLE,)
+        told = f"--model {Path(model).name} {told}"
+    command = f"ease reproduce 3 {told} --seeds {','.join(map(str, seeds))} --scales {name}"
+    report = Report(title, base, plain, beside, command=command, measures=measures)
+    parts = ([] if model is None else [Path(model).resolve().name]) + [called(data).removeprefix("hf:"), name]
+    folder = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
+    return Experiment(folder, partial(make_lab, name, data, model, device), lines, report)
+
+
+def reproduce(data: str | None, model: str | None, scales: Sequence[str], settings: Settings) -> list[str]:
+    """Trains what is missing, and writes tables and figures; returns what is still missing.
+
+    Args:
+        data, model: see the top of this file.
+        scales: of `SIZES`; s by default.
+
+    Raises:
+        EaseError: what is given is no data or no checkpoint for this tier, or a package is missing.
+    """
+    if data is None:
+        raise ease.EaseError(
+            f"tier 3 has no data of its own: give --data {GIVE}; or, for exits on a checkpoint, --model CHECKPOINT and "
+            "any text"
+        )
+    if unknown := [name for name in scales if name not in SIZES]:
+        raise ease.EaseError(f"unknown scale {unknown[0]!r}: use {', '.join(SIZES)}")
+    what = kind_of(data), model is not None
+    if what in REFUSED:
+        raise ease.EaseError(REFUSED[what].format(data=data))
+    if what[0] == "completions":
+        needs("rouge_score.rouge_scorer", "eval")
+    settings.check()
+    device = choose_device(settings.device)
+    made = [experiment(name, data, model, device, settings.seeds) for name in scales or ("s",)]
+    return run(made, settings._replace(out=settings.out / "3")).missing

@@ -1,0 +1,205 @@
+"""Labs beside the one of running text: records with a label or a completion, a stream of documents, a checkpoint.
+
+A lab says what lines are trained on and what their models start from; everything else is the same for all. `Examples`
+and `Stream` change the first, `Checkpoint` the second, so that a checkpoint goes with any text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import ease
+from ease import hf
+from ease.seam import Batch
+from ease.streaming import StreamBatches
+from ease.tasks import ExampleBatches, Task, classification_figures, completion_figures
+from experiments.lines import Lab
+
+
+@dataclass(frozen=True)
+class Examples(Lab):
+    """Texts with labels, or prompts with completions; `text` holds the examples of each split."""
+
+    labels: int | None = None
+    """How many there are; None: completions."""
+    written: int = 100
+    """Completions of the test split that are written out, for ROUGE-L."""
+    task: Task | None = field(default=None, repr=False)
+
+    @cached_property
+    def hash(self) -> str:
+        sha = hashlib.sha256()
+        for split, examples in sorted(self.text.items()):
+            for example in examples:
+                sha.update(f"{split} {len(example.ids)} ".encode())
+                sha.update(example.ids.numpy().tobytes() + example.targets.numpy().tobytes())
+        return sha.hexdigest()
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {split: sum(len(example.ids) for example in examples) for split, examples in self.text.items()}
+
+    def train(self, seed: int, part: tuple[float, float] = (0.0, 1.0)) -> ExampleBatches:
+        examples = self.text["train"]
+        examples = examples[int(part[0] * len(examples)) : int(part[1] * len(examples))]
+        return ExampleBatches(examples, self.batch, shuffle=True, bucket=True, seed=seed)
+
+    @property
+    def val(self) -> ExampleBatches:
+        return self._some("val", self.eval_batches[0])
+
+    @property
+    def test(self) -> ExampleBatches:
+        return self._some("test", self.eval_batches[1])
+
+    def _some(self, split: str, batches: int | None) -> ExampleBatches:
+        return ExampleBatches(self.text[split][: batches and batches * self.batch], self.batch)
+
+    def model(self, layers: int | None, **shape: Any) -> ease.StandardTransformer:
+        return super().model(layers, **({"num_labels": self.labels} if self.labels else {}) | shape)
+
+    def further(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
+        """F1, or ROUGE-L of what the model writes under the policy."""
+        if self.labels:
+            return {"f1": classification_figures(model, self.test, policy)["f1"]}
+        assert self.task is not None
+        model.exit_layer, model.routing_threshold = policy.exits or 1, policy.thresholds or 0.0
+        model.policy_options = policy.options
+        some = self.text["test"][: self.written]
+        longest = max(int((example.targets >= 0).sum()) for example in some)
+        made = completion_figures(model, self.task, some, self.batch, mode="routed", max_new_tokens=longest)
+        return {"rouge_l": made["rouge_l"]}
+
+
+class Slices:
+    """The epochs of a stream, counted; where the count is set, what lies before is read and let go."""
+
+    def __init__(self, stream: StreamBatches) -> None:
+        self.stream, self.epoch, self.place = stream, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.place < self.epoch:
+            for _ in self.stream:
+                pass
+            self.place += 1
+        self.epoch, self.place = self.epoch + 1, self.place + 1
+        yield from self.stream
+
+
+@dataclass(frozen=True)
+class Stream(Lab):
+    """Documents that are read as they are needed; `text` holds the batches of val and test, which are kept."""
+
+    buffer: int = 4096
+    """Rows to shuffle among."""
+    stream: StreamBatches | None = field(default=None, repr=False)
+    """Of train, from which new ones are made."""
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the tokenizer and of what is held out: a stream itself is read once, if at all to its end."""
+        assert self.stream is not None
+        sha = hashlib.sha256(self.stream.tokenizer.to_str().encode())
+        for split, batches in sorted(self.text.items()):
+            for batch in batches:
+                sha.update(f"{split} {tuple(batch.x.shape)} ".encode() + batch.x.int().numpy().tobytes())
+        return sha.hexdigest()
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {split: sum(int(b.running.sum()) for b in batches) for split, batches in self.text.items()}
+
+    def train(self, seed: int, part: tuple[float, float] = (0.0, 1.0)) -> Slices:  # type: ignore[override]
+        assert self.stream is not None
+        assert part == (0.0, 1.0), "a stream has no length that a part could be of"
+        own = self.stream
+        options = {"seq_len": self.seq, "batch_size": self.batch, "epoch_batches": self.epoch_batches}
+        options |= {"eos": own.eos, "buffer": self.buffer, "seed": seed, "name": own.name}
+        return Slices(StreamBatches(own.rows, own.tokenizer, **options))  # type: ignore[arg-type]
+
+    @property
+    def val(self) -> Sequence[Batch]:  # type: ignore[override]
+        return self.text["val"][: self.eval_batches[0]]
+
+    @property
+    def test(self) -> Sequence[Batch]:  # type: ignore[override]
+        return self.text["test"][: self.eval_batches[1]]
+
+
+@dataclass(frozen=True)
+class Checkpoint(Lab):
+    """Lines stand on a checkpoint, none of whose layers learns: a process holds them once, for all of its models.
+
+    Of a line what belongs to its exits is kept, and nothing else.
+    """
+
+    path: str = field(default="", repr=False)
+    device: str = field(default="cpu", repr=False)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the text and of the checkpoint's files."""
+        sha = hashlib.sha256(super().hash.encode())
+        folder = hf.checkpoint_folder(self.path)
+        for file in (folder / hf.CONFIG, *sorted(folder.glob("*.safetensors"))):
+            with file.open("rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+        return sha.hexdigest()
+
+    @cached_property
+    def backbone(self) -> ease.StandardTransformer:
+        return hf.from_pretrained(self.path, dtype="float32", device=self.device)
+
+    def model(self, layers: int | None, **shape: Any) -> ease.StandardTransformer:
+        """The first `layers` layers of the checkpoint, or all of them."""
+        fresh = {"num_layers": layers or self.depth, "adapter_exits": (), "adapter_dim": 0, "classifier_exits": ()}
+        model = self.build(asdict(self.backbone.config) | fresh | shape)
+        model.trained_exits = {self.depth} if layers is None else set()
+        return model
+
+    def build(self, shape: Mapping[str, Any]) -> ease.StandardTransformer:
+        """Shares every weight of the checkpoint; what belongs to exits is the model's own."""
+        with torch.device("meta"):
+            model = ease.StandardTransformer(**shape)
+        known, like, state = self.backbone.state_dict(), self.backbone.embedding.weight, dict[str, torch.Tensor]()
+        for name, value in model.state_dict().items():
+            if name not in known:  # which a file or an adapter's line will fill
+                state[name] = like.new_zeros(value.shape)
+            else:
+                state[name] = known[name].clone() if of_exit(name) else known[name]
+        model.load_state_dict(state, assign=True)
+        if model.config.tie_embeddings:
+            model.output_head.weight = model.embedding.weight
+        return model
+
+    def save(self, model: ease.StandardTransformer, file: Path) -> None:
+        save_file({name: value.cpu() for name, value in model.state_dict().items() if of_exit(name)}, file)
+
+    def load(self, model: ease.StandardTransformer, file: Path) -> None:
+        model.load_state_dict(load_file(file), strict=False)
+
+
+def of_exit(name: str) -> bool:
+    """Whether a parameter belongs to an exit."""
+    return name.startswith("exit_")
+
+
+@dataclass(frozen=True)
+class CheckpointExamples(Checkpoint, Examples):
+    """Completions, on a checkpoint."""
+
+
+@dataclass(frozen=True)
+class CheckpointStream(Checkpoint, Stream):
+    """A stream of documents, on a checkpoint."""
