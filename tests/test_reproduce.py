@@ -467,6 +467,48 @@ def test_documents_quote_generated_figures_only(page: Path) -> None:
     assert strangers(text, ROOT) == []
 
 
+MEASURED = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+(?:e\d+|%|k)?|e\d+|%|k\b)(?!\.?\d)")
+"""What only a measurement or a count can say: a number with a point, in per cent, in thousands or with an exponent."""
+
+
+def unfounded(page: str, root: Path) -> list[str]:
+    """The measured numbers in a page's prose that neither the data its section names nor its commands hold.
+
+    A paragraph or an item that says "by hand" is of figures that no command makes.
+    """
+    found = []
+    for section in re.split(r"(?m)^## ", page):
+        sources = {*re.findall(r"<!-- from docs/(\S+) -->", section), *re.findall(r"\]\((data/[^)]+\.md)\)", section)}
+        commands = "\n".join(re.findall(r"(?m)^    .*|`[^`]*`", section))
+        held = commands + "".join((root / "docs" / source).read_text(encoding="utf-8") for source in sources)
+        prose = re.sub(r"(?m)^    .*|`[^`]*`|\]\([^)]*\)|^\|.*|<!--.*?-->", "", BLOCK.sub("", section))
+        for paragraph in re.split(r"\n\s*\n|\n(?=- )", prose):
+            if "by hand" not in " ".join(paragraph.lower().split()):
+                found += [
+                    n
+                    for n in MEASURED.findall(paragraph)
+                    if not re.search(rf"(?<![\d.]){re.escape(n)}(?!\d|\.\d)", held)
+                ]
+    return found
+
+
+def test_prose_without_data_is_found(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "docs" / "data" / "x.md").write_text("| ASHEM | 4.71 | 12.5% | 143.2k |")
+    page = "# R\n\n## A\n\n    do --lr 0.02\n\n{}, see [all](data/x.md).\n"
+    assert unfounded(page.format("4.71 at 0.02 and 12.5%, 143.2k, 3 seeds"), tmp_path) == []
+    assert unfounded(page.format("4.7 at 13%"), tmp_path) == ["4.7", "13%"]
+    assert unfounded(page.format("- worked out by\nhand: 4.7\n- and 2.5%"), tmp_path) == ["2.5%"]
+    assert unfounded(page + "\n## B\n\n4.71\n", tmp_path) == ["4.71"], "each section names its data"
+
+
+def test_results_say_no_number_that_no_data_holds() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert unfounded(page, ROOT) == []
+    outside = BLOCK.sub("", page)
+    assert not re.findall(r"(?m)^\|.*", outside), "every table stands in a block that names its data"
+
+
 @pytest.mark.parametrize("path", sorted(DATA.glob("*/test.json")), ids=lambda path: path.parent.name)
 def test_kept_tables_are_what_kept_figures_make(path: Path, tmp_path: Path) -> None:
     write(json.loads(path.read_text(encoding="utf-8")), tmp_path)
