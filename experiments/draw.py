@@ -50,10 +50,9 @@ def front(data: dict[str, Any], stem: Path) -> None:
             curve(ax, plain, cost, color="black", marker="x", linestyle="none", label="_", bars=True)
             curve(ax, fronts.corners, cost, color="black", marker="x", label="plain models", linewidth=1.8)
             ax.set_xlabel(label)
-        # All means are in the picture; an interval may leave it, so that it does not hide the differences.
-        means = [
-            math.exp(place.mean("loss")) for name in (*order, *fronts.data["plain"]) for place in fronts.front(name)
-        ]
+        # Every strategy's best is in the picture; what lies far above may leave it, so that it hides no difference.
+        shown = [*plain, *map(fronts.best, order)]
+        means = [math.exp(place.mean("loss")) for place in shown]
         margin = 0.1 * (max(means) - min(means)) or 1.0
         axes[0][0].set_ylim(min(means) - margin, max(means) + margin)
         axes[0][0].set_ylabel("test perplexity")
