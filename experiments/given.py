@@ -245,7 +245,7 @@ def new_lines(size: Size, kind: str) -> dict[str, Line]:
         **dict(zip(plain_names(size), models, strict=True)),
         "continued": Line(shallow, on=BASE),
         "ASHEM": Line(grow(deep), on=BASE),
-        "progressive growth": Line(make(ease.StackingConfig, layers=size.depths)),
+        "progressive growth": Line(make(ease.GrowthConfig, layers=size.depths)),
         "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=deep)),
         "early exit": Line(make(ease.EarlyExitConfig, **joint)),
         "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),

@@ -112,7 +112,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
         **plain(scale),
         "ASHEM": Line(grow(deep), on=BASE),
         **{
-            name: Line(make(ease.StackingConfig, layers=tuple(k for k in scale.depths if k <= layers)))
+            name: Line(make(ease.GrowthConfig, layers=tuple(k for k in scale.depths if k <= layers)))
             for layers, name in grown.items()
         },
         "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
@@ -123,8 +123,8 @@ def rivals(scale: Scale) -> dict[str, Line]:
         finished: Line(make(ease.StandardConfig, num_layers=deep), share=0.9),
         "tuned exit": Line(tuned(), on=finished),
         "tuned exit, distilled": Line(tuned(objective="distillation"), on=finished),
-        "stacking": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy")),
-        "stacking, with exit": Line(make(ease.StackingConfig, layers=(brick, deep), grow_init="copy", exit_weight=0.5)),
+        "stacking": Line(make(ease.GrowthConfig, layers=(brick, deep), grow_init="copy")),
+        "stacking, with exit": Line(make(ease.GrowthConfig, layers=(brick, deep), grow_init="copy", exit_weight=0.5)),
         "gated, an exit per layer": Line(
             make(ease.GatedConfig, deep_layers=most, exit_layer=tuple(range(brick, most)))
         ),

@@ -20,7 +20,7 @@ from ease.cli import load_recipe, main, recipes
 
 RECIPES = [
     *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
-    *("discriminative", "early-exit", "open-growth", "stacking", "gated"),
+    *("discriminative", "early-exit", "open-growth", "growth", "gated"),
 ]
 
 

@@ -32,7 +32,7 @@ LINES = {
     "continued": Line(SHALLOW, on="phase 1"),
     "ASHEM": Line(grow(2), on="phase 1", thresholds=(0.9,)),
     "early exit": Line(make(ease.EarlyExitConfig, num_layers=2, exit_layer=1, routing_threshold=0.0)),
-    "stacking": Line(make(ease.StackingConfig, layers=(1, 2))),
+    "growth": Line(make(ease.GrowthConfig, layers=(1, 2))),
 }
 
 
@@ -183,9 +183,9 @@ def test_the_model_comes_back_as_it_was(plan: Callable[..., Plan]) -> None:
 
 
 def test_exits_that_training_left_behind_are_none(plan: Callable[..., Plan]) -> None:
-    made = plan({"stacking": LINES["stacking"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
+    made = plan({"growth": LINES["growth"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
     rows = {row["line"]: row for row in train_all(made)}
-    assert rows["stacking"]["exits"] == [], "its first phase trained exit 1, and the second moved on without it"
+    assert rows["growth"]["exits"] == [], "its first phase trained exit 1, and the second moved on without it"
     assert rows["early exit"]["exits"] == [1]
 
 

@@ -14,6 +14,7 @@ from ease.evaluation import Scores, compute_confidence, score
 from ease.exits import Policy, Routed, route
 from ease.gated import GatedConfig
 from ease.generation import Generation, generate
+from ease.growth import GrowthConfig
 from ease.hf import from_pretrained, save_pretrained
 from ease.layerskip import LayerSkipConfig
 from ease.mining import (
@@ -25,7 +26,6 @@ from ease.models import DeepSupervisionTransformer, ModelConfig, StandardTransfo
 from ease.open_growth import OpenGrowthConfig
 from ease.seam import Batch, ExitModel, Layout
 from ease.simple import DeepSupervisionConfig, StandardConfig
-from ease.stacking import StackingConfig
 from ease.staged import PhaseConfig, StagedConfig
 from ease.trainer import (
     Data,
@@ -54,7 +54,7 @@ STRATEGIES = {
     "discriminative": DiscriminativeConfig,
     "early-exit": EarlyExitConfig,
     "open-growth": OpenGrowthConfig,
-    "stacking": StackingConfig,
+    "growth": GrowthConfig,
     "gated": GatedConfig,
 }
 
@@ -73,6 +73,7 @@ __all__ = [
     "ExitModel",
     "GatedConfig",
     "Generation",
+    "GrowthConfig",
     "LayerSkipConfig",
     "Layout",
     "MinedBatches",
@@ -84,7 +85,6 @@ __all__ = [
     "Policy",
     "Routed",
     "Scores",
-    "StackingConfig",
     "StageConfig",
     "StagedConfig",
     "StandardConfig",

@@ -140,7 +140,7 @@ STRATEGIES: dict[str, Any] = {
     "early exit": ease.EarlyExitConfig(objective="both", **SHORT),
     "deep supervision": ease.DeepSupervisionConfig(**SHORT),
     "discriminative": ease.DiscriminativeConfig(**SHORT),
-    "stacking": ease.StackingConfig(**SHORT | {"max_epochs": 6}),
+    "growth": ease.GrowthConfig(**SHORT | {"max_epochs": 6}),
     "tune": ease.TuneConfig(exits=(1, 2), adapter="mlp", tokens="hard", objective="both", **SHORT),
 }
 
@@ -214,7 +214,7 @@ KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_go_on(kind: str, text: torch.Tensor, tmp_path: Path) -> None:
-    config = ease.StackingConfig(layers=(1, 2), **SHORT | {"max_epochs": 6})
+    config = ease.GrowthConfig(layers=(1, 2), **SHORT | {"max_epochs": 6})
     make = lambda: (small(1), config.strategy(), Data(KINDS[kind](text), data_of(text).val))  # noqa: E731
     check(make, tmp_path, [Killer(3), Killer(4, "epoch"), Killer(9), Killer(0)])
 

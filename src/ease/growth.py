@@ -20,7 +20,7 @@ from ease.trainer import Data, Phase, PhaseOptions, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackingConfig(PhaseOptions):
+class GrowthConfig(PhaseOptions):
     """Two or more phases; the limits on epochs and FLOPs and the schedule are those of all together."""
 
     layers: tuple[int, ...] = (2, 4)
@@ -64,15 +64,15 @@ class StackingConfig(PhaseOptions):
         shares = self.shares or [depth / sum(self.layers) for depth in self.layers]
         return self.part(shares[phase], after=sum(shares[:phase]))
 
-    def strategy(self) -> Stacking:
-        return Stacking(self)
+    def strategy(self) -> Growth:
+        return Growth(self)
 
 
 @dataclass
-class Stacking:
+class Growth:
     """The strategy."""
 
-    config: StackingConfig
+    config: GrowthConfig
     done: int = 0
 
     def policy(self) -> Policy:

@@ -1,15 +1,15 @@
 """Progressive growth: two layers, then four, all of them learning under one schedule."""
 
-from ease import StackingConfig
+from ease import GrowthConfig
 from ease.runs import DataConfig, RunConfig, ShapeConfig
 
 
-def config() -> RunConfig[StackingConfig]:
+def config() -> RunConfig[GrowthConfig]:
     return RunConfig(
-        name="stacking",
+        name="growth",
         model=ShapeConfig(dim=128),
         data=DataConfig(epoch_batches=200, eval_batches=40),
-        strategy=StackingConfig(
+        strategy=GrowthConfig(
             layers=(2, 4),
             lr=3e-3,
             schedule="cosine",

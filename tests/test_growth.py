@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from ease import Data, EaseError, Policy, StackingConfig, StandardTransformer, train
+from ease import Data, EaseError, GrowthConfig, Policy, StandardTransformer, train
 from ease.trainer import PhaseOptions
 
 Make = Callable[..., StandardTransformer]
 
 
-def plan(**options: Any) -> StackingConfig:
-    return StackingConfig(**{"layers": (1, 2, 4), "lr": 5e-3, "patience": None, "max_epochs": 6} | options)
+def plan(**options: Any) -> GrowthConfig:
+    return GrowthConfig(**{"layers": (1, 2, 4), "lr": 5e-3, "patience": None, "max_epochs": 6} | options)
 
 
 def test_every_phase_is_deeper_and_learns_with_all_layers(tiny: Make, text_data: Callable[..., Data]) -> None:
