@@ -1,4 +1,4 @@
-"""The model: its shape, its two faces, bad input. How it grows is in promises/test_growth.py."""
+"""The model: its shape, its two faces, bad input. How it grows is in promises/test_growing.py."""
 
 import math
 from collections.abc import Callable
