@@ -15,7 +15,8 @@ import torch
 
 import ease
 from ease.flops import classifier_flops, full_depth_flops, head_flops, layer_flops
-from experiments.reproduce import PART, SCALES, TIERS, rivals
+from experiments.lines import PART
+from experiments.reproduce import SCALES, TIERS, rivals
 from experiments.tables import Table
 
 TOKENS = 20

@@ -33,12 +33,11 @@ from experiments.cut import CutConfig, whole
 from experiments.fronts import Report
 from experiments.headless import headless
 from experiments.labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
-from experiments.lines import Lab, Line, grow, make
+from experiments.lines import BASE, Lab, Line, grow, make, plain, plain_names
 from experiments.running import Experiment, Settings, run
 from experiments.sweeps import SHARES
 
-BASE, WHOLE = "phase 1", "checkpoint"
-PART = 0.6  # of the budget that phase 1 takes where lines share it
+WHOLE = "checkpoint"
 GIVE = "a folder with train.jsonl (texts with labels, or prompts with completions), .jsonl documents or hf:NAME"
 
 
@@ -230,20 +229,12 @@ def called(data: str) -> str:
 # Lines
 
 
-def plain_names(size: Size) -> tuple[str, ...]:
-    return tuple(f"plain, layers: {k}" for k in size.depths)
-
-
 def new_lines(size: Size, kind: str) -> dict[str, Line]:
     """Of new models."""
     brick, deep = size.depths[0], size.depths[-1]
-    shallow = make(ease.StandardConfig, num_layers=brick)
-    models = [Line(make(ease.StandardConfig, num_layers=k)) for k in size.depths]
     joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
     lines = {
-        BASE: Line(shallow, share=PART),
-        **dict(zip(plain_names(size), models, strict=True)),
-        "continued": Line(shallow, on=BASE),
+        **plain(size.depths),
         "ASHEM": Line(grow(deep), on=BASE),
         "progressive growth": Line(make(ease.GrowthConfig, layers=size.depths)),
         "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=deep)),
@@ -279,16 +270,16 @@ def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequ
     measures, told = MEASURES.get(kind, ()), f"--data {called(data)}"
     if model is None:
         title, lines = f"{called(data)} at scale {name}", new_lines(size, kind)
-        base, plain, beside = BASE, plain_names(size), ("continued",)
+        base, beaten, beside = BASE, plain_names(size.depths), ("continued",)
     else:
         layers = shape_of(model).num_layers
         if layers < 2:
             raise ease.EaseError(f"{model} has one layer, after which all tokens leave: give a deeper checkpoint")
         title, lines = f"Exits on {Path(model).name} at scale {name}", checkpoint_lines(layers)
-        base, plain, beside = WHOLE, (*(n for n in lines if n.startswith("cut")), WHOLE), (WHOLE,)
+        base, beaten, beside = WHOLE, (*(n for n in lines if n.startswith("cut")), WHOLE), (WHOLE,)
         told = f"--model {Path(model).name} {told}"
     command = f"ease reproduce 3 {told} --seeds {','.join(map(str, seeds))} --scales {name}"
-    report = Report(title, base, plain, beside, command=command, measures=measures)
+    report = Report(title, base, beaten, beside, command=command, measures=measures)
     parts = ([] if model is None else [Path(model).resolve().name]) + [called(data).removeprefix("hf:"), name]
     folder = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
     return Experiment(folder, partial(make_lab, name, data, model, device), lines, report)

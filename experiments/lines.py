@@ -191,6 +191,25 @@ class Line:
     """Fixed thresholds that are measured beside quantiles."""
 
 
+BASE = "phase 1"
+PART = 0.6  # of the budget that phase 1 takes where lines share it
+
+
+def plain_names(depths: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"plain, layers: {k}" for k in depths)
+
+
+def plain(depths: Sequence[int]) -> dict[str, Line]:
+    """Phase 1, on which others stand, the models of every depth to beat, and phase 1 trained on."""
+    shallow = make(ease.StandardConfig, num_layers=depths[0])
+    models = [Line(make(ease.StandardConfig, num_layers=k)) for k in depths]
+    return {
+        BASE: Line(shallow, share=PART),
+        **dict(zip(plain_names(depths), models, strict=True)),
+        "continued": Line(shallow, on=BASE),
+    }
+
+
 class Task(NamedTuple):
     """One line to be trained with one seed at one learning rate."""
 

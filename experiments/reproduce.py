@@ -23,14 +23,12 @@ from experiments import given, scaling, wikitext
 from experiments.ablation import LEAKY, ablations, last_layer
 from experiments.fronts import Report
 from experiments.headless import headless
-from experiments.lines import Lab, Line, Trial, grow, make
+from experiments.lines import BASE, PART, Lab, Line, Trial, grow, make, plain, plain_names
 from experiments.running import Experiment, Settings, run, write_tables
 from experiments.tables import notes
 
-BASE = "phase 1"
 HEADLESS = ("ASHEM", "early exit", "stacking, with exit", "open growth", "tuned exit")
 """Lines whose exits are also measured without asking the head whether they are sure."""
-PART = 0.6  # of the budget that phase 1 takes where lines share it
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def sizes(dim: int, budget: float, **settings: Any) -> dict[str, Any]:
 
 
 SCALES = {
-    "tiny": Scale(sizes(16, 2e8, seq=32, batch=8, lrs=(1e-2, 2e-2), epoch_batches=5, eval_batches=(2, 3))),
+    "tiny": Scale(sizes(16, 2.5e8, seq=32, batch=8, lrs=(1e-2, 2e-2), epoch_batches=5, eval_batches=(2, 3))),
     "xs": Scale(sizes(32, 5e11, mine_epochs=2)),
     "s": Scale(sizes(48, 2e12, lrs=(5e-3, 1e-2, 2e-2), mine_epochs=4)),
     "m": Scale(sizes(64, 8e12, lrs=(1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
@@ -78,21 +76,6 @@ def make_lab(name: str, data: str) -> Lab:
     return Lab(text, about, corpus.vocab_size, pieces=tuple(pieces), **shape)
 
 
-def plain_names(scale: Scale) -> tuple[str, ...]:
-    return tuple(f"plain, layers: {k}" for k in scale.depths)
-
-
-def plain(scale: Scale) -> dict[str, Line]:
-    """Phase 1, on which others stand, the models to beat, and phase 1 trained on."""
-    shallow = make(ease.StandardConfig, num_layers=scale.depths[0])
-    models = [Line(make(ease.StandardConfig, num_layers=k)) for k in scale.depths]
-    return {
-        BASE: Line(shallow, share=PART),
-        **dict(zip(plain_names(scale), models, strict=True)),
-        "continued": Line(shallow, on=BASE),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Tier 1: the front
 
@@ -109,7 +92,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
     grown_first["first_share"] = 1 - most / sum(scale.depths)
     grown = {most: "progressive growth, deeper", deep: "progressive growth"}  # one, where they are as deep
     return {
-        **plain(scale),
+        **plain(scale.depths),
         "ASHEM": Line(grow(deep), on=BASE),
         **{
             name: Line(make(ease.GrowthConfig, layers=tuple(k for k in scale.depths if k <= layers)))
@@ -155,7 +138,7 @@ def stages(depths: tuple[int, ...], trial: Trial) -> ease.StagedConfig:
 def front(name: str, data: str, command: str) -> Experiment:
     scale = SCALES[name]
     title = f"Fronts at scale {name}"
-    report = Report(title, BASE, plain_names(scale), ("continued",), explained="ASHEM", command=command)
+    report = Report(title, BASE, plain_names(scale.depths), ("continued",), explained="ASHEM", command=command)
     return Experiment(name, partial(make_lab, name, data), rivals(scale), report)
 
 
@@ -165,11 +148,11 @@ def front(name: str, data: str, command: str) -> Experiment:
 
 def apart(name: str, data: str, command: str) -> Experiment:
     scale = SCALES[name]
-    lines = plain(scale) | ablations(scale.depths[0], scale.deep, BASE, PART)
+    lines = plain(scale.depths) | ablations(scale.depths[0], scale.deep, BASE, PART)
     report = Report(
         f"ASHEM taken apart at scale {name}",
         BASE,
-        plain_names(scale),
+        plain_names(scale.depths),
         ("continued", "ASHEM"),
         explained="ASHEM",
         original="ASHEM",

@@ -20,7 +20,7 @@ from ease.cli import main
 from ease.data import train_tokenizer
 from ease.tasks import classification_figures
 from experiments import given, running
-from experiments.lines import Plan
+from experiments.lines import BASE, PART, Plan
 
 pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -124,7 +124,7 @@ def test_whatever_is_given_ends_with_its_tables(kind: str) -> None:
     assert told["missing"] == []
     entries = {entry["line"]: entry for entry in told["entries"]}
     for name, entry in entries.items():
-        spent = {given.BASE: given.PART, given.WHOLE: 0.0}.get(name, 1.0) * told["lab"]["budget"]
+        spent = {BASE: PART, given.WHOLE: 0.0}.get(name, 1.0) * told["lab"]["budget"]
         assert entry["flops"] == pytest.approx(spent, rel=0.3), name
     page = (folder / "front.md").read_text()
     assert "what exits save" in page
@@ -159,7 +159,7 @@ def test_workers_train_it_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(here)
     monkeypatch.setenv("EASE_CACHE", str(here / "cache"))
     made = given.experiment("tiny", "people", None, "cpu", (0,))
-    few = made._replace(lines={name: made.lines[name] for name in (given.BASE, "plain, layers: 1")})
+    few = made._replace(lines={name: made.lines[name] for name in (BASE, "plain, layers: 1")})
     done = running.run([few], running.Settings(here / "workers", (0,), say=lambda _: None))
     assert done.missing == []
     assert {entry["line"] for entry in done.data[0]["entries"]} == set(few.lines)

@@ -97,8 +97,7 @@ def test_the_smallest_tier_goes_on_after_a_kill_and_ends_with_every_table(smoke:
         budget = made["lab"]["budget"]
         for entry in made["entries"]:
             if entry["line"] not in made["unfinished"]:
-                # A phase ends with a whole step and a whole validation, which are much of a budget this small.
-                assert entry["flops"] == pytest.approx(budget, rel=0.25), entry["line"]
+                assert entry["flops"] == pytest.approx(budget, rel=0.2), entry["line"]
     assert (smoke / "text.txt-scales.md").read_text().count("needs 3 scales")
     assert {path.stem for path in (smoke / "text.txt-apart").glob("*.tex")} >= {"parts", "leak", "last-layer", "tokens"}
 
