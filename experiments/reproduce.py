@@ -12,7 +12,7 @@ so the same command goes on where it was stopped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,23 @@ class Scale:
     """Of plain models; the first is phase 1's, after which tokens leave."""
     deep: int = 2
     """Layers of the models that tokens may leave early."""
+    more: Mapping[str, Line] = field(default_factory=dict)
+    """Lines beside every strategy."""
 
 
-def sizes(dim: int, budget: float, **settings: Any) -> dict[str, Any]:
-    own = {"dim": dim, "budget": budget, "seq": 128, "batch": 32, "lrs": (1e-2, 2e-2, 4e-2)}
+def sizes(dim: int, budget: float, lrs: tuple[float, ...], **settings: Any) -> dict[str, Any]:
+    own = {"dim": dim, "budget": budget, "lrs": lrs, "seq": 128, "batch": 32}
     return own | {"epoch_batches": 200, "eval_batches": (20, 80)} | settings
 
 
 SCALES = {
-    "tiny": Scale(sizes(16, 2.5e8, seq=32, batch=8, lrs=(1e-2, 2e-2), epoch_batches=5, eval_batches=(2, 3))),
-    "xs": Scale(sizes(32, 5e11, mine_epochs=2)),
-    "s": Scale(sizes(48, 2e12, lrs=(5e-3, 1e-2, 2e-2), mine_epochs=4)),
-    "m": Scale(sizes(64, 8e12, lrs=(1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
-    "l": Scale(
-        sizes(128, 2e14, lrs=(3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6
-    ),
-    "words": Scale({"lrs": (5e-3, 1e-2)}, None, depths=(2, 3, 4), deep=4),
-    "bpe": Scale(sizes(64, 2e12, lrs=(1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
+    "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
+    "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2)),
+    "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4)),
+    "m": Scale(sizes(64, 8e12, (1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
+    "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
+    "words": Scale({"lrs": (5e-3, 1e-2)}, None, depths=(2, 3, 4), deep=4, more=wikitext.VARIANTS),
+    "bpe": Scale(sizes(64, 2e12, (1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
 }
 
 
@@ -120,6 +120,7 @@ def rivals(scale: Scale) -> dict[str, Line]:
         "deep supervision, by depth": Line(make(ease.DeepSupervisionConfig, num_layers=most, weighting="depth")),
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
         **{f"{name}, no head asked": Line(headless, on=name) for name in HEADLESS},
+        **scale.more,
     }
 
 

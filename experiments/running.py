@@ -1,8 +1,7 @@
-"""Experiments from the first line to the last table: what `ease reproduce` and the experiments' own commands share."""
+"""Experiments from the first line to the last table, whatever their lines are."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,19 +116,3 @@ def write_tables(made: Sequence[tables.Table], folder: Path, name: str) -> None:
     (folder / f"{name}.md").write_text("\n".join(table.markdown() for table in made), encoding="utf-8")
     for table in made:
         (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
-
-
-def main(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], Experiment]) -> None:
-    """The command line of an experiment that stands alone."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one tries learning rates")
-    parser.add_argument("--jobs", type=int, default=1, help="lines trained at a time, each on one thread")
-    parser.add_argument("--budget", type=float, help="minutes after which no line is begun any more")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    try:
-        missing = run([make(args)], Settings(args.out, args.seeds, args.jobs, args.budget)).missing
-    except ease.EaseError as error:
-        raise SystemExit(str(error)) from None
-    if missing:
-        print(f"Not done yet, the same command goes on: {'; '.join(missing)}")

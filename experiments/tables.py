@@ -246,7 +246,7 @@ def quality(fronts: Fronts) -> Table | None:
     return Table("quality", title, header, rows, [told, *notes(fronts.data)]) if measures else None
 
 
-def savings(fronts: Fronts) -> Table:
+def savings(fronts: Fronts) -> Table | None:
     """What exits save of the same model's full depth at next to no loss."""
     rows = []
     for name in fronts.strategies:
@@ -261,17 +261,13 @@ def savings(fronts: Fronts) -> Table:
         loss = Interval.of([a - b for a, b in zip(place.figure("loss"), full.figure("loss"), strict=True)])
         share = spread(saved, lambda value: 100 * value, lambda value: f"{signed(value)}%")
         rows.append([name, place.routing, ppl(full.figure("loss")), ppl(place.figure("loss")), difference(loss), share])
-    return Table(
-        "savings",
-        f"{fronts.data['title']}: what exits save at next to no loss",
-        ["line", "routing", "PPL at full depth", "PPL", "difference", "FLOPs per token saved"],
-        rows,
-        [
-            f"The cheapest routing whose validation loss is at most {SAVING:g} nats above that of the same model at "
-            "full depth, which asks one head; lines without one are left out.",
-            *notes(fronts.data),
-        ],
+    told = (
+        f"The cheapest routing whose validation loss is at most {SAVING:g} nats above that of the same model at full "
+        "depth, which asks one head; lines without one are left out."
     )
+    header = ["line", "routing", "PPL at full depth", "PPL", "difference", "FLOPs per token saved"]
+    title = f"{fronts.data['title']}: what exits save at next to no loss"
+    return Table("savings", title, header, rows, [told, *notes(fronts.data)]) if rows else None
 
 
 COMMON = ("kind", "lr", "schedule", "warmup", "patience", "max_epochs", "max_flops", "seed", "pretrained")

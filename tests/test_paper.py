@@ -134,8 +134,8 @@ def taken(folder: Path, place: str) -> list[str]:
 
 
 def test_every_kept_experiment_comes_into_its_place(laid: Path) -> None:
-    fronts = [f"1-{number}/{what}" for number in (1, 0) for what in ("front.pdf", "front", "savings")]
-    assert taken(laid, "fronts") == fronts, "from the small scale to the large one"
+    fronts = [f"1-{number}/{what}" for number in (1, 0) for what in ("front.pdf", "front")]
+    assert taken(laid, "fronts") == fronts, "from the small scale to the large one, and nothing that saves nothing"
     assert taken(laid, "apart") == ["2-0/parts", "2-0/last-layer"]
     assert taken(laid, "costs") == ["1-1/costs", "1-0/costs"]
     assert taken(laid, "scales") == ["all/scales.pdf", "all/scales"]
