@@ -197,7 +197,7 @@ class PhaseOptions:
         check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
     def part(self, share: float, lr: float | None = None, *, after: float | None = None) -> PhaseOptions:
-        """These for one of several phases: a share in (0, 1] of epochs (at least one) and FLOPs, perhaps at a rate of its own.
+        """For one of several phases: a share in (0, 1] of epochs (at least one) and FLOPs, perhaps its own rate.
 
         Args:
             after: the share that came before, where one schedule goes through all phases; None: each has its own.
