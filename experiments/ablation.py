@@ -179,9 +179,10 @@ def ablations(brick: int, deep: int, base: str, share: float) -> dict[str, Line]
     opened = make(ease.OpenGrowthConfig, shallow_layers=brick, deep_layers=deep, first_share=0.0)
     return {
         "ASHEM": on(grow(deep), thresholds=THRESHOLDS),
+        "mined from one epoch": on(grow(deep, mine_epochs=1)),
         "chosen by loss": on(chosen(deep, by="loss")),
         # The reference runs on all that is mined: on as much as ASHEM mines, it would take what training has.
-        "chosen by gain from depth": on(chosen(deep, {"mine_epochs": 1}, by="gain"), reference=reference),
+        "chosen by gain from depth, one epoch": on(chosen(deep, {"mine_epochs": 1}, by="gain"), reference=reference),
         "chosen by chance": on(chosen(deep, by="chance")),
         **{f"hard ratio {ratio:g}": on(grow(deep, hard_example_ratio=ratio)) for ratio in RATIOS},
         "copied start": on(grow(deep, grow_init="copy")),

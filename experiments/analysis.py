@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from experiments.statistics import Broken, Interval, corners
-from experiments.sweeps import Candidate, Point
+from experiments.sweeps import COMPARED, Candidate, Point
 
 
 class Place(NamedTuple):
@@ -95,13 +95,9 @@ class Fronts:
         return self.broken(self.corners, split)
 
     def broken(self, places: Sequence[Place], split: str = "test") -> list[Broken]:
-        return [
-            Broken(
-                tuple(place.figure("flops_per_token", split)[seed] for place in places),
-                tuple(place.figure("loss", split)[seed] for place in places),
-            )
-            for seed in range(len(self.data["seeds"]))
-        ]
+        """The line through places, of every seed, in the order of what they cost that seed."""
+        figures = (zip(place.figure("flops_per_token", split), place.figure("loss", split)) for place in places)
+        return [Broken(*zip(*sorted(points))) for points in zip(*figures, strict=True)]
 
     def against(self, place: Place, lines: Sequence[Broken], split: str = "test") -> Interval:
         """Loss above lines of straight pieces at the same FLOPs per token."""
@@ -133,11 +129,20 @@ class Fronts:
         name = max(above, key=lambda name: above[name])
         return name, self.against(place, self.broken(self.front(name)))
 
-    def beside(self, place: Place, name: str) -> Interval:
-        """Loss above another line's, routed in the same way where it has that exit, else at full depth."""
-        alike = [other for other in self.places[name] if other.candidate == place.candidate]
-        other = alike[0] if alike else self.full_depth(name)
-        return Interval.of([a - b for a, b in zip(place.figure("loss"), other.figure("loss"), strict=True)])
+    def beside(self, place: Place, name: str) -> Interval | None:
+        """Loss above another line's that is routed in the same way; None where it was not measured.
+
+        Where only one of the two has exits, it stands where half of the tokens go on or at the other's full depth.
+        """
+        own, others = self.places[place.line], self.places[name]
+        if len(others) == 1:
+            wanted = others[0].candidate
+        elif len(own) == 1:
+            wanted = next(other.candidate for other in others if other.candidate.share == COMPARED)
+        else:
+            wanted = place.candidate
+        alike = next((other for other in others if other.candidate == wanted), None)
+        return alike and Interval.of([a - b for a, b in zip(place.figure("loss"), alike.figure("loss"), strict=True)])
 
     def entries(self, name: str) -> list[dict[str, Any]]:
         return [entry for entry in self.data["entries"] if entry["line"] == name]

@@ -40,8 +40,8 @@ class Report:
     """The plain models, between which lies the line to beat."""
     beside: tuple[str, ...] = ()
     """Lines that every other one is compared with."""
-    explained: str | None = None
-    """The line of which it is told which tokens gained."""
+    explained: tuple[str, ...] = ()
+    """The line of which it is told which tokens gained, and the one to compare it with there."""
     original: str | None = None
     """The line that others are variants of."""
     both: tuple[str, ...] = ()
@@ -88,11 +88,13 @@ def measure(
         chosen = front(rows)
         for row in rows:
             entry = {key: row[key] for key in ("key", "line", "seed", "lr", "flops", "seconds", "memory", "strategy")}
+            entry["lr"] = row["lr"] if plan.lines[name].rates else None
             entry["points"] = [dict(row["sweep"][i]) for i in chosen]
             entries.append(entry)
             base = done[report.base, row["seed"]]
             entry["base"] = base["key"]
-            new = [point for point in entry["points"] if scoring(entry, point) not in scored]
+            wanted = {"test", "groups"} if name in report.explained else {"test"}
+            new = [point for point in entry["points"] if not wanted <= scored.get(scoring(entry, point), {}).keys()]
             future = pool.submit(score_test, plan.closed, row, new, base, report) if new else None
             waiting.append((entry, new, future))
     for entry, new, future in waiting:
@@ -117,7 +119,7 @@ def measure(
         "plain": [name for name in report.plain if name in finished],
         "unfinished": [name for name in finished if plan.lines[name].share < 1],
         "beside": [name for name in report.beside if name in finished],
-        "explained": report.explained if report.explained in finished else None,
+        "explained": report.explained if set(report.explained) <= set(finished) else (),
         "original": report.original if report.original in finished else None,
         "both": [name for name in report.both if name in finished],
         "leaky": report.leaky,
@@ -176,7 +178,7 @@ def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report:
         scores = ease.score(model, plan.lab.test, policy(point))
         further = plan.lab.further(model, policy(point))
         found.append({"test": figures(scores, plan.lab.depth, hard["test"]) | further})
-        if row["line"] == report.explained:
+        if row["line"] in report.explained:
             found[-1]["groups"] = tokens.groups(kinds(plan.folder), first["test"], scores, hard["test"])
         if row["line"] in report.both:
             seen = ease.score(model, plan.lab.val, policy(point))

@@ -189,6 +189,8 @@ class Line:
     """A line that is looked at but not gone on from; its FLOPs are nobody's."""
     thresholds: tuple[float, ...] = ()
     """Fixed thresholds that are measured beside quantiles."""
+    rates: bool = True
+    """Whether it tries the lab's learning rates; False: it has none."""
 
 
 BASE = "phase 1"
@@ -306,7 +308,7 @@ class Plan:
         """Where the plan stands."""
         rows, done, todo, kept, failed = self.rows(), {}, [], 0, set()
         for name, line in self.lines.items():
-            lrs = self.lab.lrs
+            lrs = self.lab.lrs if line.rates else self.lab.lrs[:1]
             for seed in seeds:
                 if any((other, seed) not in done for other in (line.on, line.reference) if other):
                     continue
@@ -404,7 +406,7 @@ class Plan:
     ) -> None:
         """Trains what is missing; after `until` (of `time.monotonic`) nothing new is begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        total = len(self.lines) * (len(self.lab.lrs) + len(seeds) - 1)
+        total = sum((len(self.lab.lrs) if line.rates else 1) + len(seeds) - 1 for line in self.lines.values())
         running: dict[Future[Row], Task] = {}
         while True:
             state, busy = self.progress(seeds), {task.key for task in running.values()}

@@ -85,18 +85,19 @@ def rivals(scale: Scale) -> dict[str, Line]:
     brick, deep, most = scale.depths[0], scale.deep, scale.depths[-1]
     joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
     opened = {"shallow_layers": brick, "deep_layers": deep}
+    # Its first layer has no loss, so that its first exit is the second layer's; dropout rises, as for a new model.
+    skip = {"num_layers": max(3, deep), "exit_layer": 2, "routing_threshold": 0.0, "dropout_schedule": "exponential"}
     finished = f"{deep} layers, nine tenths"
     tuned = partial(make, ease.TuneConfig, exits=(brick,))
     *below, under, _ = scale.depths  # the exit lies under the last of them
     grown_first = {"deep_layers": most, "exit_layer": under, "growth": tuple(below), "going_on": 0.3}
     grown_first["first_share"] = 1 - most / sum(scale.depths)
-    grown = {most: "progressive growth, deeper", deep: "progressive growth"}  # one, where they are as deep
     return {
         **plain(scale.depths),
         "ASHEM": Line(grow(deep), on=BASE),
         **{
-            name: Line(make(ease.GrowthConfig, layers=tuple(k for k in scale.depths if k <= layers)))
-            for layers, name in grown.items()
+            f"progressive growth {'-'.join(map(str, depths))}": Line(make(ease.GrowthConfig, layers=depths))
+            for depths in (scale.depths[:n] for n in range(2, len(scale.depths) + 1))
         },
         "gated": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick)),
         "gated, grown": Line(make(ease.GatedConfig, **grown_first)),
@@ -114,12 +115,11 @@ def rivals(scale: Scale) -> dict[str, Line]:
         "gated from the start": Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick, first_share=0.0)),
         "open growth from the start": Line(make(ease.OpenGrowthConfig, **opened, first_share=0.0)),
         "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
-        # Its first layer has no loss, so that its first exit is the second layer's.
-        "LayerSkip": Line(make(ease.LayerSkipConfig, num_layers=max(3, deep), exit_layer=2, routing_threshold=0.0)),
+        "LayerSkip": Line(make(ease.LayerSkipConfig, **skip)),
         "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=most)),
         "deep supervision, by depth": Line(make(ease.DeepSupervisionConfig, num_layers=most, weighting="depth")),
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
-        **{f"{name}, no head asked": Line(headless, on=name) for name in HEADLESS},
+        **{f"{name}, no head asked": Line(headless, on=name, rates=False) for name in HEADLESS},
         **scale.more,
     }
 
@@ -139,7 +139,9 @@ def stages(depths: tuple[int, ...], trial: Trial) -> ease.StagedConfig:
 def front(name: str, data: str, command: str) -> Experiment:
     scale = SCALES[name]
     title = f"Fronts at scale {name}"
-    report = Report(title, BASE, plain_names(scale.depths), ("continued",), explained="ASHEM", command=command)
+    report = Report(
+        title, BASE, plain_names(scale.depths), ("continued",), explained=("ASHEM", "continued"), command=command
+    )
     return Experiment(name, partial(make_lab, name, data), rivals(scale), report)
 
 
@@ -155,7 +157,7 @@ def apart(name: str, data: str, command: str) -> Experiment:
         BASE,
         plain_names(scale.depths),
         ("continued", "ASHEM"),
-        explained="ASHEM",
+        explained=("ASHEM", "continued"),
         original="ASHEM",
         both=(f"{BASE}, own head", "ASHEM, own head", LEAKY),
         leaky=LEAKY,

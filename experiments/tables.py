@@ -70,25 +70,30 @@ def notes(data: dict[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, data["seeds"]))
     several = len(data["seeds"]) > 1
     spent = {e["line"]: e["flops"] / lab["budget"] for e in data["entries"]}
-    part = [name for name, share in spent.items() if name in data["unfinished"] or not share]
-    less = "".join(f" ({name}: {spent[name]:.0%} of it)" for name in part)
+    bare = {e["line"] for e in data["entries"] if e["lr"] is None}
+    other = {n: f"{share:.0%}" for n, share in spent.items() if n in bare or n in data["unfinished"] or not share}
+    shares = {share: [name for name, its in other.items() if its == share] for share in other.values()}
+    less = "".join(f" ({'; '.join(names)}: {share} of it)" for share, names in shares.items())
+    some = [f"{n} of {split}" for n, split in zip(lab["eval_batches"], ("validation", "test")) if n]
+    scored = f" Scored are the first batches of a split: {' and '.join(some)}." if some else ""
     found = [
         f"{lab['corpus']} (tokens: {text}), vocabulary {lab['vocab_size']:,}, dim {lab['dim']}, {lab['heads']} heads, "
         f"sequences of {lab['seq']}, batches of {lab['batch']}, {'tied' if lab['tie_embeddings'] else 'untied'} head, "
         f"dropout {lab['dropout']:g}; {lab['budget']:.3g} training FLOPs for every line{less}; learning rates "
         f"{', '.join(f'{lr:g}' for lr in lab['lrs'])} tried with the first seed and chosen on validation, a cosine "
-        f"schedule in each phase, or one through all where the strategy has it so; seeds {seeds}.",
+        f"schedule in each phase, or one through all where the strategy has it so; seeds {seeds}.{scored}",
         f"In brackets: 95% intervals over {len(data['seeds'])} seeds (Student's t), differences paired by seed; none "
-        "is corrected for the number of rows."
+        "is corrected for the number of rows, and none says how another text would differ."
         if several
         else "One seed: nothing here is known to lie outside the noise.",
         f"{about['cpu']}, {about['device']}, one thread, torch {about['torch']}, Python {about['python']}. "
         f"Made by `{data['command']}`.",
     ]
-    rates = [entry["lr"] for entry in data["entries"] if entry["seed"] == data["seeds"][0]]
+    first = [entry for entry in data["entries"] if entry["seed"] == data["seeds"][0]]
+    rates = [entry["lr"] for entry in first if entry["lr"] is not None]
     if len(lab["lrs"]) > 1:
         high, low = rates.count(max(lab["lrs"])), rates.count(min(lab["lrs"]))
-        found[0] += f" Of {len(rates)} lines {high} chose the highest rate and {low} the lowest."
+        found[0] += f" Of {len(rates)} lines with a rate {high} chose the highest and {low} the lowest."
     if data["missing"]:
         found.append(f"Not trained yet: {'; '.join(data['missing'])}.")
     return found
@@ -151,7 +156,8 @@ def summary(fronts: Fronts) -> Table:
     order = [*fronts.data["plain"], *sorted(fronts.strategies, key=lambda name: fronts.gap(fronts.best(name)).mean)]
     for name in order:
         place = fronts.full_depth(name) if name in fronts.data["plain"] else fronts.best(name)
-        row = [name, place.routing, f"{fronts.entries(name)[0]['lr']:g}", *cells(fronts, place)]
+        lr = fronts.entries(name)[0]["lr"]
+        row = [name, place.routing, "" if lr is None else f"{lr:g}", *cells(fronts, place)]
         if name in fronts.data["plain"]:
             rows.append([*row, stands(fronts, place), "", ""])
             continue
@@ -188,7 +194,7 @@ def every(fronts: Fronts) -> Table:
             *cells(fronts, place),
             clock(place),
             stands(fronts, place),
-            *(difference(fronts.beside(place, other)) for other in fronts.data["beside"]),
+            *compared(fronts, place),
         ]
         for name in (*fronts.data["unfinished"], *fronts.data["plain"], *fronts.strategies)
         for place in fronts.front(name)
@@ -210,10 +216,22 @@ def every(fronts: Fronts) -> Table:
         rows,
         [
             f"Microseconds on validation text with seed {fronts.data['timed']['seed']}: the median of "
-            f"{fronts.data['timed']['rounds']} rounds in which all rows take turns.",
+            f"{fronts.data['timed']['rounds']} rounds in which all rows take turns. {ALIKE}",
             *notes(fronts.data),
         ],
     )
+
+
+ALIKE = (
+    "Against another line: routed alike, or nothing is said; where only one of the two has exits, it stands where "
+    f"{COMPARED:.0%} go on or at the other's full depth."
+)
+
+
+def compared(fronts: Fronts, place: Place) -> list[str]:
+    """A candidate against the lines that all are compared with."""
+    against = [fronts.beside(place, other) for other in fronts.data["beside"]]
+    return [difference(interval) if interval else "" for interval in against]
 
 
 def clock(place: Place) -> str:
@@ -247,25 +265,25 @@ def quality(fronts: Fronts) -> Table | None:
 
 
 def savings(fronts: Fronts) -> Table | None:
-    """What exits save of the same model's full depth at next to no loss."""
+    """What exits save of the same model's full depth at next to no loss against the best that it can do."""
     rows = []
     for name in fronts.strategies:
-        full = fronts.full_depth(name)
-        limit = full.mean("loss", "val") + SAVING
-        cheap = [p for p in fronts.front(name) if p.candidate.exits and p.mean("loss", "val") <= limit]
-        if not cheap:
+        full, *_, best = fronts.full_depth(name), *fronts.front(name)
+        limit = best.mean("loss", "val") + SAVING
+        place = next(place for place in fronts.front(name) if place.mean("loss", "val") <= limit)
+        if not place.candidate.exits:
             continue
-        place = cheap[0]
         costs = zip(place.figure("flops_per_token"), full.figure("flops_per_token"), strict=True)
         saved = Interval.of([1 - a / b for a, b in costs])
-        loss = Interval.of([a - b for a, b in zip(place.figure("loss"), full.figure("loss"), strict=True)])
+        loss = Interval.of([a - b for a, b in zip(place.figure("loss"), best.figure("loss"), strict=True)])
         share = spread(saved, lambda value: 100 * value, lambda value: f"{signed(value)}%")
-        rows.append([name, place.routing, ppl(full.figure("loss")), ppl(place.figure("loss")), difference(loss), share])
+        reached = [ppl(full.figure("loss")), ppl(best.figure("loss")), ppl(place.figure("loss"))]
+        rows.append([name, place.routing, *reached, difference(loss), share])
     told = (
-        f"The cheapest routing whose validation loss is at most {SAVING:g} nats above that of the same model at full "
-        "depth, which asks one head; lines without one are left out."
+        f"The cheapest routing whose validation loss is at most {SAVING:g} nats above that of the same model's best "
+        "one; what it saves is of full depth, which asks one head. Lines that need full depth are left out."
     )
-    header = ["line", "routing", "PPL at full depth", "PPL", "difference", "FLOPs per token saved"]
+    header = ["line", "routing", "PPL at full depth", "best PPL", "PPL", "difference", "FLOPs per token saved"]
     title = f"{fronts.data['title']}: what exits save at next to no loss"
     return Table("savings", title, header, rows, [told, *notes(fronts.data)]) if rows else None
 
@@ -331,29 +349,28 @@ def thresholds(fronts: Fronts) -> Table | None:
 
 def explained(fronts: Fronts) -> Table | None:
     """Which tokens are hard, and which gain."""
-    name = fronts.data["explained"]
-    if name is None:
+    if not fronts.data["explained"]:
         return None
-    place = next(p for p in fronts.places[name] if p.candidate.share == COMPARED)
+    name, other = fronts.data["explained"]
+    place, beside = next(p for p in fronts.places[name] if p.candidate.share == COMPARED), fronts.full_depth(other)
+    groups = [zip(*(point["groups"] for point in line.points), strict=True) for line in (place, beside)]
     rows = []
-    for same in zip(*(point["groups"] for point in place.points), strict=True):
-        mean = {key: statistics.mean(group[key] for group in same) for key in ("share", "hard", "before", "after")}
-        change = Interval.of([math.log(group["after"] / group["before"]) for group in same])
+    for same, at_other in zip(*groups, strict=True):
+        ppls = [[g["before"] for g in same], [g["after"] for g in at_other], [g["after"] for g in same]]
+        change = Interval.of([math.log(a / b) for a, b in zip(ppls[2], ppls[1], strict=True)])
         rows.append(
             [
                 same[0]["kind"],
                 same[0]["group"],
-                f"{mean['share']:.1%}",
-                f"{mean['hard']:.1%}",
-                short(mean["before"]),
-                short(mean["after"]),
+                *(f"{statistics.mean(group[key] for group in same):.1%}" for key in ("share", "hard")),
+                *(short(statistics.mean(values)) for values in ppls),
                 difference(change),
             ]
         )
     return Table(
         "tokens",
         f"{fronts.data['title']}: what makes a token hard, and which tokens gain ({name}, {place.routing})",
-        ["kind", "group", "share of tokens", "hard", f"PPL, {fronts.data['base']}", f"PPL, {name}", "change"],
+        ["kind", "group", "share of tokens", "hard", f"PPL, {fronts.data['base']}", other, name, f"against {other}"],
         rows,
         [
             f"Hard are the tokens that {fronts.data['base']}'s final model is least sure of: half of the validation "
@@ -372,15 +389,14 @@ def parts(fronts: Fronts) -> Table | None:
     for name in (*fronts.data["unfinished"], *fronts.data["plain"], *fronts.strategies):
         exits = [place for place in fronts.places[name] if place.candidate.share == COMPARED]
         for place in (*exits, fronts.full_depth(name)):
-            against = [difference(fronts.beside(place, other)) for other in fronts.data["beside"]]
-            rows.append([name, place.routing, *cells(fronts, place), *against])
+            rows.append([name, place.routing, *cells(fronts, place), *compared(fronts, place)])
     header = ["line", "routing", "test PPL", "hard PPL", "layers run", "FLOPs/token"]
     return Table(
         "parts",
         f"{fronts.data['title']}: one part at a time",
         [*header, *(f"against {other}" for other in fronts.data["beside"])],
         rows,
-        [f"Against {original}: routed alike. Negative is better.", *notes(fronts.data)],
+        [f"Negative is better. {ALIKE}", *notes(fronts.data)],
     )
 
 

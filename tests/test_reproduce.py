@@ -212,15 +212,15 @@ def test_a_fit_finds_a_line_and_is_sure_of_it_only_where_points_are() -> None:
     assert far.high - far.low > 10 * (near.high - near.low) > 0
 
 
+def point(cost: float, loss: float, exits: tuple[int, ...] = (), share: float | None = None) -> dict[str, Any]:
+    told = {"loss": loss, "ppl": math.exp(loss), "hard_ppl": math.exp(loss + 1), "flops_per_token": cost}
+    told |= {"compute_cost": 0.5, "shallow_ratio": 0.5, "acc": 0.5, "easy_ppl": 2.0}
+    where = {"exits": list(exits), "share": share, "threshold": None, "thresholds": [0.5] * len(exits)}
+    return where | {"val": dict(told), "test": told}
+
+
 def fake(seeds: int = 3, lift: float = 0.0, budget: float = 1e12) -> dict[str, Any]:
     """Plain models of 1 and 2 layers, and a strategy half-way between that is `lift` above their line."""
-
-    def point(cost: float, loss: float, exits: tuple[int, ...] = (), share: float | None = None) -> dict[str, Any]:
-        told = {"loss": loss, "ppl": math.exp(loss), "hard_ppl": math.exp(loss + 1), "flops_per_token": cost}
-        told |= {"compute_cost": 0.5, "shallow_ratio": 0.5, "acc": 0.5, "easy_ppl": 2.0}
-        where = {"exits": list(exits), "share": share, "threshold": None, "thresholds": [0.5] * len(exits)}
-        return where | {"val": dict(told), "test": told}
-
     entries = []
     for seed in range(seeds):
         noise = 0.3 * seed  # of the seed, the same for all lines
@@ -245,12 +245,12 @@ def fake(seeds: int = 3, lift: float = 0.0, budget: float = 1e12) -> dict[str, A
                 }
             )
     lab = {"corpus": "text", "tokens": {"train": 10}, "vocab_size": 9, "dim": 8, "heads": 2, "seq": 4, "batch": 2}
-    lab |= {"tie_embeddings": True, "dropout": 0.0, "budget": budget, "lrs": [0.01, 0.02]}
+    lab |= {"tie_embeddings": True, "dropout": 0.0, "budget": budget, "lrs": [0.01, 0.02], "eval_batches": [2, None]}
     about = {"cpu": "a CPU", "device": "cpu", "torch": "2", "python": "3"}
     told = {"title": "Trial", "command": "ease reproduce 1", "lab": lab, "seeds": list(range(seeds))}
     told |= {"machine": about, "timed": {"seed": 0, "rounds": 5, "batches": 4}, "base": "base", "beside": ["plain 1"]}
     told |= {"plain": ["plain 1", "plain 2"], "unfinished": ["base"], "original": None, "both": [], "leaky": None}
-    return told | {"explained": None, "missing": ["another"], "entries": entries}
+    return told | {"explained": (), "missing": ["another"], "entries": entries}
 
 
 @pytest.mark.parametrize(("lift", "says"), [(-0.02, "-2.0% (-2.0% to -2.0%)"), (0.05, "+5.1% (+5.1% to +5.1%)")])
@@ -267,6 +267,77 @@ def test_what_lies_inside_the_noise_is_called_that() -> None:
             entry["points"][0]["test"]["loss"] += (-0.1, 0.0, 0.12)[entry["seed"]]
     (row,) = [row for row in tables.summary(Fronts(noisy)).rows if row[0] == "exits & more_"]
     assert row[7].endswith(", noise")
+
+
+def test_lines_are_compared_where_they_are_routed_alike() -> None:
+    told = fake()
+    for entry in told["entries"]:
+        if entry["line"] == "exits & more_":
+            entry["points"].insert(0, point(120.0, 5.5, (1,), 0.15))
+            told["entries"] = [
+                *told["entries"],
+                entry | {"line": "variant", "points": copy.deepcopy(entry["points"][1:])},
+            ]
+    for entry in told["entries"]:
+        if entry["line"] == "variant":
+            entry["points"][0]["test"]["loss"] += 1.0
+    fronts = Fronts(told)
+    cheap, half, full = fronts.places["exits & more_"]
+    (alone,) = fronts.places["plain 1"]
+    means = [(found := fronts.beside(place, "variant")) and found.mean for place in (cheap, half, full, alone)]
+    assert means[0] is None, "the variant was not measured there"
+    assert means[1:3] == pytest.approx([-1.0, 0.0])
+    half_goes_on = fronts.places["variant"][0].mean("loss")
+    assert means[3] == pytest.approx(alone.mean("loss") - half_goes_on), "a line without exits: where half go on"
+    assert fronts.beside(cheap, "plain 1").mean == pytest.approx(cheap.mean("loss") - alone.mean("loss"))  # type: ignore[union-attr]
+
+
+def test_a_front_is_in_order_of_what_it_costs_with_each_seed() -> None:
+    told = fake(seeds=2)
+    for entry in told["entries"]:
+        if entry["line"] == "exits & more_" and entry["seed"] == 1:
+            entry["points"][0]["test"]["flops_per_token"] = 210.0
+    fronts = Fronts(told)
+    places = fronts.places["exits & more_"]
+    assert [line.x for line in fronts.broken(places)] == [(150.0, 200.0), (200.0, 210.0)]
+    assert fronts.broken(places)[1].y == (places[1].figure("loss")[1], places[0].figure("loss")[1])
+
+
+def test_savings_are_measured_from_the_best_routing() -> None:
+    """A line whose full depth is worse than its exit saves nothing but its own harm."""
+    told = fake()
+    for entry in told["entries"]:
+        if entry["line"] == "exits & more_":
+            entry["points"].insert(0, point(110.0, 4.9, (1,), 0.0))
+            entry["points"][1] = point(150.0, 4.2, (1,), 0.5)
+    (row,) = tables.savings(Fronts(told)).rows  # type: ignore[union-attr]
+    assert row[:2] == ["exits & more_", "exit 1, 50% go on"], "0% go on is 0.7 nats above what half reaches"
+    assert row[5:] == ["+0.0% (+0.0% to +0.0%), noise", "+25.0% (+25.0% to +25.0%)"]
+    assert tables.savings(Fronts(fake())) is None, "this line needs its full depth"
+
+
+def test_gains_of_tokens_are_shown_beside_the_same_training_without_growth() -> None:
+    told = fake() | {"explained": ("exits & more_", "plain 1")}
+    for entry in told["entries"]:
+        for at in entry["points"]:
+            after = 8.0 if entry["line"] == "plain 1" else 10.0
+            at["groups"] = [
+                {"kind": "place", "group": "first", "share": 1.0, "hard": 0.5, "before": 20.0, "after": after}
+            ]
+    found = tables.explained(Fronts(told))
+    assert found is not None
+    assert found.rows == [["place", "first", "100.0%", "50.0%", "20.00", "8.000", "10.00", "+25.0% (+25.0% to +25.0%)"]]
+
+
+def test_a_line_without_a_rate_chose_none() -> None:
+    told = fake()
+    for entry in told["entries"]:
+        if entry["line"] == "exits & more_":
+            entry |= {"lr": None, "flops": 1.01 * entry["flops"]}
+    about = tables.notes(told)[0]
+    assert "Of 3 lines with a rate 0 chose the highest and 3 the lowest." in about
+    assert "(exits & more_: 101% of it)" in about
+    assert "first batches of a split: 2 of validation." in about
 
 
 def test_choices_do_not_look_at_the_test_split() -> None:
