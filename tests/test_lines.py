@@ -119,6 +119,8 @@ def test_learning_rates_are_chosen_with_the_first_seed_on_validation(plan: Calla
     # Another rate is another trial and leaves those that there are.
     more = plan({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 2e-2, 4e-2))
     assert [(task.seed, task.lr) for task in more.progress([0, 1]).todo] == [(0, 4e-2)]
+    without = plan({"phase 1": replace(LINES["phase 1"], rates=False)})
+    assert len(without.progress([0, 1]).todo) == 1, "a line without a rate is trained once a seed"
 
 
 def test_a_changed_line_is_trained_again_and_no_other(plan: Callable[..., Plan]) -> None:
