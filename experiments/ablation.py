@@ -31,7 +31,7 @@ THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 RATIOS = (0.1, 0.3, 0.7, 1.0)
 ALONE = 2048  # tokens without context in a batch
 OWN_HEAD = {"tie_embeddings": False}
-LEAKY = "seed's protocol, in-sample"
+LEAKY = "original recipe, in-sample"
 
 
 @dataclass(frozen=True)
