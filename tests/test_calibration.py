@@ -210,6 +210,11 @@ def test_sequences_equal_brute_force(batches: list[Batch], tiny: Make, even_poli
     assert torch.equal(sequences.views.best[1], torch.cat(named))
     assert torch.equal(right, sequences.views.best[1] == sequences.views.best[2])
 
+    nobody = batches[0]._replace(layout=Layout.from_attention_mask(torch.zeros_like(batches[0].x)))
+    padded = Sequences(model, [*batches, nobody], policy)
+    assert len(padded) == 9
+    assert torch.equal(padded.views.best, sequences.views.best), "a batch of padding alone says nothing"
+
     figures = sequences.figures(policy)
     assert figures["ppl_full"] == score(model, batches).figures()["ppl"]
     assert figures["ppl_increase"] == pytest.approx(figures["ppl"] / figures["ppl_full"] - 1)

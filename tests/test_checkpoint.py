@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import ease
-from ease.checkpoint import load_model, run_folder, save_model
+from ease.checkpoint import load_model, run_folder, save_model, write_json
 from ease.errors import EaseError
 from ease.exits import Policy, route
 from ease.models import StandardTransformer
@@ -116,3 +117,11 @@ def test_a_policy_comes_back_with_its_measure(policy: Policy, tiny: Callable[...
     model.exit_layer, model.routing_threshold, model.policy_options = policy.exits, policy.thresholds, policy.options
     ease.save_pretrained(model, tmp_path / "export")
     assert Policy.own(ease.from_pretrained(tmp_path / "export")) == policy
+
+
+def test_what_is_no_number_is_null_and_what_is_without_end_stays(tmp_path: Path) -> None:
+    """JSON has no NaN, and a threshold may be infinite."""
+    write_json(tmp_path / "figures.json", {"auroc": {1: math.nan, 2: (0.5, math.nan)}, "threshold": math.inf})
+    told = (tmp_path / "figures.json").read_text()
+    assert "NaN" not in told
+    assert json.loads(told) == {"auroc": {"1": None, "2": [0.5, None]}, "threshold": math.inf}

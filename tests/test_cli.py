@@ -212,6 +212,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "no/such/model", "--prompt", "x"], "no folder no/such/model"),
         (["tune", "no/such/model", "--out", "new"], "no folder no/such/model"),
         (["run", "tune", "--out", "new"], "name a checkpoint with --start"),
+        (["eval", "x" * 300], "check the path and the disk"),
+        (["generate", "x" * 300, "--prompt", "x"], "check the path and the disk"),
         (["run", "ashem", "--strategy.pretrained", "--out", "new"], "name its model with --start"),
     ],
 )

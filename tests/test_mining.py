@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import (
+    Batch,
     Data,
     EaseError,
+    Layout,
     MinedBatches,
     Policy,
     StandardTransformer,
@@ -20,7 +22,7 @@ from ease import (
     compute_confidence_threshold,
     mining,
 )
-from ease.mining import BINS, Quantile
+from ease.mining import BINS, Quantile, read_states
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -191,6 +193,14 @@ def test_mining_from_bins_takes_nearly_the_share(
 
 
 # Mined batches
+
+
+def test_a_batch_without_a_token_is_passed_over(trained: StandardTransformer, batches: list[Pair]) -> None:
+    x, y = batches[0]
+    empty = Batch(x, torch.full_like(y, -100), layout=Layout.from_attention_mask(torch.zeros_like(x)))
+    mined, alone = (MinedBatches(trained, b, Policy(), 0.5) for b in ([*batches, empty], batches))
+    assert (mined.hard, mined.threshold, len(mined)) == (alone.hard, alone.threshold, len(alone))
+    assert len(list(read_states(trained, [*batches, empty], None, 2))) == len(batches)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.2, 1.0])

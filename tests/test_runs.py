@@ -154,6 +154,19 @@ def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Pat
         assert {line["name"] for line in summary["lines"]} == lines
 
 
+def test_deep_supervision_stands_beside_one_that_learns_from_the_last_exit(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights on the same exits are another training where the aim is another."""
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    args = ["run", "early-exit", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY]
+    own = ["--strategy.num-layers", "2", "--strategy.exit-layer", "1", "--strategy.exit-weight", "0.5"]
+    own += ["--strategy.routing-threshold", "0.5", "--strategy.objective", "distillation"]
+    assert main([*args, *own, "--strategy.max-flops", "3e7", "--compare", "deep-supervision"]) == 0
+    lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == ["early exit", "deep-supervision, 2 layers"]
+
+
 def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("one line\n" * 30)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import WordLevel
 
 from ease import Batch, Data, EaseError, StandardConfig, StandardTransformer, score, train
-from ease.streaming import Packer, Stream, StreamBatches, batch_of, load_stream
+from ease.streaming import Packer, Stream, StreamBatches, batch_of, documents, load_stream
 
 datasets = pytest.importorskip("datasets")
 Make = Callable[..., StandardTransformer]
@@ -84,6 +86,16 @@ def test_rows_are_full_and_documents_are_segments() -> None:
 
 
 @torch.no_grad()
+def test_a_document_of_which_the_tokenizer_leaves_nothing_ends_no_split(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("a", "\u200b", "\u200b", "b"))
+    )
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "texts.jsonl"), split="train", streaming=True)
+    assert [ids.tolist() for ids in documents("texts", rows, tokenizer, None)] == [[1], [2]]
+
+
 def test_no_token_sees_another_document(tiny: Make) -> None:
     model = tiny(2, sharp=True)
     made = [torch.randint(256, (n,), dtype=torch.int32) for n in (5, 7, 4)]

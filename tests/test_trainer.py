@@ -299,7 +299,7 @@ def test_where_classifiers_choose_every_token_is_scored_once(
             taught.append(-(-int(arrived.sum()) // 8))
         if layer in weights:
             lost = F.cross_entropy(model.logits(state, layer)[here], y[here])
-            expected = expected + weights[layer] * lost
+            expected = expected + weights[layer] * lost * int(here.sum()) / int(batch.scored.sum())
     lessons: list[int] = []
     logits, frozen = model.logits, torch.tensor(0.25, dtype=torch.float64)
     monkeypatch.setattr(model, "logits", lambda s, exit: lessons.append(len(s)) or logits(s, exit))

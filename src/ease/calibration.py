@@ -77,7 +77,7 @@ class Sequences:
         device = next(self.model.parameters()).device
         parts = []
         with eval_mode(self.model):
-            for batch in (b.to(device) for b in self.batches):
+            for batch in (b.to(device) for b in self.batches if bool(b.running.any())):
                 columns = []
                 for stop in walk(self.model, batch.x, self.policy, layout=batch.layout):
                     states = stop.state[stop.asked].split(HEAD_CHUNK)

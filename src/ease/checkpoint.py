@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -171,7 +172,16 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """What is not a number is null: JSON has no NaN."""
+    path.write_text(json.dumps(_told(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _told(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def save_model(folder: Path, model: StandardTransformer, policy: Policy, **config: Any) -> None:

@@ -62,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EaseError as error:
         print(f"ease: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"ease: cannot use {error.filename} ({error.strerror}): check the path and the disk", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:  # it says what was kept
         print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130

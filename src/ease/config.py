@@ -51,8 +51,8 @@ class TrainingConfig:
             that the exit is least sure of (at least one token, no gradient through the choice), run the layers
             above it and are scored there. A token that has no teacher for that reason learns from the text.
         classifier_weight: above 0, it is the exit's own classifier that says in training how sure the exit is, without
-            its head. It learns along, with this weight on its loss, from an eighth of the tokens; and an exit with a
-            loss is then scored on the tokens that leave there alone.
+            its head. It learns along, with this weight on its loss, from an eighth of the tokens. Every token is then
+            scored where it leaves, with the weight of that layer's loss, and the mean is over all tokens.
         layer_lr_scales: layer -> what the learning rate is multiplied by, above 0, in the layer's block and in its
             exit's norm and adapter; layer 1's holds for the embedding too. The shared head learns at 1, also where it
             is the embedding, and so do layers that are not named.

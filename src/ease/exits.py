@@ -291,6 +291,6 @@ def route(
     for stop in walk(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         left = stop.left
         if stop.read is not None:
-            logits[left], confidences[left] = stop.read, stop.confidence[stop.leaves]
+            logits[left], confidences[left] = stop.read.to(logits), stop.confidence[stop.leaves].to(confidences)
         exits[left] = stop.layer
     return Routed(logits, exits, confidences)

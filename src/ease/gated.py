@@ -83,11 +83,8 @@ class GatedConfig(PhaseOptions):
 
     def gates(self) -> TrainingConfig:
         """The choice at the exits, and weights under which every token counts alike."""
-        weights, arriving = {}, 1.0
-        for exit, share in zip(self.exits, self.shares, strict=True):
-            weights[exit], arriving = arriving * (1 - share), arriving * share
+        weights = dict.fromkeys((*self.exits, self.deep_layers), 1.0)
         going_on = dict(zip(self.exits, self.shares, strict=True))
-        weights[self.deep_layers] = arriving
         return TrainingConfig(layer_weights=weights, going_on=going_on, classifier_weight=self.classifier_weight)
 
     def strategy(self) -> Gated:

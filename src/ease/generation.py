@@ -177,7 +177,7 @@ class Request:
                 continue
             leaving = at.left & last
             exits[leaving.any(1)] = at.layer
-            sure = logits.new_zeros(B, T).masked_scatter(at.asked, at.confidence)
+            sure = logits.new_zeros(B, T).masked_scatter(at.asked, at.confidence.to(logits))
             confidences = torch.where(leaving.any(1), (sure * leaving).sum(1), confidences)
         answers = last.any(1)
         seen = None if self.seen is None else self.seen[answers]

@@ -62,11 +62,13 @@ def check_ratio(ratio: float) -> None:
 def read_states(
     model: ExitModel, batches: Any, device: Any, exit: int | None
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Every batch with its states (B, T, D) and confidences (B, T) at `exit`, at full depth up to there."""
+    """Every batch with a token, its states (B, T, D) and confidences (B, T) at `exit`, at full depth up to there."""
     device = device or next(model.parameters()).device
     with eval_mode(model):
         for item in re_iterable(batches):
             batch = Batch(*item).to(device)
+            if not bool(batch.running.any()):
+                continue
             (stop,) = walk(model, batch.x, Policy(), layout=batch.layout, last=exit)
             yield batch, stop.state, spread(stop)
 
@@ -171,6 +173,8 @@ class MinedBatches:
         with eval_mode(model):
             for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
                 batch = Batch(*item).to(device)
+                if not bool(batch.running.any()):
+                    continue
                 stop, flops = self._mine(batch.x, batch.layout)
                 self.flops += flops
                 confidence = spread(stop)

@@ -82,6 +82,10 @@ class ModelConfig:
                 f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
                 "name exits below the last layer, and a width above 0"
             )
+        if any(not 1 <= exit < self.num_layers for exit in self.classifier_exits):
+            raise EaseError(
+                f"classifier_exits {list(self.classifier_exits)}: name exits below layer {self.num_layers}, the last"
+            )
         if self.num_labels is not None and (self.num_labels < 2 or self.tie_embeddings):
             raise EaseError(
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "

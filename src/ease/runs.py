@@ -175,7 +175,7 @@ class Workshop:
         if self.start is None:
             shape = {"vocab_size": self.corpus.vocab_size, **asdict(self.config.model)}
         else:
-            shape = asdict(replace(self.start.config, adapter_exits=(), adapter_dim=0))
+            shape = asdict(replace(self.start.config, adapter_exits=(), adapter_dim=0, classifier_exits=()))
         return StandardTransformer(**{**shape, "num_layers": num_layers}).to(self.device)
 
     def strategy_lines(self) -> tuple[list[Line], list[Phase], Strategy]:
@@ -230,7 +230,8 @@ class Workshop:
         }
         for kind, config in plans.items():
             own = phases[0].config
-            same = len(lines) == 1 and config.weights == own.weights and not (own.layer_lr_scales or own.going_on)
+            alike = config.weights == own.weights and config.objective == own.objective
+            same = len(lines) == 1 and alike and not (own.layer_lr_scales or own.going_on)
             if same or kind not in self.config.compare:
                 continue
             line = self.trained_on(

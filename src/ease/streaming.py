@@ -152,11 +152,11 @@ class StreamBatches:
 
 
 def documents(name: str, rows: Any, tokenizer: Tokenizer, eos: int | None) -> Iterator[Tensor]:
-    """The ids of each document that has text, 1-D int32, `eos` behind it."""
+    """The ids of each document that has any, 1-D int32, `eos` behind it."""
     with reading(name):
         for text in text_column(name, rows):
-            if text.strip():
-                yield torch.from_numpy(encode(tokenizer, [text], eos))
+            if text.strip() and len(ids := encode(tokenizer, [text], eos)):  # a tokenizer may leave nothing of a text
+                yield torch.from_numpy(ids)
 
 
 class Stream(NamedTuple):

@@ -125,7 +125,7 @@ class Trainer:
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
         terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
-        chooser, lessons = self.config.classifier_weight, list[Tensor]()
+        chooser, lessons, scored = self.config.classifier_weight, list[Tensor](), len(pick(batch.y))
         for stop in stops(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
@@ -142,8 +142,10 @@ class Trainer:
             if stop in weights:
                 pick = picking(here)
                 aim = objective if stop < last else CrossEntropy()
-                term = Term(model.exit_norm(pick(state), stop), pick(batch.y), weights[stop], aim)
-                terms.append((term, here))
+                targets = pick(batch.y)
+                # Where a token is scored once, every token counts alike, however many leave at which exit.
+                weight = weights[stop] * (len(targets) / max(1, scored) if chooser else 1)
+                terms.append((Term(model.exit_norm(pick(state), stop), targets, weight, aim), here))
             if going is not None:
                 batch = batch._replace(active=going)
                 pick = picking(batch.scored)
@@ -499,6 +501,8 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
     state, targets = state[drawn], targets[drawn]
     with torch.no_grad():
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
+    if not bool(chance.isfinite().all()):  # training has broken down, which its loss then says
+        return chance.sum()
     lost = F.binary_cross_entropy(model.agreement(state, exit).float(), chance, reduction="sum")
     return lost / max(1, len(targets))
 
