@@ -49,6 +49,9 @@ def front(data: dict[str, Any], stem: Path) -> None:
             plain = [fronts.full_depth(name) for name in fronts.data["plain"]]
             curve(ax, plain, cost, color="black", marker="x", linestyle="none", label="_", bars=True)
             curve(ax, fronts.corners, cost, color="black", marker="x", label="plain models", linewidth=1.8)
+            best, most = fronts.corners[-1], max(map(cost, [*plain, *map(fronts.best, order)]))
+            level = math.exp(Interval.of(best.figure("loss")).mean)  # the best plain model can always be used
+            ax.plot([cost(best), max(cost(best), most)], [level, level], color="black", linestyle=":", linewidth=1.2)
             ax.set_xlabel(label)
         # Every strategy's best is in the picture; what lies far above may leave it, so that it hides no difference.
         shown = [*plain, *map(fronts.best, order)]
