@@ -1,6 +1,6 @@
 """What the paper takes in: `python -m experiments.paper`, the first half of `make paper`.
 
-Every kept experiment's tables and figure are made anew from its `docs/data/NAME/test.json` and laid into
+Every kept experiment's tables and figure are made anew from its `test.json` somewhere below `docs/data` and laid into
 `paper/build/data`, with an index for each place in the paper that shows them. What is not kept has no index, and the
 paper says in its place which command makes it.
 """
@@ -32,10 +32,11 @@ def prepare(data: Path, out: Path) -> None:
     """Tables, figures and indexes of all experiments in `data`, which may be missing, into `out`, made anew."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    kept = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in data.glob("*/test.json")}
+    files = {path.parent.relative_to(data).as_posix(): path for path in data.rglob("test.json")}
+    kept = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     kept = dict(sorted(kept.items(), key=lambda item: (item[1]["lab"]["budget"], item[0])))
     for name, told in kept.items():
-        (out / name).mkdir()
+        (out / name).mkdir(parents=True)
         write(told, out / name)
         timed = data / name / "last-layer.tex"  # not made from test.json
         if timed.exists():
@@ -48,7 +49,8 @@ def prepare(data: Path, out: Path) -> None:
                 lines += [taken(f"{name}/{table}") for table in shown if (out / name / f"{table}.tex").exists()]
         if lines:
             index(out / place, lines)
-    fronts = [told for told in kept.values() if not told["original"] and "--data stdlib" in told["command"]]
+    stdlib = {n: told for n, told in kept.items() if not told["original"] and "--data stdlib" in told["command"]}
+    fronts = [told for name, told in stdlib.items() if "/" not in name]  # others repeat a scale with more seeds
     if len(fronts) > 1:
         (out / "all").mkdir()
         table = scaling.table(fronts, [note for told in fronts for note in notes(told)[:1]])

@@ -580,7 +580,7 @@ def test_results_say_no_number_that_no_data_holds() -> None:
     assert not re.findall(r"(?m)^\|.*", outside), "every table stands in a block that names its data"
 
 
-@pytest.mark.parametrize("path", sorted(DATA.glob("*/test.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(DATA.rglob("test.json")), ids=lambda path: path.parent.name)
 def test_kept_tables_are_what_kept_figures_make(path: Path, tmp_path: Path) -> None:
     write(json.loads(path.read_text(encoding="utf-8")), tmp_path)
     for made in tmp_path.iterdir():
