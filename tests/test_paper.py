@@ -222,7 +222,7 @@ def test_an_exit_on_a_finished_model_is_counted_as_it_would_be_tuned(text: torch
 
 
 def test_lines_have_the_names_of_the_front() -> None:
-    known = set(rivals(SCALES["m"])) | {f"plain, layers: {layers}" for layers in (2, 4)}
+    known = set(rivals(SCALES["m"])) | {f"plain, layers: {layers}" for layers in (2, 4)} | {"progressive growth"}
     assert set(cluster.lines(SMALL)) <= known
 
 
