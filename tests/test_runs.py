@@ -160,7 +160,7 @@ def test_deep_supervision_stands_beside_one_that_learns_from_the_last_exit(
     """The same weights on the same exits are another training where the aim is another."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     args = ["run", "early-exit", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY]
-    own = ["--strategy.num-layers", "2", "--strategy.exit-layer", "1", "--strategy.exit-weight", "0.5"]
+    own = ["--strategy.num-layers", "2", "--strategy.exit-layer", "1", "--strategy.exit-weight", "1"]
     own += ["--strategy.routing-threshold", "0.5", "--strategy.objective", "distillation"]
     assert main([*args, *own, "--strategy.max-flops", "3e7", "--compare", "deep-supervision"]) == 0
     lines = json.loads((tmp_path / "run" / "summary.json").read_text())["lines"]
