@@ -166,3 +166,9 @@ def test_every_parameter_but_the_head_belongs_to_one_layer(tied: bool, tiny: Mak
         "exit_classifiers.2.bias": 2,
     } | ({} if tied else {"embedding.weight": 1})
     assert {name: layer_of[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("exit", [0, 3, 9])
+def test_a_classifier_is_for_an_exit_below_the_last(exit: int, tiny: Callable[..., StandardTransformer]) -> None:
+    with pytest.raises(EaseError, match="name exits below layer 3"):
+        tiny(3).set_classifiers({exit: torch.zeros(33)})

@@ -311,6 +311,13 @@ def test_where_classifiers_choose_every_token_is_scored_once(
     assert torch.equal(went[max(going_on)], active)
 
 
+def test_a_classifier_of_broken_states_gives_a_loss_that_is_no_number(tiny: Make) -> None:
+    """Which training then refuses in one sentence, where torch would stop in the middle of it."""
+    model = tiny(2)
+    model.set_classifiers({1: torch.zeros(33)})
+    assert classifier_loss(model, torch.full((8, 32), torch.nan), 1, torch.zeros(8, dtype=torch.long)).isnan()
+
+
 def test_a_classifier_learns_where_the_exit_is_right(tiny: Make) -> None:
     """And nothing else gets a gradient from what it is taught, but the state."""
     model, (x, _) = tiny(2, sharp=True), pair(8, 32)
