@@ -41,20 +41,20 @@ def front(data: dict[str, Any], stem: Path) -> None:
 
     def picture(pyplot: Any) -> Any:
         figure, axes = pyplot.subplots(1, len(axes_of), figsize=(3.6 * len(axes_of), 3.2), sharey=True, squeeze=False)
+        plain = [fronts.full_depth(name) for name in fronts.data["plain"]]
+        # Every strategy's best is in the picture; what lies far above may leave it, so that it hides no difference.
+        shown = [*plain, *map(fronts.best, order)]
         for ax, (label, cost) in zip(axes[0], axes_of, strict=True):
             for name in order[len(COLOURS) :]:
                 curve(ax, fronts.front(name), cost, color="0.75", marker=".", linewidth=0.8, label="_")
             for name, colour, mark in zip(order, COLOURS, MARKS):
                 curve(ax, fronts.front(name), cost, color=colour, marker=mark, label=name, bars=True)
-            plain = [fronts.full_depth(name) for name in fronts.data["plain"]]
             curve(ax, plain, cost, color="black", marker="x", linestyle="none", label="_", bars=True)
             curve(ax, fronts.corners, cost, color="black", marker="x", label="plain models", linewidth=1.8)
-            best, most = fronts.corners[-1], max(map(cost, [*plain, *map(fronts.best, order)]))
-            level = math.exp(Interval.of(best.figure("loss")).mean)  # the best plain model can always be used
-            ax.plot([cost(best), max(cost(best), most)], [level, level], color="black", linestyle=":", linewidth=1.2)
+            best = fronts.corners[-1]
+            level = math.exp(best.mean("loss"))  # the best plain model can always be used
+            ax.plot([cost(best), max(map(cost, shown))], [level, level], color="black", linestyle=":", linewidth=1.2)
             ax.set_xlabel(label)
-        # Every strategy's best is in the picture; what lies far above may leave it, so that it hides no difference.
-        shown = [*plain, *map(fronts.best, order)]
         means = [math.exp(place.mean("loss")) for place in shown]
         margin = 0.1 * (max(means) - min(means)) or 1.0
         axes[0][0].set_ylim(min(means) - margin, max(means) + margin)

@@ -304,11 +304,15 @@ class Plan:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return Task(name, seed, lr, *keys, key)
 
+    def rates(self, line: Line) -> tuple[float, ...]:
+        """The learning rates that are tried with the first seed; any one where a line has none."""
+        return self.lab.lrs if line.rates else self.lab.lrs[:1]
+
     def progress(self, seeds: Sequence[int]) -> Progress:
         """Where the plan stands."""
         rows, done, todo, kept, failed = self.rows(), {}, [], 0, set()
         for name, line in self.lines.items():
-            lrs = self.lab.lrs if line.rates else self.lab.lrs[:1]
+            lrs = self.rates(line)
             for seed in seeds:
                 if any((other, seed) not in done for other in (line.on, line.reference) if other):
                     continue
@@ -406,7 +410,7 @@ class Plan:
     ) -> None:
         """Trains what is missing; after `until` (of `time.monotonic`) nothing new is begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        total = sum((len(self.lab.lrs) if line.rates else 1) + len(seeds) - 1 for line in self.lines.values())
+        total = sum(len(self.rates(line)) + len(seeds) - 1 for line in self.lines.values())
         running: dict[Future[Row], Task] = {}
         while True:
             state, busy = self.progress(seeds), {task.key for task in running.values()}

@@ -125,7 +125,8 @@ class Trainer:
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
         terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
-        chooser, lessons, scored = self.config.classifier_weight, list[Tensor](), len(pick(batch.y))
+        chooser, lessons = self.config.classifier_weight, list[Tensor]()
+        scored = max(1, len(pick(batch.y))) if chooser else 0
         for stop in stops(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
@@ -144,7 +145,7 @@ class Trainer:
                 aim = objective if stop < last else CrossEntropy()
                 targets = pick(batch.y)
                 # Where a token is scored once, every token counts alike, however many leave at which exit.
-                weight = weights[stop] * (len(targets) / max(1, scored) if chooser else 1)
+                weight = weights[stop] * (len(targets) / scored if chooser else 1)
                 terms.append((Term(model.exit_norm(pick(state), stop), targets, weight, aim), here))
             if going is not None:
                 batch = batch._replace(active=going)
