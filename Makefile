@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture paper test lint types imports pytest slow format
+.PHONY: help setup demo picture paper test lint types imports docs docs-serve pytest slow format
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the package, editable, and every extra
 
@@ -41,7 +41,7 @@ paper: $(STAMP)  ## paper/build/lash.pdf, with the tables of every docs/data/*/t
 	$(BIN)/python -m experiments.paper
 	cd paper && latexmk -pdf -silent -outdir=build lash.tex
 
-test: lint types imports pytest  ## lint, types, import rules and the tests that are quick
+test: lint types imports docs pytest  ## lint, types, import rules, documentation and the tests that are quick
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -52,6 +52,12 @@ types: $(STAMP)  ## mypy, strict, on src
 
 imports: $(STAMP)  ## who may import whom
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## the documentation site, in build/docs; a dead link or a missing reference is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)  ## the documentation site on a local port, rebuilt on every change
+	$(BIN)/mkdocs serve
 
 pytest: $(STAMP)  ## the tests that are quick
 	$(BIN)/pytest
