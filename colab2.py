@@ -1,16 +1,16 @@
-"""The ASHEM experiment: a small model learns first, and new layers then learn from the tokens it is unsure of.
+"""The original ASHEM experiment: a shallow model is trained first, new layers are then trained on its hard tokens.
 
-    python colab2.py                                    # WikiText-2 from the Hugging Face hub
+    python colab2.py                             # WikiText-2 from the Hugging Face hub
     python colab2.py --data path/to/wikitext-2   # a folder with train.txt, valid.txt and test.txt
 
-The recipe and its sizes are the seed's. Two kinds of figures come out, and they must not be mixed up:
+The recipe and its sizes are those of the original implementation. The script reports two kinds of figures:
 
-- in-sample: the seed mines hard tokens among the validation tokens, trains phase 2 on them, stops by them and
-  scores on them. This says how well those tokens can be fitted, and nothing about new text.
-- held-out: the finished model, with the same threshold, on the test split that no choice has seen.
+- in-sample: the recipe mines hard tokens in the validation split, trains phase 2 on them, uses them for early
+  stopping and scores on them. These figures measure how well the model fits those tokens, not how it generalizes.
+- held-out: the final model with the same threshold on the test split, which no training and no choice used.
 
-Needs torch, numpy and, without --data, `datasets`; nothing has to be installed from here. Everything is the
-package's own: this file builds the recipe, and shows and saves what comes out.
+Requires the dependencies of the package and, without --data, `datasets`; the package itself need not be installed.
+The training code is the package's; this script configures the recipe, prints the figures and saves them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import argparse
 import copy
 import json
 import math
+import shutil
+import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,22 +36,23 @@ import torch
 
 import ease
 from ease import ASHEMConfig, Data, EaseError, Phase, StandardTransformer, TokenBatches, Trainer, score
-from ease.flops import full_depth_flops
-from ease.trainer import Watch
+from ease.progress import Progress
 from experiments.utils import create_wikitext_dataloaders, get_device, load_wikitext_words, set_seed
 
-IN_SAMPLE = "validation tokens: phase 1 is stopped by them; phase 2 is mined from, trained on and stopped by them"
-HELD_OUT = "test tokens: used for no choice, scored once with the finished model and the threshold mined above"
+IN_SAMPLE = "validation tokens: early stopping of both phases and the training data of phase 2"
+HELD_OUT = "test tokens: not used for any choice, scored once with the final model and the threshold mined above"
+EXPERIMENT = "ASHEM, the original recipe"
+EVEN = 0.01  # perplexities closer than this (relative) count as even: a single seed cannot order them
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run; the defaults are the seed's experiment."""
+    """One run; the defaults are the original experiment."""
 
     data: str | None = None
-    """A folder with train.txt, valid.txt and test.txt; None reads WikiText-2 from the hub."""
+    """A folder with train.txt, valid.txt and test.txt; None loads WikiText-2 from the hub."""
     num_samples: int = 10_000
-    """Training samples of seq_len + 1 words; validation gets a fifth of that."""
+    """Training samples of seq_len + 1 words; the validation set has a fifth as many."""
     seq_len: int = 32
     """Tokens in a sequence."""
     batch_size: int = 64
@@ -58,9 +62,9 @@ class Settings:
     num_heads: int = 4
     """Attention heads."""
     max_epochs: int = 100
-    """At most that many epochs in each phase; both usually end earlier, by themselves."""
+    """Maximum number of epochs of each phase; early stopping usually ends a phase sooner."""
     seed: int = 42
-    """Of the weights and of the order of the batches."""
+    """Random seed of the weights and of the batch order."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -82,37 +86,101 @@ class Settings:
         )
 
     def model(self, vocab_size: int) -> StandardTransformer:
-        # The head has its own weights: the seed's phase 2 trains the head along, and a tied one would move the
-        # embedding with it, and thereby the very states that the hard tokens were stored with.
+        # Untied: phase 2 of the original recipe trains the output head. With a tied head the embedding would change
+        # too, and the stored hidden states of the hard tokens would no longer match the model.
         return StandardTransformer(
             vocab_size, self.dim, self.ashem().num_layers, self.num_heads, dropout=0.1, tie_embeddings=False
         )
 
 
-class Lines(Watch):
-    """Says what is going on, a line per epoch."""
+class Status:
+    """Progress on standard output, between the lines that stay.
 
-    def __init__(self, phase: Phase, mined: Sequence[Mapping[str, Any]]) -> None:
-        self.name = phase.name
+    In a terminal and in a notebook one line is rewritten in place. Where output is piped, a new line is printed about
+    every 10 seconds.
+    """
+
+    def __init__(self) -> None:
+        terminal, notebook = sys.stdout.isatty(), type(sys.stdout).__module__.startswith("ipykernel")
+        self.in_place = terminal or notebook
+        self.interval = 0.2 if terminal else 1.0 if notebook else 10.0  # seconds; every update of a notebook is sent
+        self.columns = min(79, shutil.get_terminal_size().columns - 1)  # a line that wraps cannot be rewritten
+        self.last, self.width = time.monotonic(), 0
+
+    def show(self, text: str, at_once: bool = False) -> None:
+        """Shows `text` if the interval has passed; `at_once` shows it regardless, but only in place."""
+        now = time.monotonic()
+        if now - self.last < self.interval and not (at_once and self.in_place):
+            return
+        self.last = now
+        if self.in_place:
+            text = text[: self.columns]
+            print(f"\r{text:<{self.width}}", end="", flush=True)
+            self.width = len(text)
+        else:
+            print(text, flush=True)
+
+    def print(self, text: str) -> None:
+        """Prints lines that stay, in place of the progress line."""
+        self.clear()
+        print(text, flush=True)
+
+    def clear(self) -> None:
+        """Removes the progress line."""
+        if self.width:
+            print("\r" + " " * self.width, end="\r", flush=True)
+            self.width = 0
+
+
+class PhaseProgress(Progress):
+    """The progress of one phase: a status line per batch and a line that stays per epoch."""
+
+    def __init__(self, status: Status, phase: Phase, mined: Sequence[Mapping[str, Any]]) -> None:
+        self.status, self.name, self.batches = status, phase.name, len(phase.train)
+        self.epochs, self.batch, self.start = 0, 0, time.monotonic()
         layers = f"layers {phase.first} to {max(phase.config.weights)}"
-        print(f"\n{self.name}: {layers}, learning rate {phase.options.lr:g}, patience {phase.options.patience}")
+        status.print(f"\n{self.name}: {layers}, learning rate {phase.options.lr:g}, patience {phase.options.patience}")
         for found in mined:
-            print(
+            status.print(
                 f"in-sample threshold {found['threshold']:.4f}: {found['count']:,} of {found['of']:,} tokens "
                 f"are hard ({found['count'] / found['of']:.1%})"
             )
 
+    def step(self, fraction: float, loss: float = math.nan) -> None:
+        # `fraction` refers to the maximum number of epochs, which early stopping rarely reaches.
+        if self.batch == 0 and fraction >= 1 and self.epochs:
+            return  # early stopping ends the phase, without another batch
+        self.batch += 1
+        at = f"{self.name}, epoch {self.epochs + 1}: batch {self.batch} of {self.batches}"
+        if self.batch == self.batches:
+            self.status.show(f"{at}, validating", at_once=True)
+        else:
+            seconds = time.monotonic() - self.start
+            self.status.show(f"{at} ({self.batch / self.batches:.0%}), training loss {loss:.2f}, {seconds:.0f} s")
+
     def epoch(self, row: Mapping[str, float]) -> None:
-        print(
+        self.epochs, self.batch = self.epochs + 1, 0
+        self.status.print(
             f"in-sample {self.name}, epoch {row['epoch']:2.0f}: PPL {row['val_ppl']:.2f}, acc {row['val_acc']:.2%}"
-            f"   (training loss {row['train_loss']:.4f}, {row['seconds']:.0f} s)",
-            flush=True,
+            f"   (training loss {row['train_loss']:.4f}, {row['seconds']:.0f} s)"
         )
 
 
-def experiment(settings: Settings) -> dict[str, Any]:
-    """Both phases and all figures; prints a line per epoch and returns what summary.json holds."""
+class StageProgress(Progress):
+    """The progress of mining."""
+
+    def __init__(self, status: Status, name: str) -> None:
+        self.status, self.name = status, name
+
+    def step(self, fraction: float, loss: float = math.nan) -> None:
+        self.status.show(f"{self.name}: {fraction:.0%}")
+
+
+def experiment(settings: Settings, status: Status) -> dict[str, Any]:
+    """Runs both phases, prints their progress, and returns the content of summary.json."""
     device, ashem = get_device(), settings.ashem()
+    name = "WikiText-2 (hub)" if settings.data is None else Path(settings.data).name
+    status.print(f"reading {name}")
     train, val, vocab_size = create_wikitext_dataloaders(
         settings.num_samples, settings.batch_size, settings.seq_len, settings.seed, settings.data
     )
@@ -120,46 +188,54 @@ def experiment(settings: Settings) -> dict[str, Any]:
     test = TokenBatches(words["test"], settings.seq_len, settings.batch_size, drop_last=False)
     set_seed(settings.seed)
     model, strategy = settings.model(vocab_size), ashem.strategy()
-    name = "WikiText-2 (hub)" if settings.data is None else Path(settings.data).name
-    print(f"ASHEM by the seed's protocol on {name}, {vocab_size:,} words, {device.type}, seed {settings.seed}")
-    print(f"in-sample figures are on {IN_SAMPLE}")
+    status.print(f"{EXPERIMENT} on {name}: {vocab_size:,} words, {device.type}, random seed {settings.seed}")
+    status.print(f"in-sample figures are measured on {IN_SAMPLE}")
 
     phases = ease.train(
-        model, strategy, Data(train, val), device=device, watch=lambda phase: Lines(phase, strategy.mined)
+        model,
+        strategy,
+        Data(train, val, lambda stage: StageProgress(status, stage)),
+        device=device,
+        progress=lambda phase: PhaseProgress(status, phase, strategy.mined),
     )
     done = [next(phases)]
-    shallow = copy.deepcopy(model)  # phase 1's final model, which fixes the hard tokens of every split
+    shallow = copy.deepcopy(model)  # the final model of phase 1, which defines the hard tokens of every split
     done += phases
     final_phase = done[-1][0]
     threshold = strategy.mined[0]["threshold"]
 
-    def figures(batches: TokenBatches) -> dict[str, Any]:
-        """Phase 1 alone and the final model, routed, on the same hard tokens."""
-        alone, routed = score(shallow, batches), score(model, batches, strategy.policy())
+    def figures(batches: TokenBatches, split: str) -> dict[str, Any]:
+        """Figures of phase 1 alone and of the final model with routing, on the same hard tokens."""
+        status.show(f"scoring the {split} split with phase 1 alone", at_once=True)
+        alone = score(shallow, batches)
+        status.show(f"scoring the {split} split with the final model", at_once=True)
+        routed = score(model, batches, strategy.policy())
         hard = alone.confidences < threshold
         count = int(hard.sum())
         return {
             "tokens": len(hard),
             "hard_tokens": count,
             "hard_ratio": count / len(hard),
-            # Seen from the final model, every token leaves at phase 1's exit.
+            # In terms of the final model's layers, every token leaves at the exit of phase 1.
             "phase_1": alone.figures(hard, depth=ashem.phase2_layers) | {"shallow_ratio": 1.0},
             "final": routed.figures(hard),
         }
 
-    in_sample, held_out = figures(val), figures(test)
+    in_sample, held_out = figures(val, "validation"), figures(test, "test")
+    status.show("scoring the hard tokens as trained", at_once=True)
     before, after = in_sample["phase_1"]["hard_ppl"], hard_ppl_as_trained(model, final_phase, device)
+    full_depth = score(model, [next(iter(test))])  # every layer and one head per token, the same in every batch
     in_sample["threshold"] = threshold
     in_sample["hard_tokens_mined"] = strategy.mined[0]["count"]
     in_sample["final"] |= {"hard_ppl_as_trained": after, "improvement": before - after}
     return {
-        "experiment": "ASHEM by the seed's protocol",
+        "experiment": EXPERIMENT,
         "ease": ease.__version__,
         "data": {"name": name, "vocab_size": vocab_size},
         "settings": asdict(settings) | {"data": name},
         "ashem": asdict(ashem),
         "model": asdict(model.config),
-        "full_depth_flops_per_token": full_depth_flops(model.config, settings.seq_len),
+        "full_depth_flops_per_token": full_depth.flops / full_depth.processed,
         "phases": [
             {
                 "name": phase.name,
@@ -178,7 +254,7 @@ def experiment(settings: Settings) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard_ppl_as_trained(model: StandardTransformer, phase: Phase, device: torch.device) -> float:
-    """Perplexity of the hard tokens as the phase trains on them: each alone, from its stored state, unrouted."""
+    """Perplexity of the hard tokens as phase 2 trains on them: each alone, from its stored state, without routing."""
     trainer, loss, tokens = Trainer(phase.config, model.config.vocab_size, device), 0.0, 0
     model.eval()
     for batch in phase.train:
@@ -188,7 +264,7 @@ def hard_ppl_as_trained(model: StandardTransformer, phase: Phase, device: torch.
 
 
 def in_sample_table(summary: Mapping[str, Any]) -> str:
-    """The seed's lines, each marked as in-sample."""
+    """The figures that the original recipe reports, each labelled in-sample."""
     found = summary["in_sample"]
     one, final, before = found["phase_1"], found["final"], found["phase_1"]["hard_ppl"]
 
@@ -202,19 +278,23 @@ def in_sample_table(summary: Mapping[str, Any]) -> str:
         ("PPL, phase 1", f"{one['ppl']:.2f}", f"accuracy {one['acc']:.2%}"),
         ("PPL, routed", f"{final['ppl']:.2f}", f"accuracy {final['acc']:.2%}"),
         ("hard PPL before", f"{before:.2f}", "phase 1, tokens in their sequences"),
-        ("hard PPL after", f"{final['hard_ppl_as_trained']:.2f}", "as trained: each token alone, from its state"),
+        (
+            "hard PPL after",
+            f"{final['hard_ppl_as_trained']:.2f}",
+            "as trained: each alone, from its stored state",
+        ),
         ("improvement", gain(final["hard_ppl_as_trained"]), ""),
-        ("hard PPL after, routed", f"{final['hard_ppl']:.2f}", "the same tokens in the routed run"),
+        ("hard PPL after, routed", f"{final['hard_ppl']:.2f}", "the same tokens in their sequences, with routing"),
         ("improvement, routed", gain(final["hard_ppl"]), ""),
-        ("shallow ratio", f"{final['shallow_ratio']:.1%}", "tokens that leave at phase 1's exit"),
-        ("compute cost", f"{final['compute_cost']:.1%}", "layers run; heads are not in this figure"),
+        ("shallow ratio", f"{final['shallow_ratio']:.1%}", "tokens that leave at the exit of phase 1"),
+        ("compute cost", f"{final['compute_cost']:.1%}", "share of layers run; excludes the output heads"),
     ]
     lines = [f"in-sample {name:<24}{value:>16}   {note}".rstrip() for name, value, note in rows]
-    return "\n".join([f"in-sample, on {IN_SAMPLE}", *lines])
+    return "\n".join([f"in-sample, measured on {IN_SAMPLE}", *lines])
 
 
 def held_out_table(summary: Mapping[str, Any]) -> str:
-    """Phase 1 alone and the final model on the test split, and what the figures leave out."""
+    """The figures of phase 1 alone and of the final model on the test split, with notes on the costs."""
     found = summary["held_out"]
     one, final = found["phase_1"], found["final"]
     rows = [
@@ -233,33 +313,54 @@ def held_out_table(summary: Mapping[str, Any]) -> str:
         [
             f"held-out, on {found['tokens']:,} {HELD_OUT}",
             f"{found['hard_tokens']:,} of them are hard ({found['hard_ratio']:.1%}): "
-            "phase 1 is less sure of them than the threshold",
+            "their confidence under phase 1 is below the threshold",
             f"{'':<34}{'phase 1 alone':>16}{'phases 1 and 2':>16}",
             *lines,
-            "Phase 2 trains the head that both exits share, so phase 1's exit changes too: the tokens that leave need",
-            "not be those that were easy for phase 1.",
-            f"All {config['num_layers']} layers and one head, without exits, take "
-            f"{summary['full_depth_flops_per_token']:,.0f} FLOPs per token. At this vocabulary a head",
-            f"costs as much as {layers:.1f} layers, and a token that does not leave pays for two: "
-            "look at the FLOPs, not at",
-            "the compute cost. What phase 1 gains when it trains on for phase 2's FLOPs is not measured here.",
+            "Phase 2 trains the output head that both exits share, so the predictions at the exit of phase 1 change",
+            "too: the tokens that leave there are not exactly those that were easy for phase 1.",
+            f"Full depth without exits ({config['num_layers']} layers, one head) costs "
+            f"{summary['full_depth_flops_per_token']:,.0f} FLOPs per token. At this",
+            f"vocabulary size one head costs as much as {layers:.1f} layers, and a token that continues past the exit",
+            "needs two heads: compare FLOPs per token, not compute cost. The script does not continue phase 1 with",
+            "the training FLOPs of phase 2, so it does not show which of the two is the better use of them.",
         ]
     )
 
 
+def conclusion(summary: Mapping[str, Any]) -> str:
+    """The meaning of the held-out figures next to the in-sample ones, in words."""
+    seen, new = summary["in_sample"], summary["held_out"]
+    hard = [seen["phase_1"]["hard_ppl"], seen["final"]["hard_ppl_as_trained"]]
+    hard += [new["phase_1"]["hard_ppl"], new["final"]["hard_ppl"]]
+    before, after = new["phase_1"]["ppl"], new["final"]["ppl"]
+    change = after / before - 1
+    if abs(change) < EVEN:
+        verdict = "phase 2 makes no difference on new text (less than 1%, which one random seed cannot resolve)"
+    else:
+        verdict = f"on new text phase 2 makes the model {'better' if change < 0 else 'worse'}"
+    text = (
+        f"Conclusion. In-sample, phase 2 changes the perplexity of the hard tokens from {hard[0]:,.1f} to "
+        f"{hard[1]:,.1f}; it was trained on exactly these tokens, so this measures how well it fits them. Held-out, on "
+        f"test tokens that no training used, the perplexity of hard tokens goes from {hard[2]:,.1f} to {hard[3]:,.1f} "
+        f"and that of all tokens from {before:,.1f} to {after:,.1f}: {verdict}. "
+        "Only the held-out figures predict the quality on new text."
+    )
+    return textwrap.fill(text, 79)
+
+
 def prepare(out: Path, overwrite: bool) -> None:
-    """Makes the folder, before any work is done for it."""
+    """Creates the output folder, before the run starts."""
     if out.exists() and not (overwrite and out.is_dir()):
         fix = "choose another --out, or give --overwrite" if out.is_dir() else "it is a file: choose another --out"
         raise EaseError(f"{out} exists already: {fix}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EaseError(f"cannot make the folder {out} ({error.strerror}): choose another --out") from error
+        raise EaseError(f"cannot create the folder {out} ({error.strerror}): choose another --out") from error
 
 
 def save(summary: Mapping[str, Any], out: Path) -> Path:
-    """Writes out/summary.json in one move, so that it is there whole or not at all."""
+    """Writes out/summary.json atomically: the file is complete or absent."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -278,33 +379,34 @@ def save(summary: Mapping[str, Any], out: Path) -> Path:
 
 
 def run(settings: Settings, out: str | Path = "runs/colab2", overwrite: bool = False) -> dict[str, Any]:
-    """The experiment with its folder: refuses one that exists, and leaves summary.json in it."""
-    folder = Path(out)
+    """Runs the experiment and writes out/summary.json; refuses an existing folder unless `overwrite`."""
+    folder, status = Path(out), Status()
     prepare(folder, overwrite)
     try:
-        summary = experiment(settings)
+        summary = experiment(settings, status)
         save(summary, folder)
     finally:
+        status.clear()
         with suppress(OSError):
-            folder.rmdir()  # succeeds only where a failed run left it empty, and would bar the next one
+            folder.rmdir()  # removes the folder if a failed run left it empty: it would block the next run
     return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="colab2.py", description="The ASHEM experiment by the seed's protocol.")
+    """Runs the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="colab2.py", description="The original ASHEM experiment.")
     add, default = parser.add_argument, Settings()
     add("--data", metavar="DIR", help="folder with train.txt, valid.txt, test.txt (default: WikiText-2 from the hub)")
     add("--out", metavar="DIR", default="runs/colab2", help="new folder for summary.json (default: %(default)s)")
-    add("--overwrite", action="store_true", help="write into --out even if it exists")
+    add("--overwrite", action="store_true", help="write to --out even if it exists")
     for name, text in [
         ("num_samples", "training samples of seq_len + 1 words"),
         ("seq_len", "tokens in a sequence"),
         ("batch_size", "sequences in a batch"),
         ("dim", "width of the model"),
         ("num_heads", "attention heads"),
-        ("max_epochs", "limit for each phase"),
-        ("seed", "of weights and order"),
+        ("max_epochs", "maximum number of epochs of each phase"),
+        ("seed", "random seed of weights and batch order"),
     ]:
         add(
             f"--{name.replace('_', '-')}",
@@ -320,7 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EaseError as error:
         print(f"colab2.py: {error}", file=sys.stderr)
         return 2
-    print(f"\n{in_sample_table(summary)}\n\n{held_out_table(summary)}\n\nWritten to {Path(out) / 'summary.json'}")
+    print("", in_sample_table(summary), held_out_table(summary), conclusion(summary), sep="\n\n", end="\n\n")
+    print(f"Written to {Path(out) / 'summary.json'}")
     return 0
 
 

@@ -30,12 +30,11 @@ from typing import Any
 import torch
 
 import ease
-from ease.evaluation import stop_flops
-from ease.exits import walk
-from ease.finished import open_run
-from ease.machine import choose_device, machine
+from ease.devices import choose_device, machine
+from ease.evaluation.decoding_speed import in_turns, side_by_side, ways
 from ease.models import StandardTransformer
-from ease.speed import in_turns, side_by_side, ways
+from ease.routing.forward import routed_forward, stop_flops
+from ease.runs.reopen import open_run
 
 PROMPT = 64
 PREFILL = 1024
@@ -148,7 +147,7 @@ def prefill(model: StandardTransformer, ids: torch.Tensor, rounds: int) -> dict[
     routed = with_policy(model, (exit,), (sure.median().item(),))
     flops = {}
     for name, policy in (("full", ease.Policy()), ("routed", ease.Policy.own(routed))):
-        stops = list(walk(model, ids, policy, wanted=last))
+        stops = list(routed_forward(model, ids, policy, wanted=last))
         flops[name] = sum(stop_flops(model, stop, policy, model.num_layers) for stop in stops)
     calls = {"full": partial(ease.generate, model, ids, 1), "routed": partial(ease.generate, routed, ids, 1, "routed")}
     took = least(calls, rounds, lambda answer: answer.stats["prefill_seconds"])

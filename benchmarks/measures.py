@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import ease
-from ease.confidence import MEASURES, Evidence
-from ease.finished import halves, open_run
+from ease.devices import machine
 from ease.flops import head_flops, layer_flops
-from ease.machine import machine
+from ease.routing.confidence import MEASURES, Evidence
+from ease.runs.reopen import calibration_halves, open_run
 
 TIMED = 512  # tokens
 
@@ -49,7 +49,7 @@ def main() -> None:
     model, _, corpus, data = open_run(args.run)
     exits = ease.Policy.own(model).exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    decide, held_out = halves(corpus.test, data)
+    decide, held_out = calibration_halves(corpus.test, data)
     start = time.perf_counter()
     ease.learn_agreement(model, val, exits)
     learned = time.perf_counter() - start

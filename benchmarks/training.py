@@ -34,19 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.evaluation import score
-from ease.exits import Policy
-from ease.mining import compute_confidence_threshold
+from ease.evaluation.scoring import score
+from ease.interface import Batch
 from ease.models import StandardTransformer
-from ease.seam import Batch
-from ease.trainer import (
-    GRAD_CLIP,
-    StageConfig,
-    Trainer,
-    TrainingConfig,
-    create_deep_supervision_config,
-    create_standard_config,
-)
+from ease.policy import Policy
+from ease.trainer import GRAD_CLIP, Trainer
+from ease.training.config import StageConfig, TrainingConfig, create_deep_supervision_config, create_standard_config
+from ease.training.mining import compute_confidence_threshold
 
 LR = 1e-4
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import ease
 from benchmarks import training
-from ease.evaluation import score
-from ease.machine import machine
-from ease.mining import Quantile
-from ease.seam import IGNORE
-from ease.staged import Staged
+from ease.devices import machine
+from ease.evaluation.scoring import score
+from ease.interface import IGNORE
+from ease.strategies.staged import Staged
+from ease.training.mining import Quantile
 from experiments.lines import Lab, Line, Make, Trial, grow, make
 from experiments.tables import Table
 

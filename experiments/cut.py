@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import ease
-from ease.trainer import create_standard_config
+from ease.training.config import create_standard_config
 from experiments.lines import Trial
 
 

@@ -23,9 +23,9 @@ import torch
 
 import ease
 from ease import Policy
-from ease.calibration import Sequences
-from ease.evaluation import perplexity, score
-from ease.finished import halves, open_run
+from ease.evaluation.calibration import Sequences
+from ease.evaluation.scoring import perplexity, score
+from ease.runs.reopen import calibration_halves, open_run
 
 TARGETS = {
     "95% agreement": ease.Target("min_agreement", 0.95),
@@ -40,7 +40,7 @@ def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
     data = replace(data, eval_batches=batches or data.eval_batches)
     exits = Policy.own(model).exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    decide, held_out = halves(corpus.test, data)
+    decide, held_out = calibration_halves(corpus.test, data)
     seen = Sequences(model, held_out, Policy(exits, (1.0,) * len(exits)))
     agrees = dict(zip(exits, seen.views.agrees.double().mean(1).tolist()))
     rows: list[dict[str, Any]] = []

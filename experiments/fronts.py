@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ease
-from ease.machine import machine
-from ease.mining import Quantile
-from ease.speed import in_turns
+from ease.devices import machine
+from ease.evaluation.decoding_speed import in_turns
+from ease.training.mining import Quantile
 from experiments import lines, tokens
 from experiments.lines import Plan, Row
 from experiments.sweeps import Candidate, Point, compared, figures, policy

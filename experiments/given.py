@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import ease
-from ease import hf
+from ease.data.streaming import load_stream
+from ease.data.tasks import load_classification, load_completion
+from ease.devices import choose_device
 from ease.errors import needs
 from ease.flops import full_depth_flops
-from ease.hf_config import read_config
-from ease.machine import choose_device
-from ease.models import ModelConfig
-from ease.streaming import load_stream
-from ease.tasks import load_classification, load_completion
+from ease.hf import checkpoint as hf
+from ease.hf.config import read_config
+from ease.interface import ModelConfig
 from experiments.cut import CutConfig, whole
 from experiments.fronts import Report
 from experiments.headless import headless

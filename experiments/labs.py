@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ease
-from ease import hf
-from ease.seam import Batch
-from ease.streaming import StreamBatches
-from ease.tasks import ExampleBatches, Task, classification_figures, completion_figures
+from ease.data.streaming import StreamBatches
+from ease.data.tasks import ExampleBatches, Task
+from ease.evaluation.tasks import classification_figures, completion_figures
+from ease.hf import checkpoint as hf
+from ease.interface import Batch
 from experiments.lines import Lab
 
 

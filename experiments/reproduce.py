@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ease
-from ease.data import token_strings
+from ease.data.tokenizers import token_strings
 from experiments import given, scaling, wikitext
 from experiments.ablation import LEAKY, ablations, last_layer
 from experiments.fronts import Report

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ease
-from ease.machine import choose_device
+from ease.devices import choose_device
 from experiments import draw, tables
 from experiments.fronts import Report, measure
 from experiments.lines import Lab, Line, Plan

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import ease
-from ease.figures import sending
+from ease.runs.metrics import sending
 
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7)
 COMPARED = 0.5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ease
-from ease.evaluation import perplexity
+from ease.evaluation.scoring import perplexity
 from experiments.lines import Lab
 
 BITS = (2.0, 4.0, 6.0, 8.0, 10.0)

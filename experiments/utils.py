@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ease.data import PAD, SPLITS, UNK, TokenBatches, read_splits
+from ease.data.batches import TokenBatches
+from ease.data.sources import SPLITS, read_splits
+from ease.data.tokenizers import PAD, UNK
+from ease.devices import choose_device
 from ease.errors import EaseError
-from ease.machine import choose_device
 
 
 def set_seed(seed: int) -> None:

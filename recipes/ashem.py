@@ -1,7 +1,7 @@
 """ASHEM: one layer on all tokens, then a second one on the half it is unsure of (docs/results.md has its figures)."""
 
 from ease import ASHEMConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[ASHEMConfig]:

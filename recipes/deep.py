@@ -1,7 +1,7 @@
 """A plain model of 12 layers, trained for long, to be given exits: `ease tune runs/deep --exits 4,8`. Over an hour."""
 
 from ease import StandardConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[StandardConfig]:

@@ -1,7 +1,7 @@
 """A loss at every layer, so that every layer is an exit; a token leaves after layer 2 when it is sure."""
 
 from ease import DeepSupervisionConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[DeepSupervisionConfig]:

@@ -1,7 +1,7 @@
 """A small brick on Python's own library, minutes on two cores: the whole of LEGO at a small budget."""
 
 from ease import ASHEMConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[ASHEMConfig]:

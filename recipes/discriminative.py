@@ -1,7 +1,7 @@
 """Every layer learns 2.6 times slower than the one above it (ULMFiT); a checkpoint by --start."""
 
 from ease import DiscriminativeConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[DiscriminativeConfig]:

@@ -1,7 +1,7 @@
 """An exit after layer 2 trained jointly with the last layer (BranchyNet); a checkpoint by --start."""
 
 from ease import EarlyExitConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[EarlyExitConfig]:

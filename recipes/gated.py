@@ -1,7 +1,7 @@
 """Two layers, then four of which the upper two run for half of the tokens, in training as at inference."""
 
 from ease import GatedConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[GatedConfig]:

@@ -1,7 +1,7 @@
 """Progressive growth: two layers, then four, all of them learning under one schedule."""
 
 from ease import GrowthConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[GrowthConfig]:

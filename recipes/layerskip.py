@@ -1,7 +1,7 @@
 """LayerSkip's training: layer dropout and a loss at every exit under a curriculum; a checkpoint by --start."""
 
 from ease import LayerSkipConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[LayerSkipConfig]:

@@ -1,7 +1,7 @@
 """Two layers, then four with nothing frozen: all tokens train the exit, the half it is unsure of trains the rest."""
 
 from ease import OpenGrowthConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[OpenGrowthConfig]:

@@ -1,7 +1,7 @@
 """Three phases, 2 to 4 to 6 layers: each trains on the tokens that the bricks below are unsure of."""
 
 from ease import PhaseConfig, StagedConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 COMMON = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05, "patience": None, "max_epochs": 100_000}
 

@@ -1,7 +1,7 @@
 """A plain model: the loss on the last layer, every token runs every layer."""
 
 from ease import StandardConfig
-from ease.runs import DataConfig, RunConfig, ShapeConfig
+from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 
 
 def config() -> RunConfig[StandardConfig]:

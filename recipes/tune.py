@@ -1,7 +1,7 @@
 """Exits for a finished model, whose backbone stays as it is: `ease tune CHECKPOINT` (or --start CHECKPOINT)."""
 
 from ease import TuneConfig
-from ease.runs import DataConfig, RunConfig
+from ease.runs.config import DataConfig, RunConfig
 
 
 def config() -> RunConfig[TuneConfig]:

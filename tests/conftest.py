@@ -16,8 +16,8 @@ from data_runs import COMPARE, TINY, budget
 from hypothesis import Phase, settings
 
 from ease import Data, Layout, Policy, StandardTransformer, TokenBatches, Trainer, create_deep_supervision_config
-from ease.cli import main
-from ease.exits import walk
+from ease.cli.main import main
+from ease.routing.forward import routed_forward
 
 # Busy machines make deadlines lie, and a test that fails once should fail again. Examples are drawn small, and
 # shrinking one that runs a model takes minutes.
@@ -109,7 +109,7 @@ def even_policy() -> Callable[..., Policy]:
         for i, layer in enumerate(exits):
             policy = Policy(exits[: i + 1], (*thresholds, math.inf), **options)
             with torch.no_grad():
-                stop = next(stop for stop in walk(model, ids, policy, layout=layout) if stop.layer == layer)
+                stop = next(stop for stop in routed_forward(model, ids, policy, layout=layout) if stop.layer == layer)
             # A threshold t asks for t + (1 - t) raised: this is the t that a token just meets.
             raised = policy.limits(0.0, places[stop.asked], torch.float64)
             leaves_at = ((stop.confidence - raised) / (1 - raised)).masked_fill(raised >= 1, -torch.inf)

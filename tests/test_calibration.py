@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import EaseError, Layout, Policy, StandardTransformer, Target, TokenBatches, calibrate, route, score
-from ease.calibration import CLIP, GOALS, LOOSEST, Sequences, Views, auroc, passing, path, upper_bound
-from ease.seam import Batch
+from ease.evaluation.bounds import CLIP, auroc, passing, upper_bound
+from ease.evaluation.calibration import GOALS, LOOSEST, Sequences, Views, path
+from ease.interface import Batch
 
 Make = Callable[..., StandardTransformer]
 

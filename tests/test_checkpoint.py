@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import ease
-from ease.checkpoint import load_model, run_folder, save_model, write_json
 from ease.errors import EaseError
-from ease.exits import Policy, route
+from ease.interface import RopeScaling
 from ease.models import StandardTransformer
-from ease.modules import RopeScaling
+from ease.policy import Policy
+from ease.routing.forward import route
+from ease.runs.store import load_model, save_model
+from ease.storage import run_folder, write_json
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from data_runs import SHORT, TINY, budget
 from tokenizers import Tokenizer
 
 import ease
-from ease import STRATEGIES, runs
-from ease.checkpoint import load_model
-from ease.cli import load_recipe, main, recipes
+from ease import STRATEGIES
+from ease.cli.main import main
+from ease.cli.recipes import load_recipe, recipes
+from ease.runs import runner as runs
+from ease.runs.store import load_model
 
 RECIPES = [
     *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
@@ -143,7 +145,7 @@ def test_a_recipe_must_return_a_run_configuration(tmp_path: Path, capsys: pytest
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal as POSIX does")
 def test_a_run_that_is_told_to_end_leaves_nothing_behind(text_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
+    command = [sys.executable, "-m", "ease", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while line := process.stderr.readline():
@@ -159,10 +161,10 @@ MISSING = """
 import runpy, sys
 sys.modules |= {"lm_eval": None, "transformers": None}
 try:
-    import ease.hf_model
+    import ease.hf.model
 except ValueError as error:
     print(f"ease: {error}", file=sys.stderr)
-runpy.run_module("ease.lm_eval", run_name="__main__")
+runpy.run_module("ease.hf.lm_eval", run_name="__main__")
 """
 
 
@@ -245,7 +247,7 @@ def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: 
 
 
 def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ease.cli", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
+    command = [sys.executable, "-m", "ease", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     done = subprocess.run(
         [*command, *TINY, *budget("6e7"), "--compare", "continued"],
         capture_output=True,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ease import Data, EaseError, Policy, StandardTransformer, learn_agreement, route, score
-from ease.agreement import agreements
-from ease.confidence import MEASURES, Evidence, certainty, margin, max_probability, steadiness
-from ease.exits import walk
 from ease.flops import classifier_flops, head_flops
+from ease.routing.confidence import MEASURES, Evidence, certainty, margin, max_probability, steadiness
+from ease.routing.forward import routed_forward
+from ease.training.exit_classifiers import agreements
 
 Make = Callable[..., StandardTransformer]
 
@@ -47,11 +47,11 @@ def taught(_trained: StandardTransformer, text_data: Callable[..., Data]) -> Sta
 def test_a_walk_follows_every_measure_and_pays_for_heads_as_it_must(name: str, taught: Any, text: torch.Tensor) -> None:
     ids = text[300:556].long().view(4, 64)
     options = {"confidence": name, "patience": int(name == "patience") * 2}
-    (all_deep,) = (s for s in walk(taught, ids, Policy((1,), (math.inf,), **options)) if s.layer == 1)
+    (all_deep,) = (s for s in routed_forward(taught, ids, Policy((1,), (math.inf,), **options)) if s.layer == 1)
     confidence = all_deep.confidence.detach()
     assert ((confidence >= 0) & (confidence <= 1)).all()
     threshold = float(confidence.median())
-    first, *rest = walk(taught, ids, Policy((1,), (threshold,), **options), read=lambda logits, _: logits)
+    first, *rest = routed_forward(taught, ids, Policy((1,), (threshold,), **options), read=lambda logits, _: logits)
     assert torch.equal(first.leaves, confidence >= threshold)
     leaving = int(first.leaves.sum())
     assert first.heads == (ids.numel() if MEASURES[name].needs_head else leaving)

@@ -20,7 +20,7 @@ from ease import (
     create_deep_supervision_config,
     create_standard_config,
 )
-from ease.losses import Distillation
+from ease.training.losses import Distillation
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5))

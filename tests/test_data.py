@@ -10,8 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ease import data
-from ease.data import TokenBatches, load_corpus, load_tokenizer, read_splits, token_strings, train_tokenizer
+from ease.data import sources as data
+from ease.data.batches import TokenBatches
+from ease.data.corpus import load_corpus
+from ease.data.sources import read_splits
+from ease.data.tokenizers import load_tokenizer, token_strings, train_tokenizer
 from ease.errors import EaseError
 
 TEXT = "the cat sat on the mat,\nand then the dog sat on the cat.\n\n    def f(x): return x\n" * 30

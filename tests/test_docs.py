@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-import ease.report
-from ease import ASHEMConfig, finished, runs
-from ease.cli import main
+import ease.report.page
+from ease import ASHEMConfig
+from ease.cli.main import main
+from ease.runs import reopen as finished
+from ease.runs import runner as runs
 from experiments import reproduce
 
 ROOT = Path(__file__).parents[1]

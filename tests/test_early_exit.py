@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ease import Data, EarlyExitConfig, EaseError, Policy, StandardTransformer, score, train
-from ease.losses import CrossEntropy, Distillation
+from ease.training.losses import CrossEntropy, Distillation
 
 Make = Callable[..., StandardTransformer]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease import Data, EaseError, Policy, Scores, StandardTransformer, compute_confidence, route, score
-from ease.evaluation import perplexity
+from ease.evaluation.scoring import perplexity
 
 Make = Callable[..., StandardTransformer]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ease import EaseError, Policy, StandardTransformer, route
-from ease.confidence import max_probability
-from ease.exits import HEAD_CHUNK, walk
+from ease.routing.confidence import max_probability
+from ease.routing.forward import HEAD_CHUNK, routed_forward
 
 Make = Callable[..., StandardTransformer]
 
@@ -111,7 +111,7 @@ def test_a_threshold_of_one_takes_only_certainty(tiny: Make) -> None:
 def test_a_confidence_equal_to_the_threshold_leaves(tiny: Make) -> None:
     model, ids = tiny(2, sharp=True), torch.randint(256, (2, 9))
     with torch.no_grad():
-        (stop,) = walk(model, ids, Policy(), last=1)
+        (stop,) = routed_forward(model, ids, Policy(), last=1)
     threshold = float(stop.confidence.median())
     result = route(model, ids, 1, threshold)
     assert torch.equal(result.exits.flatten() == 1, stop.confidence >= threshold)
@@ -144,7 +144,7 @@ def test_heads_are_computed_in_chunks_and_once_per_stop(tiny: Make) -> None:
 def test_when_all_have_left_nothing_runs(tiny: Make) -> None:
     model, ids = tiny(3), torch.randint(256, (2, 5))
     model.layers[1].register_forward_pre_hook(lambda *_: pytest.fail("layer 2 ran for nobody"))
-    stops = list(walk(model, ids, Policy((1, 2), (1e-6, 0.5))))
+    stops = list(routed_forward(model, ids, Policy((1, 2), (1e-6, 0.5))))
     assert [stop.layer for stop in stops] == [1]
     assert stops[0].left.all()
     assert stops[0].first == 1
@@ -155,7 +155,7 @@ def test_stops_tell_who_arrived_and_who_left(tiny: Make, even_policy: Callable[.
     model, ids = tiny(4, sharp=True), torch.randint(256, (2, 9))
     places = []
     policy = even_policy(model, ids, (1, 3))
-    stops = list(walk(model, ids, policy, read=lambda logits, at: places.append(at) or logits))
+    stops = list(routed_forward(model, ids, policy, read=lambda logits, at: places.append(at) or logits))
     assert [(stop.first, stop.layer) for stop in stops] == [(1, 1), (2, 3), (4, 4)]
     assert stops[0].arrived.all()
     for here, after in zip(stops, stops[1:]):

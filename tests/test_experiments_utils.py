@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ease.data import TokenBatches
+from ease.data.batches import TokenBatches
 from ease.errors import EaseError
 from experiments.utils import create_wikitext_dataloaders, get_device, load_wikitext_words, set_seed
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ease import Policy, StandardTransformer, TokenBatches, figures, generate
-from ease.figures import Line, decoding
-from ease.trainer import Watch
+from ease import Policy, StandardTransformer, TokenBatches, generate
+from ease.progress import Progress
+from ease.runs import metrics as figures
+from ease.runs.lines import Line
+from ease.runs.metrics import decoding
 
 Make = Callable[..., StandardTransformer]
 
@@ -34,14 +36,14 @@ def test_the_report_says_how_well_confidence_ranks(made: Path) -> None:
     assert '"auroc":0.' in (made / "report.html").read_text()
 
 
-class Seen(Watch):
+class Seen(Progress):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.shares: list[float] = []
 
-    def line(self, name: str) -> Watch:
+    def line(self, name: str) -> Progress:
         self.names.append(name)
         return self
 
@@ -82,7 +84,7 @@ def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
 
 
 def test_decoding_fits_the_shortest_sequences_and_the_fewest_rows(trained: StandardTransformer, text: Tensor) -> None:
-    told = decoding(lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Watch())
+    told = decoding(lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Progress())
     assert told is not None
     assert (told["prompt_tokens"], told["new_tokens"]) == (1, 1)
     assert {row["batch"] for row in told["rows"]} == {1}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import ease
-from ease import EaseError, Target, TokenBatches, finished
-from ease.checkpoint import load_model
-from ease.cli import main
+from ease import EaseError, Target, TokenBatches
+from ease.cli.main import main
+from ease.runs import reopen as finished
+from ease.runs.store import load_model
 
 
 @pytest.fixture
@@ -67,10 +68,10 @@ def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest
     assert not (decides & reports) - repeated
     assert sum(map(len, used[1:])) == 16
     # The draw is the same every time, else a later evaluation would score what chose.
-    again = finished.halves(corpus.test, data)
+    again = finished.calibration_halves(corpus.test, data)
     assert all(torch.equal(a[0], b[0]) for half, old in zip(again, used[1:]) for a, b in zip(half, old, strict=True))
     with pytest.raises(EaseError, match="calibration needs two"):
-        finished.halves(corpus.test[:150], data)
+        finished.calibration_halves(corpus.test[:150], data)
 
 
 def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +121,7 @@ def test_what_fails_leaves_the_policy_as_it_was(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ease.checkpoint.write_json", full)
+    monkeypatch.setattr("ease.runs.store.write_json", full)
     assert main(["calibrate", str(cached), "--target-ratio", "0.5"]) == 2
     assert "could not be written" in capsys.readouterr().err
     assert (cached / "policy.json").read_bytes() == before

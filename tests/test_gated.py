@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ease import Data, EaseError, GatedConfig, Phase, Policy, StandardTransformer, generate, route, score, train
-from ease.trainer import History
+from ease.training.phases import History
 
 Make = Callable[..., StandardTransformer]
 

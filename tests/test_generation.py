@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ease import EaseError, StandardTransformer, generate
-from ease.generation import Sampling, Token, bytes_per_token
+from ease.generation.decode import bytes_per_token
+from ease.generation.request import Token
+from ease.generation.sampling import Sampling
 
 Make = Callable[..., StandardTransformer]
 PROMPTS, LENGTH = 5, 12

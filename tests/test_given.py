@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ease
-from ease.cli import main
-from ease.data import train_tokenizer
-from ease.tasks import classification_figures
+from ease.cli.main import main
+from ease.data.tokenizers import train_tokenizer
+from ease.evaluation.tasks import classification_figures
 from experiments import given, running
 from experiments.lines import BASE, PART, Plan
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ease import Data, EaseError, GrowthConfig, Policy, StandardTransformer, train
-from ease.trainer import PhaseOptions
+from ease.training.config import PhaseOptions
 
 Make = Callable[..., StandardTransformer]
 

@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ease
-from ease.data import load_tokenizer as read_tokenizer
-from ease.data import train_tokenizer
+from ease.data.tokenizers import load_tokenizer as read_tokenizer
+from ease.data.tokenizers import train_tokenizer
 from ease.errors import EaseError
-from ease.exits import Policy, route
-from ease.hf import load_tokenizer
-from ease.hf_config import read_config
+from ease.hf.checkpoint import load_tokenizer
+from ease.hf.config import read_config
+from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer, StandardTransformer
-from ease.seam import Layout
+from ease.policy import Policy
+from ease.routing.forward import route
 
 transformers = pytest.importorskip("transformers")
 

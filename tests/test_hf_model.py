@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import ease
-from ease.data import train_tokenizer
+from ease.data.tokenizers import train_tokenizer
 from ease.errors import EaseError
-from ease.exits import Policy, route
 from ease.models import DeepSupervisionTransformer
+from ease.policy import Policy
+from ease.routing.forward import route
 
 transformers = pytest.importorskip("transformers")
 
-from ease.hf_model import EaseConfig, EaseForCausalLM  # noqa: E402
+from ease.hf.model import EaseConfig, EaseForCausalLM  # noqa: E402
 
 V, L = 97, 3
 

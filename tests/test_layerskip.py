@@ -9,8 +9,8 @@ import torch
 
 from ease import Data, EaseError, LayerSkipConfig, StandardTransformer, Trainer, create_standard_config, train
 from ease.flops import run_flops
-from ease.seam import Batch
-from ease.trainer import Step
+from ease.interface import Batch
+from ease.training.phases import Step
 
 Make = Callable[..., StandardTransformer]
 

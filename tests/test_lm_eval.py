@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import ease
-from ease.data import train_tokenizer
+from ease.data.tokenizers import train_tokenizer
 from ease.errors import EaseError
-from ease.exits import Policy, route
 from ease.flops import exit_flops, full_depth_flops, layer_flops, run_flops
 from ease.models import DeepSupervisionTransformer
+from ease.policy import Policy
+from ease.routing.forward import route
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -29,7 +30,7 @@ with warnings.catch_warnings():
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from ease.lm_eval import EaseLM, main
+    from ease.hf.lm_eval import EaseLM, main
 
 # The harness and what it stands on warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,7 +205,7 @@ def test_the_command_line_runs_tasks_made_of_local_files(folder: Path, tmp_path:
     ]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "ease.lm_eval", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "ease.hf.lm_eval", *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "choose" in done.stdout

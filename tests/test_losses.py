@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ease import losses
-from ease.losses import CrossEntropy, Distillation, Term, exit_loss, token_loss_sum
-from ease.seam import IGNORE
+from ease.interface import IGNORE
+from ease.training import losses
+from ease.training.losses import CrossEntropy, Distillation, Term, exit_loss, token_loss_sum
 
 
 def naive(head: Tensor, targets: Tensor, exits: list[Tensor], weights: list[float]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ease import EaseError
-from ease.machine import choose_device, choose_dtype, machine
+from ease.devices import choose_device, choose_dtype, machine
 
 
 def test_a_device_is_one_that_works_here() -> None:

@@ -20,9 +20,9 @@ from ease import (
     collect_hard_examples,
     compute_confidence,
     compute_confidence_threshold,
-    mining,
 )
-from ease.mining import BINS, Quantile, read_states
+from ease.training import mining
+from ease.training.mining import BINS, Quantile, read_states
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]

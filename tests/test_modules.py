@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ease import Layout, StandardTransformer
-from ease.modules import FFN, Attention, Plan, RopeScaling, TransformerBlock, light_layer, packed
-from ease.modules.attention import rotary, rotate
+from ease.interface import RopeScaling
+from ease.modules import FFN, Attention, Plan, TransformerBlock, light_layer, packed
 from ease.modules.cache import BLOCK
+from ease.modules.rope import rotary, rotate
 
 Make = Callable[..., StandardTransformer]
 T = 8

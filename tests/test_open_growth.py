@@ -19,7 +19,7 @@ from ease import (
     train,
 )
 from ease.flops import head_flops, run_flops
-from ease.trainer import History
+from ease.training.phases import History
 
 Make = Callable[..., StandardTransformer]
 

@@ -13,7 +13,9 @@ import pytest
 from data_report import run_folder, synthetic_explorer, synthetic_summary
 
 from ease.errors import EaseError
-from ease.report import decoding, decoding_table, text_table, verdict, write_report
+from ease.report.page import write_report
+from ease.report.tables import decoding, decoding_table, text_table
+from ease.report.verdict import verdict
 
 # ---------------------------------------------------------------------------------------------------------
 # The verdict

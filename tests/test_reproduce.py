@@ -18,7 +18,7 @@ import torch
 
 import ease
 import ease.cli
-from ease.cli import main
+from ease.cli.main import main
 from experiments import ablation, reproduce, scaling, tables
 from experiments.analysis import Fronts
 from experiments.fronts import front, scored_before
@@ -43,7 +43,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     args = ["reproduce", "smoke", "--data", str(text_file), "--seeds", "0", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EASE_CACHE", str(out / "cache"))
-        process = subprocess.Popen([sys.executable, "-m", "ease.cli", *args], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "ease", *args], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 120
         while not (rows.exists() and rows.read_bytes().count(b"\n") >= 3):
             assert process.poll() is None

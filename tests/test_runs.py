@@ -9,8 +9,8 @@ import pytest
 import torch
 from data_runs import COMPARE, SHORT, TINY, budget
 
-from ease.checkpoint import load_model
-from ease.cli import main
+from ease.cli.main import main
+from ease.runs.store import load_model
 
 
 def test_a_run_is_a_folder_without_pickles(made: Path) -> None:

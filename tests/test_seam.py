@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ease import EaseError, ExitModel, Layout, ModelConfig, StandardTransformer, route, score
-from ease.seam import learnable, train_mode
+from ease.interface import learnable, train_mode
 
 
 @pytest.mark.parametrize(

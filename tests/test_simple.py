@@ -4,15 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ease import (
-    Data,
-    DeepSupervisionConfig,
-    EaseError,
-    Policy,
-    StandardConfig,
-    StandardTransformer,
-    train,
-)
+from ease import Data, DeepSupervisionConfig, EaseError, Policy, StandardConfig, StandardTransformer, train
 
 Make = Callable[..., StandardTransformer]
 

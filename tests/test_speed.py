@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ease import Generation, Policy, StandardTransformer, generate
-from ease.speed import Call, side_by_side, ways
+from ease.evaluation.decoding_speed import Call, side_by_side, ways
 
 Make = Callable[..., StandardTransformer]
 
 
 def test_calls_take_turns_and_the_first_of_each_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, done, now = [], [], [0.0]
-    monkeypatch.setattr("ease.speed.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ease.evaluation.decoding_speed.time.perf_counter", lambda: now[0])
 
     def call(name: str, seconds: list[float], tokens: list[int]) -> Call:
         def answer() -> Tensor:

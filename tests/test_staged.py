@@ -19,7 +19,8 @@ from ease import (
     route,
     train,
 )
-from ease.trainer import History, Watch
+from ease.progress import Progress
+from ease.training.phases import History
 
 Make = Callable[..., StandardTransformer]
 PLAN = ((2, 1.0), (4, 0.5), (6, 0.2))
@@ -115,14 +116,14 @@ def test_deep_supervision_within_a_brick(supervise: Any, tiny: Make, text_data: 
 def test_mining_says_how_far_it_is(tiny: Make, text_data: Callable[..., Data]) -> None:
     told: dict[str, list[float]] = {}
 
-    class Log(Watch):
+    class Log(Progress):
         def __init__(self, name: str) -> None:
             self.steps = told.setdefault(name, [])
 
         def step(self, progress: float, loss: float = 0.0) -> None:
             self.steps.append(progress)
 
-    data = text_data(4, 1)._replace(watch=Log)
+    data = text_data(4, 1)._replace(progress=Log)
     list(train(tiny(1), config((1, 1.0), (2, 0.5)).strategy(), data))
     assert told == {"mining": [0.25, 0.5, 0.75, 1.0]}
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordLevel
 
 from ease import Batch, Data, EaseError, StandardConfig, StandardTransformer, score, train
-from ease.streaming import Packer, Stream, StreamBatches, batch_of, documents, load_stream
+from ease.data.streaming import Packer, Stream, StreamBatches, batch_of, documents, load_stream
 
 datasets = pytest.importorskip("datasets")
 Make = Callable[..., StandardTransformer]
@@ -172,7 +172,7 @@ def test_no_more_is_held_than_asked_for(corpus: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 13, 31])
 def test_a_stream_goes_on_from_its_state_to_the_bit(taken: int, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ease.streaming.TOKENIZER_DOCUMENTS", 5)
+    monkeypatch.setattr("ease.data.streaming.TOKENIZER_DOCUMENTS", 5)
 
     def batches(stream: StreamBatches) -> Any:
         while True:

@@ -23,24 +23,14 @@ from ease import (
     create_deep_supervision_config,
     score,
 )
-from ease.checkpoint import load_model
-from ease.cli import main
-from ease.data import EOS, load_tokenizer
-from ease.exits import walk
+from ease.cli.main import main
+from ease.data.tasks import Example, ExampleBatches, load_classification, load_completion, read_jsonl
+from ease.data.tokenizers import EOS, load_tokenizer
+from ease.evaluation.tasks import classification_figures, complete, macro_f1, predict, rouge_l
 from ease.flops import run_flops
-from ease.generation import generate
-from ease.tasks import (
-    Example,
-    ExampleBatches,
-    classification_figures,
-    complete,
-    load_classification,
-    load_completion,
-    macro_f1,
-    predict,
-    read_jsonl,
-    rouge_l,
-)
+from ease.generation.decode import generate
+from ease.routing.forward import routed_forward
+from ease.runs.store import load_model
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., StandardTransformer]
@@ -240,7 +230,7 @@ def test_the_last_real_token_decides_and_its_row_leaves_with_it(tiny: Make, exam
         state = model.run(state, layer, layer, layout=batch.layout)
         sure.append(model.logits(state, layer)[torch.arange(40), last].softmax(-1).amax(-1))
     threshold = float(sure[0].median())
-    first, *_, end = walk(model, batch.x, Policy((1,), (threshold,)), layout=batch.layout)
+    first, *_, end = routed_forward(model, batch.x, Policy((1,), (threshold,)), layout=batch.layout)
     assert torch.equal(first.asked.nonzero()[:, 1], last)
     torch.testing.assert_close(first.confidence, sure[0])
     leaves = sure[0] >= threshold

@@ -32,8 +32,11 @@ from ease import (
     train,
 )
 from ease.flops import head_flops, run_flops
-from ease.losses import CrossEntropy, Distillation
-from ease.trainer import Step, Watch, Watched, classifier_loss, re_iterable
+from ease.interface import re_iterable
+from ease.progress import Progress, ProgressBatches
+from ease.training.losses import CrossEntropy, Distillation
+from ease.training.phases import Step
+from ease.training.selection import classifier_loss
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -544,7 +547,7 @@ def test_layers_learn_at_rates_of_their_own_and_schedules_keep_their_ratio(tied:
     assert rate[model.output_head.weight] == (2e-3, 0.2)
     assert rate[model.embedding.weight] == pytest.approx((2e-3 if tied else 2e-4, 0.2))
     options = PhaseOptions(lr=2e-3, schedule="cosine", max_epochs=4, patience=None)
-    history = trainer.fit(model, Phase("one", config, [pair()], [pair()], options), optimizer, Watch())
+    history = trainer.fit(model, Phase("one", config, [pair()], [pair()], options), optimizer, Progress())
     assert history.column("lr") == pytest.approx([2e-3 * options.lr_factor(i / 4) for i in (1, 2, 3, 4)])
     assert sorted({g["lr"] / optimizer.param_groups[0]["lr"] for g in optimizer.param_groups}) == pytest.approx(
         [0.1, 0.5, 1.0]
@@ -684,7 +687,7 @@ def test_an_interrupt_keeps_the_best_weights(tiny: Make, monkeypatch: pytest.Mon
     epochs = script(monkeypatch, [1.0, 2.0, 3.0])
     model, config, batch = tiny(1, dim=8), create_standard_config(1), pair()
 
-    class Impatient(Watch):
+    class Impatient(Progress):
         def epoch(self, row: Any) -> None:
             if row["epoch"] == 2:
                 raise KeyboardInterrupt
@@ -708,7 +711,7 @@ def test_the_schedule_reaches_the_optimizer(tiny: Make) -> None:
 
 
 @dataclass
-class Log(Watch):
+class Log(Progress):
     steps: list[float] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
 
@@ -791,8 +794,8 @@ def test_a_phase_that_patience_ends_is_done_all_the_same(tiny: Make) -> None:
 
 def test_watched_batches_tell_how_far_they_are() -> None:
     log = Log()
-    batches = Watched(["a", "b"], Watch(), epochs=2)  # type: ignore[arg-type]
-    batches.watch = SimpleNamespace(step=log.steps.append)  # type: ignore[assignment]
+    batches = ProgressBatches(["a", "b"], Progress(), epochs=2)  # type: ignore[arg-type]
+    batches.progress = SimpleNamespace(step=log.steps.append)  # type: ignore[assignment]
     assert [*batches, *batches] == ["a", "b", "a", "b"]
     assert log.steps == [0.25, 0.5, 0.75, 1.0]
 
@@ -841,7 +844,7 @@ def test_train_runs_a_strategy_s_phases_in_order(tiny: Make) -> None:
             return Policy()
 
     watched: list[str] = []
-    runs = list(train(tiny(2), Plan(), Data([batch], [batch]), watch=lambda p: watched.append(p.name) or Watch()))
+    runs = list(train(tiny(2), Plan(), Data([batch], [batch]), progress=lambda p: watched.append(p.name) or Progress()))
     assert [phase.name for phase, _ in runs] == watched == ["a", "b", "c"]
     assert all(len(history.rows) == 1 for _, history in runs)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ease import Data, EaseError, StandardTransformer, Trainer, TuneConfig, compute_confidence_threshold, score, train
-from ease.exits import Policy
 from ease.flops import exit_flops, head_flops, run_flops
-from ease.tune import select
+from ease.policy import Policy
+from ease.strategies.exit_tuning import select
 
 Make = Callable[..., StandardTransformer]
 

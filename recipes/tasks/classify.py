@@ -13,11 +13,13 @@ import tyro
 
 import ease
 from ease import Data, DeepSupervisionConfig, Policy, StandardTransformer, train
-from ease.checkpoint import run_folder, save_model, write_json
+from ease.data.tasks import ExampleBatches, load_classification
+from ease.devices import choose_device
 from ease.errors import told
-from ease.machine import choose_device
-from ease.tasks import ExampleBatches, cheapest, classification_figures, load_classification
-from ease.trainer import PrintWatch
+from ease.evaluation.tasks import cheapest, classification_figures
+from ease.progress import PrintProgress
+from ease.runs.store import save_model
+from ease.storage import run_folder, write_json
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -54,7 +56,7 @@ def main(
         model = StandardTransformer(vocab_size, dim, num_layers, num_heads, num_labels=len(task.labels))
         config = DeepSupervisionConfig(num_layers=num_layers, lr=lr, max_epochs=max_epochs)
         where = choose_device(device)
-        for _ in train(model, config.strategy(), Data(learn, val), device=where, watch=lambda _: PrintWatch()):
+        for _ in train(model, config.strategy(), Data(learn, val), device=where, progress=lambda _: PrintProgress()):
             pass
 
         exits = tuple(range(1, num_layers))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ease.models import ModelConfig
-from ease.seam import Layout
+from ease.interface import Layout, ModelConfig
 
 
 def real_pairs(active: Tensor, layout: Layout | None = None) -> int:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,107 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError, check_least
-from ease.exits import Policy
-from ease.modules import Adapter, Cache, CachedPlan, Plan, RopeScaling, TransformerBlock, packed, rotary
-from ease.seam import ExitModel, Layout
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model. What is left None follows from the rest."""
-
-    vocab_size: int
-    """Tokens that the embedding and the head know."""
-    dim: int = 64
-    """Width D of the state."""
-    num_layers: int = 3
-    """Layers, numbered from 1."""
-    num_heads: int = 4
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key and value heads, a divisor of num_heads (as many by default)."""
-    head_dim: int | None = None
-    """Width of a head (dim / num_heads by default)."""
-    hidden_dim: int | None = None
-    """Gated units of the feed-forward (8/3 of dim by default, rounded up to a multiple of 8)."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary angles."""
-    norm_eps: float = 1e-5
-    """Added under the root of every RMSNorm."""
-    dropout: float = 0.0
-    """Share of a branch's outputs zeroed in training."""
-    tie_embeddings: bool = False
-    """Use the embedding as the output head (experiments/tying.py measures both)."""
-    qkv_bias: bool = False
-    """Biases on queries, keys and values, as in Qwen2."""
-    qk_norm: bool = False
-    """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
-    rope_scaling: RopeScaling | None = None
-    """Llama 3.1's stretched rotary positions (None: plain ones)."""
-    adapter_exits: tuple[int, ...] = ()
-    """Exits below the last one that have an adapter between their norm and the head."""
-    adapter_dim: int = 0
-    """Units of an adapter."""
-    classifier_exits: tuple[int, ...] = ()
-    """Exits below the last one that know, without the head, how likely they agree with it (`ease.learn_agreement`)."""
-    num_labels: int | None = None
-    """Classes of a model that classifies sequences: the head's rows, and one decision a sequence (None: tokens)."""
-    max_positions: int | None = None
-    """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
-
-    def __post_init__(self) -> None:
-        scaling: object = self.rope_scaling
-        if isinstance(scaling, dict):  # what JSON makes of it
-            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
-        object.__setattr__(self, "adapter_exits", tuple(self.adapter_exits))
-        object.__setattr__(self, "classifier_exits", tuple(self.classifier_exits))
-        if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
-            bool(self.adapter_exits) != (self.adapter_dim > 0)
-        ):
-            raise EaseError(
-                f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
-                "name exits below the last layer, and a width above 0"
-            )
-        if any(not 1 <= exit < self.num_layers for exit in self.classifier_exits):
-            raise EaseError(
-                f"classifier_exits {list(self.classifier_exits)}: name exits below layer {self.num_layers}, the last"
-            )
-        if self.num_labels is not None and (self.num_labels < 2 or self.tie_embeddings):
-            raise EaseError(
-                f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
-                "a classifier needs at least 2 labels and a head of its own"
-            )
-        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
-        check_least(1, **{name: getattr(self, name) for name in (*sizes, "max_positions")})
-        check_least(0, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
-        if self.head_dim is None and self.dim % self.num_heads:
-            raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
-        if self.head_size % 2:
-            raise EaseError(
-                f"the width of a head must be even for rotary positions, got {self.head_size}: change dim or num_heads"
-            )
-        if self.num_heads % self.kv_heads:
-            raise EaseError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.num_heads})")
-        if not 0 <= self.dropout < 1:
-            raise EaseError(f"dropout must lie in [0, 1), got {self.dropout}")
-
-    @property
-    def outputs(self) -> int:
-        """V, the rows of the head: tokens, or labels."""
-        return self.num_labels or self.vocab_size
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def ffn_size(self) -> int:
-        return self.hidden_dim or 8 * math.ceil(self.dim / 3)
+from ease.errors import EaseError
+from ease.interface import ExitModel, Layout, ModelConfig
+from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, packed, rotary
+from ease.policy import Policy
 
 
 class StandardTransformer(ExitModel):

@@ -16,35 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Under both names, so that they can be imported from here as well.
-from ease.config import PhaseOptions as PhaseOptions
-from ease.config import StageConfig as StageConfig
-from ease.config import TrainingConfig as TrainingConfig
-from ease.config import create_deep_supervision_config as create_deep_supervision_config
-from ease.config import create_standard_config as create_standard_config
 from ease.errors import EaseError
-from ease.evaluation import Scores, compute_confidence, score
-from ease.exits import Policy
+from ease.evaluation.scoring import Scores, score
 from ease.flops import classifier_flops, exit_flops, full_depth_flops, run_flops
-from ease.losses import CrossEntropy, Term, exit_loss
-from ease.phases import Batches as Batches
-from ease.phases import Data as Data
-from ease.phases import History as History
-from ease.phases import Phase as Phase
-from ease.phases import PrintWatch as PrintWatch
-from ease.phases import Step as Step
-from ease.phases import Strategy as Strategy
-from ease.phases import Watch as Watch
-from ease.phases import Watched as Watched
-from ease.phases import re_iterable as re_iterable
-from ease.resume import Checkpoint, digest
-from ease.seam import IGNORE, Batch, ExitModel, Layout, train_mode
+from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
+from ease.policy import Policy
+from ease.progress import PrintProgress, Progress
+from ease.storage import digest
+from ease.training.checkpoint import Checkpoint
+from ease.training.config import (
+    PhaseOptions,
+    TrainingConfig,
+)
+from ease.training.losses import CrossEntropy, Term, exit_loss
+from ease.training.phases import Data, History, Phase, Step, Strategy
+from ease.training.selection import classifier_loss, classifier_sample_size, least_confident
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
-LESSON = 8  # one in so many tokens teaches an exit's classifier, and pays for the head that tells it the truth
 
 
 class Trainer:
@@ -120,14 +110,14 @@ class Trainer:
         last, objective = model.num_layers, self.config.objective
         deepest = last if objective.teacher else max(weights)
         choices = {exit: share for exit, share in self.config.going_on.items() if exit < deepest and share < 1}
-        pick, learns = picking(batch.scored), torch.is_grad_enabled()
+        pick, learns = scored_selector(batch.scored), torch.is_grad_enabled()
         at = 0 if batch.state is None else first - 1
         with torch.set_grad_enabled(learns and first == 1):
             state = model.embed(batch.x) if batch.state is None else batch.state
         terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
         chooser, lessons = self.config.classifier_weight, list[Tensor]()
         scored = max(1, len(pick(batch.y))) if chooser else 0
-        for stop in stops(at, first, [*weights, *choices, deepest], skip):
+        for stop in pause_layers(at, first, [*weights, *choices, deepest], skip):
             running = batch.active if stop >= first else None  # in the trunk everyone runs
             if stop in skip:
                 stays = (torch.rand(len(batch.x)) >= skip[stop]).to(batch.x.device)[:, None]
@@ -136,12 +126,12 @@ class Trainer:
                 state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
             at, here, going = stop, batch.scored, None
             if stop in choices:
-                going = least_sure(model, state, stop, batch.running, choices[stop], headless=bool(chooser))
+                going = least_confident(model, state, stop, batch.running, choices[stop], headless=bool(chooser))
                 if chooser:
                     lessons.append(classifier_loss(model, pick(state), stop, pick(batch.y)))
                     here = here & ~going
             if stop in weights:
-                pick = picking(here)
+                pick = scored_selector(here)
                 aim = objective if stop < last else CrossEntropy()
                 targets = pick(batch.y)
                 # Where a token is scored once, every token counts alike, however many leave at which exit.
@@ -149,7 +139,7 @@ class Trainer:
                 terms.append((Term(model.exit_norm(pick(state), stop), targets, weight, aim), here))
             if going is not None:
                 batch = batch._replace(active=going)
-                pick = picking(batch.scored)
+                pick = scored_selector(batch.scored)
                 if went is not None:
                     went[stop] = going
         if learns:
@@ -211,7 +201,7 @@ class Trainer:
                 PhaseOptions(max_epochs=max_epochs, patience=patience),
             ),
             optimizer,
-            PrintWatch() if verbose else Watch(),
+            PrintProgress() if verbose else Progress(),
         )
         return {
             "train_losses": history.column("train_loss"),
@@ -223,7 +213,7 @@ class Trainer:
         }
 
     def run(
-        self, model: ExitModel, phase: Phase, watch: Watch | None = None, checkpoint: Path | None = None
+        self, model: ExitModel, phase: Phase, progress: Progress | None = None, checkpoint: Path | None = None
     ) -> History:
         """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again.
 
@@ -234,7 +224,7 @@ class Trainer:
         model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=tuple(classified))
         try:
             optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
-            return self.fit(model, phase, optimizer, watch or Watch(), checkpoint)
+            return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
         finally:
             model.freeze_below(1)
 
@@ -243,7 +233,7 @@ class Trainer:
         model: ExitModel,
         phase: Phase,
         optimizer: torch.optim.Optimizer,
-        watch: Watch,
+        progress: Progress,
         checkpoint: Path | None = None,
     ) -> History:
         """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights.
@@ -262,18 +252,18 @@ class Trainer:
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
         validation = len(val) * x.numel() * full_depth_flops(model.config, x.shape[1]) if options.max_flops else 0.0
 
-        def progress() -> float:
+        def fraction_done() -> float:
             # The validation that ends the epoch belongs to the budget too.
             spent = sum(history.flops.values()) + validation
             by_flops = spent / options.max_flops if options.max_flops else 0.0
             return min(1.0, max(history.steps / total_steps, by_flops))
 
         def step() -> Step | None:
-            return phase.step and phase.step(history.steps, progress())
+            return phase.step and phase.step(history.steps, fraction_done())
 
         def set_lr() -> None:
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = lr * options.lr_factor(progress())
+                group["lr"] = lr * options.lr_factor(fraction_done())
 
         identity = phase_identity(model, phase, x) if checkpoint else ""
         kept = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
@@ -295,9 +285,9 @@ class Trainer:
         over = begin > options.max_epochs
         try:
             for row in history.rows:
-                watch.epoch(row)
+                progress.epoch(row)
             if found:
-                watch.step(1.0 if over else progress())
+                progress.step(1.0 if over else fraction_done())
                 train_mode(model)
                 kept.replay()
             for epoch in range(begin, options.max_epochs + 1):
@@ -307,8 +297,8 @@ class Trainer:
                         history.flops[kind] = history.flops.get(kind, 0.0) + count
                     history.steps += 1
                     set_lr()
-                    watch.step(progress(), loss)
-                    if progress() >= 1:
+                    progress.step(fraction_done(), loss)
+                    if fraction_done() >= 1:
                         break
                     if kept.due():
                         save(epoch)
@@ -332,7 +322,7 @@ class Trainer:
                         "lr": optimizer.param_groups[0]["lr"],
                     }
                 )
-                watch.epoch(history.rows[-1])
+                progress.epoch(history.rows[-1])
                 if not math.isfinite(figures["loss"]):
                     raise EaseError(f"the validation loss is {figures['loss']}: {LOWER_LR}")
                 if figures["loss"] < best_loss:
@@ -340,9 +330,9 @@ class Trainer:
                     best = snapshot(model)
                 elif options.patience is not None and epoch - history.best_epoch >= options.patience:
                     history.stopped_early = True
-                    watch.step(1.0, loss)  # it is done, however many epochs were allowed
+                    progress.step(1.0, loss)  # it is done, however many epochs were allowed
                     break
-                if progress() >= 1:
+                if fraction_done() >= 1:
                     break
                 total, tokens = 0.0, 0
                 kept.turn()
@@ -425,8 +415,10 @@ class Trainer:
                 batch = batch._replace(active=went[exit].to(batch.x.device))
                 scored = int(batch.scored.sum())
             if exit in went and self.config.classifier_weight:  # asked of all, learned from some, by their head
-                training += classifier_flops(config, arrived) + 3 * classifier_flops(config, lesson(before))
-                training += exit_flops(config, lesson(before), exit)
+                training += classifier_flops(config, arrived) + 3 * classifier_flops(
+                    config, classifier_sample_size(before)
+                )
+                training += exit_flops(config, classifier_sample_size(before), exit)
                 before -= scored
             elif exit in went:
                 training += exit_flops(config, arrived, exit)
@@ -454,7 +446,7 @@ def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
     return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
 
 
-def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> list[int]:
+def pause_layers(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> list[int]:
     """The layers above `at` after which a forward pauses, the deepest exit the last of them.
 
     It pauses at exits, at the end of the trunk below layer `first`, and before and after layers that may be skipped.
@@ -464,48 +456,9 @@ def stops(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> lis
     return sorted(layer for layer in pauses if at < layer <= max(exits))
 
 
-def picking(scored: Tensor) -> Callable[[Tensor], Tensor]:
+def scored_selector(scored: Tensor) -> Callable[[Tensor], Tensor]:
     """What takes the scored tokens (B, T) out of (B, T, ...): a view where that is all, since indexing copies."""
     return (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
-
-
-@torch.no_grad()
-def least_sure(
-    model: ExitModel, state: Tensor, exit: int, arrived: Tensor, share: float, *, headless: bool = False
-) -> Tensor:
-    """(B, T): of the tokens that arrived, the share that `exit` is least sure of; at least one, if any arrived.
-
-    How sure it is, its head says, or, where `headless`, its classifier.
-    """
-    if model.config.num_labels is not None:
-        raise EaseError("going_on chooses among tokens, and this model decides once a sequence: leave it out")
-    places = arrived.flatten().nonzero().squeeze(1)
-    asked = state.flatten(0, 1)[places]
-    confidence = model.agreement(asked, exit) if headless else compute_confidence(model, asked, exit)
-    count = min(len(places), max(1, round(share * len(places))))
-    going = places[confidence.topk(count, largest=False).indices]
-    return torch.zeros_like(arrived).flatten().index_fill(0, going, True).view_as(arrived)
-
-
-def lesson(tokens: int) -> int:
-    """Of so many tokens, those that a classifier learns from."""
-    return -(-tokens // LESSON)
-
-
-def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor) -> Tensor:
-    """Binary cross entropy (nats) of the classifier at `exit` against the probability that the exit gives the target.
-
-    It learns from one in `LESSON` of the scored tokens, drawn at random: states (N, D), targets (N,). The gradient goes
-    on into the state, which so learns to show how sure the exit is; through the probability there is none.
-    """
-    drawn = torch.randperm(len(targets))[: lesson(len(targets))].to(state.device)
-    state, targets = state[drawn], targets[drawn]
-    with torch.no_grad():
-        chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
-    if not bool(chance.isfinite().all()):  # training has broken down, which its loss then says
-        return chance.sum()
-    lost = F.binary_cross_entropy(model.agreement(state, exit).float(), chance, reduction="sum")
-    return lost / max(1, len(targets))
 
 
 def train(
@@ -514,7 +467,7 @@ def train(
     data: Data,
     *,
     device: str | torch.device | None = None,
-    watch: Callable[[Phase], Watch] | None = None,
+    progress: Callable[[Phase], Progress] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
 ) -> Iterator[tuple[Phase, History]]:
     """Runs a strategy's phases one by one; yields each with its history when it is done.
@@ -533,7 +486,7 @@ def train(
         trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
         number += 1
         checkpoint = None if checkpoints is None else Path(checkpoints) / f"phase-{number}.safetensors"
-        history = trainer.run(model, phase, watch(phase) if watch else None, checkpoint)
+        history = trainer.run(model, phase, progress(phase) if progress else None, checkpoint)
         history.seconds += preparing
         for row in history.rows:
             row["seconds"] += preparing

@@ -35,8 +35,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("ease.generation.time", made)
-    monkeypatch.setattr("ease.drafting.time", made)
+    monkeypatch.setattr("ease.generation.decode.time", made)
+    monkeypatch.setattr("ease.generation.drafting.time", made)
     return made
 
 

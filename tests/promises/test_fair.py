@@ -32,11 +32,11 @@ from ease import (
     create_deep_supervision_config,
     create_standard_config,
     flops,
-    losses,
     score,
     train,
 )
 from ease.flops import full_depth_flops, head_flops, layer_flops, real_pairs, run_flops
+from ease.training import losses
 
 Make = Callable[..., StandardTransformer]
 SHAPES: list[dict[str, Any]] = [

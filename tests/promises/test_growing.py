@@ -19,7 +19,7 @@ from ease import (
     train,
 )
 from ease.errors import EaseError
-from ease.seam import train_mode
+from ease.interface import train_mode
 
 Make = Callable[..., StandardTransformer]
 

@@ -20,8 +20,8 @@ from ease import (
     load_corpus,
     train,
 )
-from ease import data as data_module
-from ease.data import SPLITS, read_splits
+from ease.data import sources as data_module
+from ease.data.sources import SPLITS, read_splits
 
 Make = Callable[..., StandardTransformer]
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import Layout, Policy, StandardTransformer, generate, route
-from ease.confidence import MEASURES
-from ease.exits import walk
-from ease.models import TransformerBlock
-from ease.modules import RopeScaling
+from ease.interface import RopeScaling
+from ease.modules import TransformerBlock
+from ease.routing.confidence import MEASURES
+from ease.routing.forward import routed_forward
 
 VOCAB, LAYERS = 256, 5
 EXITS = {1: (2,), 2: (1, 3), 3: (1, 2, 4)}
@@ -133,7 +133,7 @@ def routed(
     """Logits and exits that the routed forward gives under any layout."""
     logits = model.output_head.weight.new_zeros(*ids.shape, VOCAB)
     exits = torch.zeros_like(ids)
-    for stop in walk(model, ids, policy, layout=layout, read=lambda chunk, _: chunk, cache=cache):
+    for stop in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk, cache=cache):
         if stop.read is not None:
             logits[stop.left], exits[stop.left] = stop.read, stop.layer
     return logits, exits
@@ -458,7 +458,7 @@ def test_float32_differs_only_at_the_threshold(
         confidence = torch.full((model.num_layers, *ids.shape), torch.nan, dtype=torch.float64)
         thresholds = torch.zeros(model.num_layers, dtype=torch.float64)
         with torch.no_grad():
-            for stop in walk(model, ids, policy):
+            for stop in routed_forward(model, ids, policy):
                 confidence[stop.layer - 1][stop.asked] = stop.confidence
         thresholds[torch.tensor(exits) - 1] = torch.tensor(policy.thresholds, dtype=torch.float64)
         tied = expected.logits.topk(2).values.diff(dim=-1).squeeze(-1) > -1e-4

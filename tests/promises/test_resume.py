@@ -25,14 +25,18 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ease
-from ease import Data, EaseError, PhaseConfig, StandardTransformer, TokenBatches, Trainer, resume, train
-from ease.checkpoint import CHECKPOINTS, run_folder
-from ease.cli import load_recipe, main
-from ease.resume import Checkpoint
-from ease.runs import RunConfig, run
-from ease.streaming import load_stream
-from ease.tasks import Example, ExampleBatches
-from ease.trainer import History, Watch
+from ease import Data, EaseError, PhaseConfig, StandardTransformer, TokenBatches, Trainer, train
+from ease.cli.main import main
+from ease.cli.recipes import load_recipe
+from ease.data.streaming import load_stream
+from ease.data.tasks import Example, ExampleBatches
+from ease.progress import Progress
+from ease.runs.config import RunConfig
+from ease.runs.runner import run
+from ease.storage import CHECKPOINTS, run_folder
+from ease.training import checkpoint as resume
+from ease.training.checkpoint import Checkpoint
+from ease.training.phases import History
 
 SPLIT = 4000  # bytes of the text to train on; validation lies behind them
 
@@ -41,7 +45,7 @@ class Killed(BaseException):
     """Ends the process, as far as the code under test can tell."""
 
 
-class Killer(Watch):
+class Killer(Progress):
     """Kills at the first step or epoch that is told after `steps` steps of its life, all phases and lines counted."""
 
     def __init__(self, steps: float = float("inf"), at: str = "step") -> None:
@@ -110,7 +114,7 @@ def ends(setting: Setting, folder: Path | None, lives: list[Killer]) -> dict[str
         model, strategy, data = setting()
         histories: list[History] = []
         with suppress(Killed):
-            for _, history in train(model, strategy, data, watch=lambda _, k=killer: k, checkpoints=folder):
+            for _, history in train(model, strategy, data, progress=lambda _, k=killer: k, checkpoints=folder):
                 histories.append(history)
                 torch.rand(1)  # as one does who looks at the model between two phases
             break
@@ -242,7 +246,7 @@ def test_a_stream_goes_on(text: torch.Tensor, tmp_path: Path) -> None:
 def killed(setting: Setting, folder: Path, steps: int = 3) -> None:
     model, strategy, data = setting()
     with suppress(Killed):
-        list(train(model, strategy, data, watch=lambda _: Killer(steps), checkpoints=folder))
+        list(train(model, strategy, data, progress=lambda _: Killer(steps), checkpoints=folder))
 
 
 def test_a_model_that_is_trained_is_not_trained_again(text: torch.Tensor, tmp_path: Path) -> None:
@@ -397,7 +401,7 @@ def through(config: RunConfig[Any], out: Path, lives: list[Killer]) -> list[str]
     said: list[str] = []
     for killer in [*lives, Killer()]:
         with suppress(Killed):
-            run(config, out, watch=lambda _, k=killer: k, say=said.append)
+            run(config, out, progress=lambda _, k=killer: k, say=said.append)
             break
     return said
 
@@ -493,7 +497,7 @@ def test_an_unfinished_run_of_another_plan_is_not_reused_and_not_lost(
     config = load_recipe(recipe).config()
     config = replace(config, data=replace(config.data, source=str(file)))
     with suppress(Killed):
-        run(config, out, watch=lambda _: Killer(3))
+        run(config, out, progress=lambda _: Killer(3))
     kept = sorted((tmp_path / ".out.partial" / CHECKPOINTS).rglob("*"))
     assert kept
     if change.pop("text", None):
@@ -508,10 +512,10 @@ def test_an_unfinished_run_of_another_plan_is_not_reused_and_not_lost(
     assert sorted((tmp_path / ".out.partial" / CHECKPOINTS).rglob("*")) == kept
     said: list[str] = []
     with suppress(Killed):
-        run(other, out, overwrite=True, say=said.append, watch=lambda _: Killer(2))
+        run(other, out, overwrite=True, say=said.append, progress=lambda _: Killer(2))
     assert not said
     with suppress(Killed):
-        run(other, out, say=said.append, watch=lambda _: Killer(0))
+        run(other, out, say=said.append, progress=lambda _: Killer(0))
     assert len(said) == 1
 
 
@@ -532,7 +536,7 @@ def test_what_was_killed_before_it_saved_leaves_nothing_to_ask_about(
     monkeypatch.setattr(resume, "EVERY", 60.0)
     config = load_recipe(recipe).config()
     with suppress(Killed):
-        run(config, tmp_path / "out", watch=lambda _: Killer(3))
+        run(config, tmp_path / "out", progress=lambda _: Killer(3))
     assert list(tmp_path.iterdir()) == []
     stale = tmp_path / ".out.partial"  # of one that had no time to clear away
     stale.mkdir()

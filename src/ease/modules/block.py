@@ -6,9 +6,10 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.modules.attention import Attention, Plan
+from ease.modules.attention import Attention
+from ease.modules.cpu import light
 from ease.modules.ffn import FFN
-from ease.modules.light import light
+from ease.modules.plan import Plan
 
 
 def _same(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.modules.attention import Plan, mix
+from ease.modules.plan import Plan, mix
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.modules.attention import Attention, heads, rotate
+from ease.modules.attention import Attention, heads
 from ease.modules.block import TransformerBlock, light_layer
 from ease.modules.cache import CachedPlan
+from ease.modules.cpu import rms_norm
 from ease.modules.ffn import FFN
-from ease.modules.light import rms_norm
+from ease.modules.rope import rotate
 
 MOST = 1_000_000  # numbers in a layer: beyond, the products take the time, and a copy of the weights much memory
 LONG = 256  # tokens at a time, from which on a product gains nothing by it: a prompt alone makes no copy

@@ -1,0 +1,54 @@
+# The names that users import from `ease`. At run time `__init__.py` reads this list and imports each on first use.
+from .data.batches import TokenBatches as TokenBatches
+from .data.corpus import Corpus as Corpus
+from .data.corpus import load_corpus as load_corpus
+from .errors import EaseError as EaseError
+from .evaluation.calibration import Calibration as Calibration
+from .evaluation.calibration import Target as Target
+from .evaluation.calibration import calibrate as calibrate
+from .evaluation.scoring import Scores as Scores
+from .evaluation.scoring import score as score
+from .generation.decode import generate as generate
+from .generation.request import Generation as Generation
+from .hf.checkpoint import from_pretrained as from_pretrained
+from .hf.checkpoint import save_pretrained as save_pretrained
+from .interface import Batch as Batch
+from .interface import ExitModel as ExitModel
+from .interface import Layout as Layout
+from .interface import ModelConfig as ModelConfig
+from .models import DeepSupervisionTransformer as DeepSupervisionTransformer
+from .models import StandardTransformer as StandardTransformer
+from .policy import Policy as Policy
+from .routing.forward import Routed as Routed
+from .routing.forward import compute_confidence as compute_confidence
+from .routing.forward import route as route
+from .strategies import STRATEGIES as STRATEGIES
+from .strategies.ashem import ASHEMConfig as ASHEMConfig
+from .strategies.discriminative import DiscriminativeConfig as DiscriminativeConfig
+from .strategies.early_exit import EarlyExitConfig as EarlyExitConfig
+from .strategies.exit_tuning import TuneConfig as TuneConfig
+from .strategies.gated import GatedConfig as GatedConfig
+from .strategies.growth import GrowthConfig as GrowthConfig
+from .strategies.layerskip import LayerSkipConfig as LayerSkipConfig
+from .strategies.open_growth import OpenGrowthConfig as OpenGrowthConfig
+from .strategies.single_phase import DeepSupervisionConfig as DeepSupervisionConfig
+from .strategies.single_phase import StandardConfig as StandardConfig
+from .strategies.staged import PhaseConfig as PhaseConfig
+from .strategies.staged import StagedConfig as StagedConfig
+from .trainer import Trainer as Trainer
+from .trainer import train as train
+from .training.config import PhaseOptions as PhaseOptions
+from .training.config import StageConfig as StageConfig
+from .training.config import TrainingConfig as TrainingConfig
+from .training.config import create_deep_supervision_config as create_deep_supervision_config
+from .training.config import create_standard_config as create_standard_config
+from .training.exit_classifiers import learn_agreement as learn_agreement
+from .training.mining import MinedBatches as MinedBatches
+from .training.mining import collect_hard_examples as collect_hard_examples
+from .training.mining import compute_confidence_threshold as compute_confidence_threshold
+from .training.phases import Data as Data
+from .training.phases import Phase as Phase
+from .training.phases import Strategy as Strategy
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,7 @@
+"""`python -m ease`."""
+
+import sys
+
+from ease.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,52 @@
+"""`ease export`: write a run's model as a checkpoint of stock transformers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ease.errors import EaseError
+
+USAGE = "RUN DIR [--tokenizer C] [--overwrite]"
+HELP = "write a run's model as a stock transformers checkpoint"
+
+
+def main(args: list[str]) -> None:
+    import tyro
+
+    from ease.data.tokenizers import load_tokenizer
+    from ease.hf.checkpoint import save_pretrained
+    from ease.runs.reopen import data_config_of
+    from ease.runs.store import load_model
+
+    def export_(
+        run: tyro.conf.Positional[Path],
+        folder: tyro.conf.Positional[Path],
+        tokenizer: str | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, Path, str | None, bool]:
+        """Write a run's model and tokenizer as a folder that stock transformers loads.
+
+        Args:
+            run: the run's folder.
+            folder: where to write; exits and policy lie in its subfolder ease/.
+            tokenizer: a checkpoint whose tokenizer files and special tokens go along, chat template included (the
+                run's own tokenizer by default).
+            overwrite: replace the folder if it holds a checkpoint or a run already.
+        """
+        return run, folder, tokenizer, overwrite
+
+    run, folder, tokenizer, overwrite = tyro.cli(export_, args=args, prog="ease export")
+    if folder.resolve() == run.resolve():
+        raise EaseError(f"{folder} is the run itself: choose another folder")
+    model, config = load_model(run)
+    if model.config.max_positions is None and config["run"]:
+        model.config = replace(model.config, max_positions=data_config_of(run, config).seq_len)
+    own = load_tokenizer(run / "tokenizer.json")
+    save_pretrained(
+        model,
+        folder,
+        tokenizer=tokenizer or own,
+        eos=config["data"].get("eos"),
+        calibration=config["calibration"],
+        overwrite=overwrite,
+    )
+    print(f"The checkpoint: {folder}")

@@ -1,0 +1,98 @@
+"""How fast the ways to decode are, side by side in one process.
+
+On a machine with other work a time says little by itself. So the calls take turns, round by round, and what counts is
+a round's ratio of full decoding's time to another's: its median over the rounds, and its range.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ease.generation.decode import generate
+from ease.generation.request import Generation
+from ease.models import StandardTransformer
+from ease.policy import Policy
+
+Call = Callable[[], Generation | Tensor]
+
+
+def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]:
+    """The ways to continue prompts (B, T) by `steps` tokens, greedily; full decoding is the first.
+
+    Routed is by the model's own policy, where it has one. Exact finds its draft exit on the way ("auto"), and is shown
+    with each exit of the policy (or, without one, each that was trained) as well.
+    """
+    policy = Policy.own(model)
+    calls: dict[str, Call] = {"full": lambda: generate(model, ids, steps)}
+    if policy.exits:
+        calls["routed, own policy"] = lambda: generate(model, ids, steps, "routed")
+    calls["exact, auto"] = lambda: generate(model, ids, steps, "exact")
+    for exit in policy.exits or model.early_exits:
+        calls[f"exact, exit {exit}"] = lambda e=exit: generate(model, ids, steps, "exact", draft_exit=e)  # type: ignore[misc]
+    return calls
+
+
+def in_turns(
+    calls: Mapping[Any, Callable[[], Any]],
+    rounds: int,
+    progress: Callable[[float], object] = lambda done: None,
+    clock: Callable[[Any], float] | None = None,
+) -> tuple[dict[Any, list[float]], dict[Any, Any]]:
+    """The seconds of every call in every round, and what each gave last.
+
+    Args:
+        rounds: timed calls of each; one more before them, since a first call allocates.
+        progress: told the share that is done.
+        clock: reads the seconds off what a call gave; its wall-clock by default.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    answers: dict[Any, Any] = {}
+    for turn in range(rounds + 1):
+        # The order turns round by round, so that none always runs in another's wake.
+        for place, name in enumerate(list(calls)[:: -1 if turn % 2 else 1], 1):
+            start = time.perf_counter()
+            answers[name] = calls[name]()
+            if turn:
+                seconds[name].append(clock(answers[name]) if clock else time.perf_counter() - start)
+            progress((turn + place / len(calls)) / (rounds + 1))
+    return seconds, answers
+
+
+def side_by_side(
+    calls: Mapping[str, Call], rounds: int, progress: Callable[[float], object] = lambda done: None
+) -> list[dict[str, Any]]:
+    """A row of figures a call: wall-clock speed beside the first call's, and whether its tokens are the first one's.
+
+    Args:
+        calls: by name, each gives its `Generation`, or its tokens (B, N) alone where another library made them.
+        rounds, progress: as in `in_turns`.
+
+    Returns:
+        Rows with way, batch, tokens_per_second, ratio (above 1 is faster than the first) with low and high,
+        same_tokens, and of a `Generation` layers_per_token, acceptance and draft_exit (those of its last round).
+    """
+    seconds, answers = in_turns(calls, rounds, progress)
+    first = next(iter(calls))
+    tokens = {name: a.tokens if isinstance(a, Generation) else a.cpu() for name, a in answers.items()}
+    rows = []
+    for name, answer in answers.items():
+        ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
+        stats = answer.stats if isinstance(answer, Generation) else {}
+        rows.append(
+            {
+                "way": name,
+                "batch": len(tokens[name]),
+                "tokens_per_second": tokens[name].numel() / statistics.median(seconds[name]),
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "same_tokens": (tokens[name] == tokens[first]).float().mean().item(),
+                **{key: stats.get(key) for key in ("layers_per_token", "acceptance", "draft_exit")},
+            }
+        )
+    return rows

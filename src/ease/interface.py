@@ -1,0 +1,358 @@
+"""The one seam: what every model keeps and everything else stands on.
+
+Training, mining, evaluation and routing see a model only through `embed`, `run` and `logits`. A model that
+keeps these three gets all of them; nothing outside `models.py` and `modules/` reaches into a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ease.errors import EaseError, check_least
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token stands: the one mechanism behind padding, packed documents and offsets.
+
+    Args:
+        positions: (B, T) integers, the position of each token in its own segment.
+        segments: (B, T) integers, -1 for padding. A token attends to the tokens of its segment whose
+            position is not after its own.
+    """
+
+    positions: Tensor
+    segments: Tensor
+
+    @classmethod
+    def from_attention_mask(cls, mask: Tensor) -> Layout:
+        """One document per row; `mask` (B, T) is true (or 1) for real tokens, on either side of the padding."""
+        real = mask.bool()
+        return cls((real.long().cumsum(1) - 1).clamp(min=0), real.long() - 1)
+
+    def to(self, device: torch.device | str) -> Layout:
+        return Layout(self.positions.to(device), self.segments.to(device))
+
+    @property
+    def real(self) -> Tensor:
+        """(B, T) true where a token is no padding."""
+        return self.segments >= 0
+
+    def visible(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """(N, T): which tokens of its row the token at (rows[i], cols[i]) attends to."""
+        segment, position = self.segments[rows, cols], self.positions[rows, cols]
+        same = self.segments[rows] == segment[:, None]
+        return same & (self.positions[rows] <= position[:, None])
+
+
+IGNORE = -100
+
+"""A target that is not scored."""
+
+
+class Batch(NamedTuple):
+    """x and y (B, T) integers; y is -100 where a token is not scored.
+
+    `active` (B, T) marks the tokens that still run in the layers that learn; only they are scored. `state`
+    (B, T, D) is what the frozen trunk made of x; `flops` is what making it cost just now. `layout` tells padding and
+    packed documents; padding is never scored.
+    """
+
+    x: Tensor
+    y: Tensor
+    active: Tensor | None = None
+    state: Tensor | None = None
+    flops: float = 0.0
+    layout: Layout | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (part.to(device) if isinstance(part, Tensor | Layout) else part for part in self)
+        return Batch._make(moved)
+
+    @property
+    def running(self) -> Tensor:
+        """(B, T) true for tokens that run in the layers that learn."""
+        running = torch.ones_like(self.x, dtype=torch.bool) if self.layout is None else self.layout.real
+        return running if self.active is None else running & self.active
+
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) true for tokens that count: those that run and have a target."""
+        return (self.y != IGNORE) & self.running
+
+
+class ExitModel(nn.Module, ABC):
+    """A decoder whose every layer can be an exit.
+
+    Shapes: ids (B, T) integers; a state (B, T, D) is what flows between layers; logits (..., V). Layers are
+    numbered from 1 and ranges include both ends.
+    """
+
+    config: ModelConfig
+    num_layers: int
+    output_head: nn.Linear
+    # The model's own policy, which `ease.route` uses unless told otherwise. A threshold of 0 means no routing.
+    exit_layer: int | Sequence[int] = 1
+    routing_threshold: float | Sequence[float] = 0.0
+    policy_options: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained_exits: set[int] = set()  # exits that a loss has trained; the trainer keeps it
+
+    @property
+    def early_exits(self) -> tuple[int, ...]:
+        """The exits below the last layer that a loss has trained, from shallow to deep."""
+        return tuple(sorted(exit for exit in self.trained_exits if exit < self.num_layers))
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> state (B, T, D)."""
+
+    @abstractmethod
+    def run(
+        self,
+        state: Tensor,
+        first: int,
+        last: int,
+        *,
+        layout: Layout | None = None,
+        active: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Applies layers first..last to the active tokens; the others keep their state.
+
+        Args:
+            state: (B, T, D).
+            layout: positions and segments; by default positions count up and there is one segment.
+            active: (B, T), true for tokens still on their way; by default all. Padding is never active.
+                Every token gives keys and values; only active ones ask, mix and pass the feed-forward.
+            cache: what the rows have read before, from `new_cache`; positions then follow from it. The run that
+                starts at layer 1 gives the tokens their places in it.
+        """
+
+    @abstractmethod
+    def exit_norm(self, state: Tensor, exit: int) -> Tensor:
+        """The state (..., D) as exit `exit` hands it to the shared head."""
+
+    def agreement(self, state: Tensor, exit: int) -> Tensor:
+        """State (..., D) -> how sure the exit's classifier is (...), in [0, 1].
+
+        What it foretells is what it was taught: that the exit agrees with the last one (`learn_agreement`), or the
+        probability that it gives what comes (`TrainingConfig.classifier_weight`).
+        """
+        raise EaseError("this model has no classifier at its exits: use another measure of confidence")
+
+    def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
+        """The parameters that belong to layer `layer`: its own, its exit's, and for layer 1 the embedding's.
+
+        The shared head belongs to none, and neither does an embedding that is tied to it.
+        """
+        raise EaseError("this model does not say which parameters are a layer's: leave out layer_lr_scales")
+
+    @abstractmethod
+    def freeze_below(
+        self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
+    ) -> None:
+        """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.
+
+        `exits` names exits below `first` that learn all the same; the classifiers of exits learn only where they are
+        named.
+        """
+
+    def logits(self, state: Tensor, exit: int) -> Tensor:
+        """State (..., D) -> logits (..., V) of the exit after layer `exit`: its own norm, then the shared head."""
+        logits: Tensor = self.output_head(self.exit_norm(state, exit))
+        return logits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V) of the last layer, always at full depth."""
+        return self.logits(self.forward_to_layer(ids, self.num_layers), self.num_layers)
+
+    def forward_to_layer(self, ids: Tensor, layer: int) -> Tensor:
+        """ids (B, T) -> state (B, T, D) after layer `layer`."""
+        return self.run(self.embed(ids), 1, layer)
+
+    def forward_all_layers(self, ids: Tensor) -> list[Tensor]:
+        """ids (B, T) -> logits (B, T, V) of every exit, the first layer's first."""
+        state, logits = self.embed(ids), []
+        for layer in range(1, self.num_layers + 1):
+            state = self.run(state, layer, layer)
+            logits.append(self.logits(state, layer))
+        return logits
+
+    def check_ids(self, ids: Tensor, vocab_size: int) -> None:
+        """Refuses token ids that the model has no embedding for."""
+        if not ids.numel():
+            return
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise EaseError(
+                f"token ids must lie in 0..{vocab_size - 1}, got {low}..{high}: "
+                "use the tokenizer that the model was made with, or a larger vocab_size"
+            )
+
+
+def learnable(module: nn.Module) -> bool:
+    """True if any parameter of `module` learns."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode again after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode where something learns, evaluation mode (no dropout) in what is frozen."""
+    for module in model.modules():
+        module.training = learnable(module)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. What is left None follows from the rest."""
+
+    vocab_size: int
+    """Tokens that the embedding and the head know."""
+    dim: int = 64
+    """Width D of the state."""
+    num_layers: int = 3
+    """Layers, numbered from 1."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, a divisor of num_heads (as many by default)."""
+    head_dim: int | None = None
+    """Width of a head (dim / num_heads by default)."""
+    hidden_dim: int | None = None
+    """Gated units of the feed-forward (8/3 of dim by default, rounded up to a multiple of 8)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles."""
+    norm_eps: float = 1e-5
+    """Added under the root of every RMSNorm."""
+    dropout: float = 0.0
+    """Share of a branch's outputs zeroed in training."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output head (experiments/tying.py measures both)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, as in Qwen2."""
+    qk_norm: bool = False
+    """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's stretched rotary positions (None: plain ones)."""
+    adapter_exits: tuple[int, ...] = ()
+    """Exits below the last one that have an adapter between their norm and the head."""
+    adapter_dim: int = 0
+    """Units of an adapter."""
+    classifier_exits: tuple[int, ...] = ()
+    """Exits below the last one that know, without the head, how likely they agree with it (`ease.learn_agreement`)."""
+    num_labels: int | None = None
+    """Classes of a model that classifies sequences: the head's rows, and one decision a sequence (None: tokens)."""
+    max_positions: int | None = None
+    """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
+
+    def __post_init__(self) -> None:
+        scaling: object = self.rope_scaling
+        if isinstance(scaling, dict):  # what JSON makes of it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        object.__setattr__(self, "adapter_exits", tuple(self.adapter_exits))
+        object.__setattr__(self, "classifier_exits", tuple(self.classifier_exits))
+        if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
+            bool(self.adapter_exits) != (self.adapter_dim > 0)
+        ):
+            raise EaseError(
+                f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
+                "name exits below the last layer, and a width above 0"
+            )
+        if any(not 1 <= exit < self.num_layers for exit in self.classifier_exits):
+            raise EaseError(
+                f"classifier_exits {list(self.classifier_exits)}: name exits below layer {self.num_layers}, the last"
+            )
+        if self.num_labels is not None and (self.num_labels < 2 or self.tie_embeddings):
+            raise EaseError(
+                f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
+                "a classifier needs at least 2 labels and a head of its own"
+            )
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
+        check_least(1, **{name: getattr(self, name) for name in (*sizes, "max_positions")})
+        check_least(0, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
+        if self.head_size % 2:
+            raise EaseError(
+                f"the width of a head must be even for rotary positions, got {self.head_size}: change dim or num_heads"
+            )
+        if self.num_heads % self.kv_heads:
+            raise EaseError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.num_heads})")
+        if not 0 <= self.dropout < 1:
+            raise EaseError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def outputs(self) -> int:
+        """V, the rows of the head: tokens, or labels."""
+        return self.num_labels or self.vocab_size
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.hidden_dim or 8 * math.ceil(self.dim / 3)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches rotary positions to a longer context (`rope_type` "llama3" of a config.json).
+
+    A pair of dimensions that turns more than `high_freq_factor` times within `original_max_position` tokens keeps
+    its frequency, one that turns less than `low_freq_factor` times turns `factor` times slower, and between the two
+    the frequency moves linearly in the number of turns.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_max_position / (2 * math.pi / frequencies)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
+
+class Batches(Protocol):
+    """A re-iterable of (x, y), (x, y, active) or `Batch`; one iteration is one epoch.
+
+    Where epochs differ and training is to be resumed, they have `state_dict` and `load_state_dict`, too.
+    """
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+def re_iterable(batches: Any) -> Any:
+    """Hands batches through; refuses an iterator, which would be empty in the second epoch."""
+    if hasattr(batches, "__next__"):  # and not `iter(batches)`, which would begin an epoch
+        raise EaseError("batches are a one-shot iterator: pass a list, or an object whose __iter__ starts anew")
+    return batches

@@ -1,0 +1,1 @@
+"""Configuration, phases, losses, and data selection of training; the loop itself is `ease.trainer`."""

@@ -1,0 +1,167 @@
+"""The weighted loss over exits, which never holds the logits of all exits at once.
+
+Each exit's logits live only while that exit's share of the gradient is worked out, and the shared head's
+gradients are summed in one buffer as they come: memory is that of one exit, whatever their number.
+
+What a token's loss is, is an objective: cross entropy against the text, distillation from the last exit, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ease.errors import EaseError, check_choice
+from ease.interface import IGNORE
+
+# Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
+# at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.
+CHUNK = 2**21
+
+
+def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy (nats) of states (N, D) under head (V, D) against targets (N,)."""
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, CHUNK // head.shape[0]))
+        return F.linear_cross_entropy(states, head, targets, reduction="sum", options=options)
+    return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
+
+
+class Objective(Protocol):
+    """What a token's loss is."""
+
+    @property
+    def teacher(self) -> bool:
+        """Whether it asks the last exit, so that the whole model runs."""
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        """Summed losses (nats) of parts of the tokens, each small enough for its logits to exist at once.
+
+        Args:
+            states, teacher: (N, D) normed states at the exit and at the last one.
+            head: (V, D).
+            targets: (N,), -100 where not scored.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The text is what is to be predicted."""
+
+    teacher = False
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        yield token_loss_sum(states, head, targets)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The last exit's distribution is what is to be predicted (Hinton et al. 2015, arXiv:1503.02531).
+
+    The loss is share * temperature^2 * KL(last exit || exit), both softened, + (1 - share) * cross entropy.
+    """
+
+    temperature: float = 1.0
+    share: float = 1.0
+    teacher = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise EaseError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.share <= 1:
+            raise EaseError(f"the share of distillation must lie in (0, 1], got {self.share}: use cross entropy for 0")
+
+    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+        assert teacher is not None
+        tau, rows = self.temperature, max(128, CHUNK // head.shape[0])
+        for h, t, y in zip(states.split(rows), teacher.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(h, head)
+            with torch.no_grad():
+                goal = F.log_softmax(F.linear(t, head) / tau, -1)
+            apart = F.kl_div(F.log_softmax(logits / tau, -1), goal, reduction="none", log_target=True).sum(-1)
+            loss = self.share * tau**2 * apart[y != IGNORE].sum()
+            if self.share < 1:
+                loss = loss + (1 - self.share) * F.cross_entropy(logits, y, reduction="sum")
+            yield loss
+
+
+def objective_named(name: str, temperature: float = 1.0) -> Objective:
+    """Learning from the text ("cross-entropy"), the last exit ("distillation"), or "both" in equal parts."""
+    check_choice("objective", name, ("cross-entropy", "distillation", "both"))
+    if name == "cross-entropy":
+        if temperature != 1:
+            raise EaseError(
+                f"temperature {temperature} belongs to distillation: leave it out, or set another objective"
+            )
+        return CrossEntropy()
+    return Distillation(temperature, 1.0 if name == "distillation" else 0.5)
+
+
+class Term(NamedTuple):
+    """One exit's part of the loss: a weight on the mean over its scored tokens."""
+
+    states: Tensor
+    """(N, D) normed states at the exit."""
+    targets: Tensor
+    """(N,) token ids; -100 is not scored."""
+    weight: float
+    objective: Objective = CrossEntropy()
+    """What a token's loss is."""
+    teacher: Tensor | None = None
+    """(N, D) normed states at the last exit, for an objective that asks it; no gradient goes there."""
+
+    def taught(self, seen: Tensor, teacher: Tensor) -> list[Term]:
+        """The same with a teacher (n, D) for the n tokens that it has seen (N,); the others learn from the text."""
+        if bool(seen.all()):
+            return [self._replace(teacher=teacher)]
+        share = seen.double().mean().item()
+        return [
+            Term(self.states[seen], self.targets[seen], share * self.weight, self.objective, teacher),
+            Term(self.states[~seen], self.targets[~seen], (1 - share) * self.weight),
+        ]
+
+
+class _ExitLosses(torch.autograd.Function):
+    """Sum over terms of weight * loss, with the gradients worked out term by term in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Tensor, terms: Sequence[Term], *states: Tensor) -> Tensor:
+        total, grads = head.new_zeros(()), []
+        w = head.detach().requires_grad_(ctx.needs_input_grad[0])
+        for term in terms:
+            h = term.states.detach().requires_grad_()
+            with torch.enable_grad():
+                for loss in term.objective.parts(h, w, term.targets, term.teacher):
+                    # Into .grad, which sums over parts and exits; the logits of one part are gone before the next.
+                    (term.weight * loss).backward()
+                    total += term.weight * loss.detach()
+            grads.append(h.grad)
+        ctx.grads = (w.grad, grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (scale,) = upstream
+        head_grad, grads = ctx.grads
+        ctx.grads = None
+        return None if head_grad is None else head_grad * scale, None, *(g * scale for g in grads)
+
+
+def exit_loss(head: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Sum over terms of weight * mean loss (nats) over the term's scored tokens; 0 where a term scores none.
+
+    Args:
+        head: (V, D), the shared output head.
+        terms: one or more, each with tokens of its own.
+    """
+    terms = [term._replace(weight=term.weight / max(1, int((term.targets != IGNORE).sum()))) for term in terms]
+    if torch.is_grad_enabled():
+        loss: Tensor = _ExitLosses.apply(head, terms, *(term.states for term in terms))  # type: ignore[no-untyped-call]
+        return loss
+    parts = [t.weight * part for t in terms for part in t.objective.parts(t.states, head, t.targets, t.teacher)]
+    return torch.stack(parts).sum()
