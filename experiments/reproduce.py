@@ -19,13 +19,15 @@ from typing import Any
 
 import ease
 from ease.data.tokenizers import token_strings
-from experiments import given, scaling, wikitext
-from experiments.ablation import LEAKY, ablations, last_layer
-from experiments.fronts import Report
-from experiments.headless import headless
-from experiments.lines import BASE, PART, Lab, Line, Trial, grow, make, plain, plain_names
-from experiments.running import Experiment, Settings, run, write_tables
-from experiments.tables import notes
+from experiments.analysis import scaling
+from experiments.analysis.tables import notes
+from experiments.harness.measuring import Report
+from experiments.harness.running import Experiment, Settings, run, write_tables
+from experiments.harness.scheduler import BASE, PART, Lab, Line, Trial, grow, make, plain, plain_names
+from experiments.strategies.classifier_exits import headless
+from experiments.tiers import tier3_user_data as given
+from experiments.tiers import wikitext_words as wikitext
+from experiments.tiers.tier2_ablation import LEAKY, ablations, last_layer
 
 HEADLESS = ("ASHEM", "early exit", "stacking, with exit", "open growth", "tuned exit")
 """Lines whose exits are also measured without asking the head whether they are sure."""

@@ -51,7 +51,7 @@ def main(args: list[str]) -> None:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     reproduce = importlib.import_module("experiments.reproduce")
-    running = importlib.import_module("experiments.running")
+    running = importlib.import_module("experiments.harness.running")
     try:
         seeds = tuple(map(int, given.seeds.split(",")))
     except ValueError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import ease
 from ease.flops import exit_flops, run_flops
-from experiments.lines import Trial
+from experiments.harness.scheduler import Trial
 
 SHARE = 0.01  # of the budget, on top of it
 

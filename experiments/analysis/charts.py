@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-DATA = Path(__file__).resolve().parents[1] / "docs" / "data"
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data"
 COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito
 STYLE = {
     "font.size": 8,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import draw
-from experiments.analysis import Fronts
-from experiments.statistics import Fit, Interval
-from experiments.tables import Table, difference
+from experiments.analysis import plots as draw
+from experiments.analysis.fronts import Fronts
+from experiments.analysis.statistics import Fit, Interval
+from experiments.analysis.tables import Table, difference
 
 LEAST = 3  # scales for a fit
 BILLION = 6 * 1e9 * 20e9

@@ -24,8 +24,8 @@ from ease.evaluation.scoring import score
 from ease.interface import IGNORE
 from ease.strategies.staged import Staged
 from ease.training.mining import Quantile
-from experiments.lines import Lab, Line, Make, Trial, grow, make
-from experiments.tables import Table
+from experiments.analysis.tables import Table
+from experiments.harness.scheduler import Lab, Line, Make, Trial, grow, make
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 RATIOS = (0.1, 0.3, 0.7, 1.0)

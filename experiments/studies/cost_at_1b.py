@@ -15,9 +15,9 @@ import torch
 
 import ease
 from ease.flops import classifier_flops, full_depth_flops, head_flops, layer_flops
-from experiments.lines import PART
+from experiments.analysis.tables import Table
+from experiments.harness.scheduler import PART
 from experiments.reproduce import SCALES, TIERS, rivals
-from experiments.tables import Table
 
 TOKENS = 20
 """For each parameter (Hoffmann et al. 2022, arXiv:2203.15556)."""

@@ -19,8 +19,9 @@ import ease
 from ease.cli.main import main
 from ease.data.tokenizers import train_tokenizer
 from ease.evaluation.tasks import classification_figures
-from experiments import given, running
-from experiments.lines import BASE, PART, Plan
+from experiments.harness import running
+from experiments.harness.scheduler import BASE, PART, Plan
+from experiments.tiers import tier3_user_data as given
 
 pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -187,10 +188,10 @@ def test_rouge_is_that_of_what_is_written_under_the_routing(monkeypatch: pytest.
     seen = []
 
     def figures(model: Any, task: Any, examples: Any, *_: Any, mode: str, max_new_tokens: int) -> dict[str, float]:
-        seen.append((ease.Policy.own(model), mode, len(examples), max_new_tokens))
+        seen.append((model.policy, mode, len(examples), max_new_tokens))
         return {"rouge_l": 0.5}
 
-    monkeypatch.setattr("experiments.labs.completion_figures", figures)
+    monkeypatch.setattr("experiments.harness.task_labs.completion_figures", figures)
     policies = [ease.Policy((1,), (0.3,), "classifier"), ease.Policy()]
     model = lab.model(2)
     assert [lab.further(model, policy) for policy in policies] == [{"rouge_l": 0.5}] * 2

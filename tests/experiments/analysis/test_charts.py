@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.summary import CHARTS, DATA, Cell, draw, main, number
+from experiments.analysis.charts import CHARTS, DATA, Cell, draw, main, number
 
 PAGE = (DATA.parent / "research" / "results.md").read_text(encoding="utf-8")
 
@@ -39,6 +39,6 @@ def test_numbers_are_read_as_they_are_written() -> None:
 def test_every_chart_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CHARTS:
         (tmp_path / f"{name}.md").write_text((DATA / f"{name}.md").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("experiments.summary.DATA", tmp_path)
+    monkeypatch.setattr("experiments.analysis.charts.DATA", tmp_path)
     main()
     assert {path.stem for path in tmp_path.glob("*.svg")} == set(CHARTS)

@@ -24,18 +24,18 @@ import ease
 from ease.data.streaming import load_stream
 from ease.data.tasks import load_classification, load_completion
 from ease.devices import choose_device
-from ease.errors import needs
+from ease.errors import require
 from ease.flops import full_depth_flops
 from ease.hf import checkpoint as hf
 from ease.hf.config import read_config
 from ease.interface import ModelConfig
-from experiments.cut import CutConfig, whole
-from experiments.fronts import Report
-from experiments.headless import headless
-from experiments.labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
-from experiments.lines import BASE, Lab, Line, grow, make, plain, plain_names
-from experiments.running import Experiment, Settings, run
-from experiments.sweeps import SHARES
+from experiments.harness.candidates import SHARES
+from experiments.harness.measuring import Report
+from experiments.harness.running import Experiment, Settings, run
+from experiments.harness.scheduler import BASE, Lab, Line, grow, make, plain, plain_names
+from experiments.harness.task_labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
+from experiments.strategies.classifier_exits import headless
+from experiments.strategies.truncated import CutConfig, whole
 
 WHOLE = "checkpoint"
 GIVE = "a folder with train.jsonl (texts with labels, or prompts with completions), .jsonl documents or hf:NAME"
@@ -306,7 +306,7 @@ def reproduce(data: str | None, model: str | None, scales: Sequence[str], settin
     if what in REFUSED:
         raise ease.EaseError(REFUSED[what].format(data=data))
     if what[0] == "completions":
-        needs("rouge_score.rouge_scorer", "eval")
+        require("rouge_score.rouge_scorer", "eval")
     settings.check()
     device = choose_device(settings.device)
     made = [experiment(name, data, model, device, settings.seeds) for name in scales or ("s",)]

@@ -16,9 +16,10 @@ import torch
 
 import ease
 from ease.devices import choose_device
-from experiments import draw, tables
-from experiments.fronts import Report, measure
-from experiments.lines import Lab, Line, Plan
+from experiments.analysis import plots as draw
+from experiments.analysis import tables
+from experiments.harness.measuring import Report, measure
+from experiments.harness.scheduler import Lab, Line, Plan
 
 Say = Callable[[str], None]
 

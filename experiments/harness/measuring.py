@@ -21,9 +21,10 @@ import ease
 from ease.devices import machine
 from ease.evaluation.decoding_speed import in_turns
 from ease.training.mining import Quantile
-from experiments import lines, tokens
-from experiments.lines import Plan, Row
-from experiments.sweeps import Candidate, Point, compared, figures, policy
+from experiments.harness import scheduler as lines
+from experiments.harness import token_groups as tokens
+from experiments.harness.candidates import Candidate, Point, compared, figures, policy
+from experiments.harness.scheduler import Plan, Row
 
 HARD_SET = 0.5  # of the validation tokens: those that phase 1's final model is least sure of
 TIMED = (5, 4)  # rounds, and validation batches in each

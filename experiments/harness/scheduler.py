@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 import ease
-from experiments.sweeps import SHARES, compared, sweep
+from experiments.harness.candidates import SHARES, compared, sweep
 from experiments.utils import set_seed
 
 Row = dict[str, Any]

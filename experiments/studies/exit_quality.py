@@ -38,7 +38,7 @@ def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
     """A row for every exit of the run's model, one for all of them together, and one for the last."""
     model, _, corpus, data = open_run(folder)
     data = replace(data, eval_batches=batches or data.eval_batches)
-    exits = Policy.own(model).exits or model.early_exits
+    exits = model.policy.exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = calibration_halves(corpus.test, data)
     seen = Sequences(model, held_out, Policy(exits, (1.0,) * len(exits)))

@@ -22,7 +22,7 @@ from ease.data.tasks import ExampleBatches, Task
 from ease.evaluation.tasks import classification_figures, completion_figures
 from ease.hf import checkpoint as hf
 from ease.interface import Batch
-from experiments.lines import Lab
+from experiments.harness.scheduler import Lab
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Examples(Lab):
         if self.labels:
             return {"f1": classification_figures(model, self.test, policy)["f1"]}
         assert self.task is not None
-        model.exit_layer, model.routing_threshold = policy.exits or 1, policy.thresholds or 0.0
-        model.policy_options = policy.options
+        model.policy = policy
         some = self.text["test"][: self.written]
         longest = max(int((example.targets >= 0).sum()) for example in some)
         made = completion_figures(model, self.task, some, self.batch, mode="routed", max_new_tokens=longest)

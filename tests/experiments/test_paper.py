@@ -14,11 +14,12 @@ import torch
 from test_reproduce import fake
 
 import ease
-from experiments import cluster, paper
+from experiments import paper
+from experiments.analysis.tables import tex
 from experiments.reproduce import SCALES, rivals
-from experiments.tables import tex
+from experiments.studies import cost_at_1b as cluster
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "paper"
 # Without comments; a backslash keeps a per cent sign.
 TEXT = re.sub(r"(?<!\\)%.*", "", (PAPER / "lash.tex").read_text(encoding="utf-8"))
@@ -91,7 +92,7 @@ def test_generated_material_is_guarded() -> None:
     assert r"\newcommand{\generated}[2]{\IfFileExists{build/data/#1.tex}" in PREAMBLE
     assert not re.findall(r"\\(?:input|include|includegraphics|wide)\b", BODY)
     places = re.findall(r"\\generated\{([^}]+)\}", BODY)
-    assert sorted(places) == sorted([*paper.SHOWN, "scales", "cluster"])
+    assert sorted(places) == sorted([*paper.SHOWN, *paper.MADE])
 
 
 SMALL = cluster.Shape(vocab_size=100, dim=16, layers=4, brick=2, heads=2, seq=8)
@@ -134,8 +135,8 @@ def taken(folder: Path, place: str) -> list[str]:
 
 
 def test_every_kept_experiment_comes_into_its_place(laid: Path) -> None:
-    fronts = [f"1-{number}/{what}" for number in (1, 0) for what in ("front.pdf", "front")]
-    assert taken(laid, "fronts") == fronts, "from the small scale to the large one, and nothing that saves nothing"
+    assert taken(laid, "fronts") == ["1-1/front.pdf", "1-0/front.pdf"], "from the small scale to the large one"
+    assert taken(laid, "tables") == ["1-1/front", "1-0/front"], "and nothing that saves nothing"
     assert taken(laid, "apart") == ["2-0/parts", "2-0/last-layer"]
     assert taken(laid, "costs") == ["1-1/costs", "1-0/costs"]
     assert taken(laid, "scales") == ["all/scales.pdf", "all/scales"]

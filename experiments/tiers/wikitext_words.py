@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import ease
-from experiments.lines import BASE, PART, Lab, Line, grow, make
+from experiments.harness.scheduler import BASE, PART, Lab, Line, grow, make
 from experiments.utils import load_wikitext_words
 
 TRAIN_TOKENS, VAL_TOKENS = 330_000, 66_000

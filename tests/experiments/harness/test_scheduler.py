@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import ease
-from experiments import lines
-from experiments.lines import Lab, Line, Plan, grow, make
-from experiments.sweeps import Candidate, candidates, compared
+from experiments.harness import scheduler as lines
+from experiments.harness.candidates import Candidate, candidates, compared
+from experiments.harness.scheduler import Lab, Line, Plan, grow, make
 
 BUDGET = 6e8
 

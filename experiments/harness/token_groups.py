@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ease
 from ease.evaluation.scoring import perplexity
-from experiments.lines import Lab
+from experiments.harness.scheduler import Lab
 
 BITS = (2.0, 4.0, 6.0, 8.0, 10.0)
 """Edges between groups of rarity and of openness, in bits."""

@@ -19,16 +19,18 @@ import torch
 import ease
 import ease.cli
 from ease.cli.main import main
-from experiments import ablation, reproduce, scaling, tables
-from experiments.analysis import Fronts
-from experiments.fronts import front, scored_before
-from experiments.lines import Lab, Trial
-from experiments.running import Settings, write
-from experiments.statistics import Broken, Fit, Interval, corners, t95
-from experiments.sweeps import COMPARED, Candidate
-from experiments.tokens import kinds
+from experiments import reproduce
+from experiments.analysis import scaling, tables
+from experiments.analysis.fronts import Fronts
+from experiments.analysis.statistics import Broken, Fit, Interval, corners, t95
+from experiments.harness.candidates import COMPARED, Candidate
+from experiments.harness.measuring import front, scored_before
+from experiments.harness.running import Settings, write
+from experiments.harness.scheduler import Lab, Trial
+from experiments.harness.token_groups import kinds
+from experiments.tiers import tier2_ablation as ablation
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "data"
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.analysis import Fronts, Place
-from experiments.statistics import Interval
-from experiments.sweeps import COMPARED
+from experiments.analysis.fronts import Fronts, Place
+from experiments.analysis.statistics import Interval
+from experiments.harness.candidates import COMPARED
 
 SAVING = 0.005  # loss (nats) above full depth's on validation that counts as none when a saving is looked for
 

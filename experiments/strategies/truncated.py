@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ease
 from ease.training.config import create_standard_config
-from experiments.lines import Trial
+from experiments.harness.scheduler import Trial
 
 
 @dataclass(frozen=True)

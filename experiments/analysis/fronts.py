@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from experiments.statistics import Broken, Interval, corners
-from experiments.sweeps import COMPARED, Candidate, Point
+from experiments.analysis.statistics import Broken, Interval, corners
+from experiments.harness.candidates import COMPARED, Candidate, Point
 
 
 class Place(NamedTuple):
