@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError, check_least
+from ease.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,17 @@ class ExitModel(nn.Module, ABC):
     config: ModelConfig
     num_layers: int
     output_head: nn.Linear
-    # The model's own policy, which `ease.route` uses unless told otherwise. A threshold of 0 means no routing.
-    exit_layer: int | Sequence[int] = 1
-    routing_threshold: float | Sequence[float] = 0.0
-    policy_options: Mapping[str, Any] = {}
+    policy: Policy
 
     def __init__(self) -> None:
         super().__init__()
+        self.policy = Policy()  # where `ease.route` and routed generation let tokens leave; by default nowhere
         self.trained_exits: set[int] = set()  # exits that a loss has trained; the trainer keeps it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("exit_layer", "routing_threshold", "policy_options"):  # until version 0.1 these held the policy
+            raise EaseError(f"a model has no {name}: set model.policy = ease.Policy(exits=(2,), thresholds=(0.9,))")
+        super().__setattr__(name, value)
 
     @property
     def early_exits(self) -> tuple[int, ...]:
@@ -143,7 +147,7 @@ class ExitModel(nn.Module, ABC):
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         """The state (..., D) as exit `exit` hands it to the shared head."""
 
-    def agreement(self, state: Tensor, exit: int) -> Tensor:
+    def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         """State (..., D) -> how sure the exit's classifier is (...), in [0, 1].
 
         What it foretells is what it was taught: that the exit agrees with the last one (`learn_agreement`), or the

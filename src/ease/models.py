@@ -105,7 +105,7 @@ class StandardTransformer(ExitModel):
         normed: Tensor = self.exit_norms[exit - 1](state)
         return self.exit_adapters[str(exit)](normed) if str(exit) in self.exit_adapters else normed
 
-    def agreement(self, state: Tensor, exit: int) -> Tensor:
+    def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
             raise EaseError(f"exit {exit} has no classifier: train one (ease.learn_agreement), or use another measure")
         # On the exit's norm alone: an adapter in front of the head would cost more than the classifier.
@@ -229,5 +229,5 @@ class DeepSupervisionTransformer(StandardTransformer):
         **options: Any,
     ) -> None:
         super().__init__(vocab_size, dim, num_layers, num_heads, **options)
-        Policy.of(exit_layer, routing_threshold).check(num_layers)
-        self.exit_layer, self.routing_threshold = exit_layer, routing_threshold
+        self.policy = Policy.of(exit_layer, routing_threshold)
+        self.policy.check(num_layers)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import ExitModel
 
 
 def exits_named(exit_layer: int | Sequence[int]) -> tuple[int, ...]:
@@ -95,11 +94,6 @@ class Policy:
         exits = exits_named(exit_layer)
         thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
         return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
-
-    @classmethod
-    def own(cls, model: ExitModel) -> Policy:
-        """The policy that a model has of its own."""
-        return cls.of(model.exit_layer, model.routing_threshold, **model.policy_options)
 
     @property
     def options(self) -> dict[str, Any]:

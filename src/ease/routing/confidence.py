@@ -1,8 +1,9 @@
-"""How sure an exit is of a token: measures behind one small interface.
+"""Confidence measures: numbers in [0, 1] per token, which a policy compares with its thresholds.
 
-A measure is made anew for every walk, is shown what an exit has to go by, and answers with a number in [0, 1] per
-token. Those that need no head are the choice where the head is a large part of the model: a token that stays then pays
-for no logits. Adding one is a function, or a class if it has to remember, and a line in `MEASURES`.
+A measure is created for each routed forward and called at each exit with the `Evidence` there. Measures that need no
+head suit models whose head is a large part of the cost: a token that continues then pays for no logits.
+
+To add a measure, write a function (or a class, if it keeps state between exits) and list it in `MEASURES`.
 """
 
 from __future__ import annotations
@@ -10,35 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-
-if TYPE_CHECKING:
-    from ease.interface import ExitModel
-    from ease.policy import Policy
+from ease.flops import classifier_flops
+from ease.interface import ExitModel, ModelConfig
+from ease.policy import Policy
 
 
 class Evidence(NamedTuple):
-    """What an exit has to go by, for n tokens."""
+    """The inputs of a measure at an exit, for n tokens."""
 
     exit: int
     earlier: Tensor
-    """(B T, D) all states when the layers since the exit before began."""
+    """(B T, D) states of all tokens as they entered the layers since the previous exit."""
     after: Tensor
-    """(n, D) their states now."""
+    """(n, D) states of the n tokens at this exit."""
     logits: Tensor | None
     """(n, V), for measures that need the head."""
     places: Tensor
-    """(n,) where they stand in the ids, flattened."""
+    """(n,) indices of the tokens in the flattened ids."""
 
     @property
     def before(self) -> Tensor:
-        """(n, D) their states when the layers since the exit before began."""
+        """(n, D) states of the n tokens as they entered the layers since the previous exit."""
         return self.earlier[self.places]
 
 
@@ -51,59 +51,72 @@ def max_probability(logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor) -> Tensor:
-    """How far the likeliest output is ahead of the second, as probabilities (Schuster et al. 2022, CALM)."""
+    """The difference of the two largest probabilities, logits (..., V) -> (...) (Schuster et al. 2022, CALM)."""
     first, second = logits.softmax(-1).topk(2).values.unbind(-1)
     return first - second
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """1 - entropy / its largest value, log V (BranchyNet's measure, Teerapittayanon et al. 2016, turned round)."""
+    """1 - entropy / log V, logits (..., V) -> (...); from BranchyNet's entropy (Teerapittayanon et al. 2016)."""
     logs = logits.log_softmax(-1)
     return (1 + (logs.exp() * logs).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
-def steadiness(seen: Evidence) -> Tensor:
-    """How little the layers since the exit before turned the state: its cosine, from [-1, 1] to [0, 1] (CALM)."""
-    return ((1 + F.cosine_similarity(seen.before, seen.after, dim=-1)) / 2).clamp(0, 1)
+def steadiness(evidence: Evidence) -> Tensor:
+    """The cosine between the states at the previous exit and at this one, mapped from [-1, 1] to [0, 1] (CALM)."""
+    return ((1 + F.cosine_similarity(evidence.before, evidence.after, dim=-1)) / 2).clamp(0, 1)
 
 
-class Agreement:
-    """The exits in a row, up to this one, that name the same likeliest output, as a share of `patience`.
+class Patience:
+    """The number of exits in a row, up to this one, with the same likeliest output, as a share of `patience`.
 
     Zhou et al. 2020 (arXiv:2006.04152), whose counter starts at 0 where this one starts at 1.
 
     Args:
+        patience: exits that have to agree for a confidence of 1.
         size: tokens of the batch.
     """
 
     def __init__(self, patience: int, size: int) -> None:
         self.patience = patience
-        self.named, self.times = torch.full((size,), -1), torch.zeros(size, dtype=torch.long)
+        self.likeliest = torch.full((size,), -1)
+        self.times = torch.zeros(size, dtype=torch.long)
 
-    def __call__(self, seen: Evidence) -> Tensor:
-        best, at = asked(seen).argmax(-1).cpu(), seen.places.cpu()
-        self.times[at] = torch.where(best == self.named[at], self.times[at] + 1, 1)
-        self.named[at] = best
-        return (self.times[at] / self.patience).clamp(max=1).to(seen.after)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        likeliest, at = _logits(evidence).argmax(-1).cpu(), evidence.places.cpu()
+        self.times[at] = torch.where(likeliest == self.likeliest[at], self.times[at] + 1, 1)
+        self.likeliest[at] = likeliest
+        return (self.times[at] / self.patience).clamp(max=1).to(evidence.after)
 
 
-def asked(seen: Evidence) -> Tensor:
-    """The logits, of a measure that asked for them."""
-    assert seen.logits is not None
-    return seen.logits
+def _logits(evidence: Evidence) -> Tensor:
+    assert evidence.logits is not None
+    return evidence.logits
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A measure as it is listed: how one is made for a walk over `size` tokens, and whether it needs the head."""
+    """An entry of `MEASURES`.
+
+    Attributes:
+        make: creates the measure for a routed forward over a batch of `size` tokens.
+        needs_head: whether `Evidence.logits` is needed.
+        flops: FLOPs of measuring n tokens, beyond the head.
+    """
 
     make: Callable[[ExitModel, Policy, int], Measure]
     needs_head: bool = True
+    flops: Callable[[ModelConfig, int], int] = lambda config, tokens: 0
 
 
 def of_logits(function: Callable[[Tensor], Tensor]) -> Kind:
-    """A measure that looks at logits alone."""
-    return Kind(lambda model, policy, size: lambda seen: function(asked(seen)))
+    """A measure that is a function of the logits alone."""
+    return Kind(lambda model, policy, size: lambda evidence: function(_logits(evidence)))
+
+
+def of_classifier(model: ExitModel, policy: Policy, size: int) -> Measure:
+    """The output of the exit's own classifier."""
+    return lambda evidence: model.exit_confidence(evidence.after, evidence.exit)
 
 
 MEASURES: dict[str, Kind] = {
@@ -111,15 +124,13 @@ MEASURES: dict[str, Kind] = {
     "margin": of_logits(margin),
     "entropy": of_logits(certainty),
     "steadiness": Kind(lambda model, policy, size: steadiness, needs_head=False),
-    "patience": Kind(lambda model, policy, size: Agreement(policy.patience, size)),
-    "classifier": Kind(
-        lambda model, policy, size: lambda seen: model.agreement(seen.after, seen.exit), needs_head=False
-    ),
+    "patience": Kind(lambda model, policy, size: Patience(policy.patience, size)),
+    "classifier": Kind(of_classifier, needs_head=False, flops=classifier_flops),
 }
 
 
-def kind(name: str) -> Kind:
-    """The measure of that name."""
+def measure_named(name: str) -> Kind:
+    """The entry of `MEASURES` with that name; `EaseError` if there is none."""
     if name not in MEASURES:
         raise EaseError(f"no measure of confidence {name!r}: use {', '.join(MEASURES)}")
     return MEASURES[name]

@@ -1,63 +1,90 @@
-"""Exits at work: how sure a prediction is, when a token leaves, and the routed forward.
+"""The routed forward: layer after layer, tokens leave at the first exit whose confidence reaches its threshold.
 
-`walk` is the one routed forward. Whatever needs routed runs (`route`, evaluation, mining) reads off it what it
-wants: it yields at every exit, and the head of the exit a token takes is computed once.
+`routed_forward` is the only implementation. `route`, scoring, mining, and generation read what they need from the
+`ExitStep` that it yields at every exit. The head of the exit that a token takes is evaluated once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.flops import classifier_flops, exit_flops, run_flops
-from ease.interface import ExitModel, Layout
-from ease.policy import Policy
-from ease.routing.confidence import Evidence, kind, max_probability
+from ease.flops import exit_flops, run_flops
+from ease.interface import ExitModel, Layout, ModelConfig
+from ease.policy import Policy, exits_named
+from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
 
 HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
 
 
-class ExitStep(NamedTuple):
-    """What happened at one exit of a routed forward. N tokens were asked, in the order of `asked.nonzero()`."""
+@dataclass(frozen=True)
+class ExitStep:
+    """One step of a routed forward: the layers up to an exit, and the tokens that leave there.
+
+    The exit is evaluated for N tokens, in the order of `queried.nonzero()`.
+    """
 
     first: int
-    """The first of the layers run since the exit before."""
+    """The first layer of the step."""
     layer: int
-    """The exit: the last layer run so far."""
+    """The exit: the last layer of the step."""
     state: Tensor
-    """(B, T, D) with every token's state, those that left earlier included."""
+    """(B, T, D) states of all tokens, of those that left earlier too."""
     arrived: Tensor
-    """(B, T) true for tokens that were on their way."""
-    asked: Tensor
-    """(B, T) true for those that the head was asked for: all, or the last of each row where it decides for the row."""
+    """(B, T) true for the tokens that ran the step's layers."""
+    queried: Tensor
+    """(B, T) true for the tokens that the exit was evaluated for: all that arrived, or the last of each row where that
+    token decides for the row."""
     by_row: bool
     """Whether one token decides for its row."""
     confidence: Tensor
-    """(N,)."""
+    """(N,) confidence."""
     leaves: Tensor
-    """(N,) true for tokens that leave here; at the last exit, all."""
-    gone: int
-    """How many leave here."""
-    heads: int
-    """Tokens that the head was evaluated for: all N, or those that leave where the measure needs no head."""
+    """(N,) true for tokens that leave; at the last exit, all."""
+    num_leaving: int
+    """Number of tokens that leave."""
+    num_heads: int
+    """Number of head evaluations: N, or `num_leaving` where the confidence measure needs no head."""
     read: Tensor | None
-    """What the caller's `read` made of the logits of those that leave, joined."""
+    """The results of the caller's `read` for the tokens that leave, concatenated."""
+    measure_flops: int
+    """FLOPs of the confidence measure itself, beyond the head."""
+    config: ModelConfig
+    layout: Layout | None
 
-    @property
+    @cached_property
     def left(self) -> Tensor:
-        """(B, T) true for tokens that were asked and leave here."""
-        return self.asked.masked_scatter(self.asked, self.leaves)
+        """(B, T) true for tokens that leave at this exit."""
+        return self.queried.masked_scatter(self.queried, self.leaves)
 
-    @property
-    def stays(self) -> Tensor:
-        """(B, T) true for tokens that go on."""
-        if not self.gone:  # the usual case, and not worth a kernel
+    @cached_property
+    def remaining(self) -> Tensor:
+        """(B, T) true for tokens that continue past the exit."""
+        if not self.num_leaving:  # the most frequent case, which needs no kernel
             return self.arrived
         return self.arrived & ~(self.left.any(1, keepdim=True) if self.by_row else self.left)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the step: its layers, the confidence measure, and the heads."""
+        layers = run_flops(self.config, self.layer - self.first + 1, self.arrived, self.layout)
+        return layers + self.measure_flops + exit_flops(self.config, self.num_heads, self.layer)
+
+
+class _Exit(NamedTuple):
+    """What evaluating one exit gives; the fields are those of `ExitStep`."""
+
+    confidence: Tensor
+    leaves: Tensor
+    num_leaving: int
+    num_heads: int
+    read: Tensor | None
 
 
 def routed_forward(
@@ -68,24 +95,31 @@ def routed_forward(
     layout: Layout | None = None,
     last: int | None = None,
     read: Callable[[Tensor, Tensor], Tensor] | None = None,
-    wanted: Tensor | None = None,
+    required: Tensor | None = None,
     cache: Any = None,
 ) -> Iterator[ExitStep]:
-    """Runs ids (B, T) through the model, stop by stop, until every token has left or layer `last` is done.
+    """Runs ids (B, T) exit by exit until every token has left or layer `last` is done.
 
-    Where the model classifies sequences, the last real token of a row is asked and the row leaves with it.
+    In a model that classifies sequences the exit is evaluated for the last real token of a row, and the row leaves with
+    that token.
 
     Args:
-        read: called with the logits (n, V) of tokens that leave and their places (n,) in `ids.flatten()`; what it
-            returns (n, ...) is joined in `Stop.read`. `walk` itself never holds the logits of all tokens at once.
-        wanted: (B, T) tokens whose prediction is wanted; the head of the last exit is asked for no others.
-        cache: what the rows have read before; `ids` are what comes next.
+        layout: positions and segments; by default one segment a row without padding.
+        last: the layer at which the run ends (the model's last by default).
+        read: called with the logits (n, V) of tokens that leave and their indices (n,) into `ids.flatten()`; its results
+            (n, ...) are concatenated in `ExitStep.read`. The logits of all tokens never exist at the same time.
+        required: (B, T) tokens whose prediction the caller needs; the head at layer `last` is evaluated for no others.
+        cache: keys and values of the tokens before `ids`, from `model.new_cache`.
+
+    Raises:
+        EaseError: the policy's confidence measure is unknown, or the model lacks what the measure needs.
     """
     last = model.num_layers if last is None else last
+    kind = measure_named(policy.confidence)
+    measure = kind.make(model, policy, ids.numel())
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
     arrived = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
-    by_row, size = model.config.num_labels is not None, ids.numel()
-    measure, headless = kind(policy.confidence).make(model, policy, size), not kind(policy.confidence).needs_head
+    by_row = model.config.num_labels is not None
     # Counted from the right, the last real token of a row is the first.
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
     if cache is not None:
@@ -93,64 +127,98 @@ def routed_forward(
     positions = None
     if policy.by_position:
         default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
-        positions = default if cache is None else cache.next(arrived)
+        positions = (default if cache is None else cache.next(arrived)).flatten()
     state, first = model.embed(ids), 1
     if not bool(arrived.any()):
         return
     for layer, threshold in [*steps, (last, 0.0)]:
         before, final = state.flatten(0, 1), layer == last
         state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
-        asked = arrived & decides if by_row else arrived
-        if wanted is not None and final:
-            asked = asked & wanted
-        confidences, leaving, readings, gone, heads = [], [], [], 0, 0
-        for places in asked.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
-            after = state.flatten(0, 1)
-            if len(places) < size:
-                after = after[places]
-            logits = model.logits(after, layer) if final or not headless else None
-            if final and logits is not None and headless:  # the last exit has nothing to agree with
-                confidence = max_probability(logits)
-            else:
-                confidence = measure(Evidence(layer, before, after, logits, places))
-            if final:  # all leave, also those whose confidence is NaN
-                leaves, count = torch.ones_like(confidence, dtype=torch.bool), len(places)
-            else:
-                at: float | Tensor = threshold
-                dtype = torch.promote_types(confidence.dtype, torch.float32)
-                if positions is not None:
-                    at = policy.limits(threshold, positions.flatten()[places], dtype)
-                leaves = confidence.to(dtype) >= at
-                count = int(leaves.count_nonzero())
-            gone, heads = gone + count, heads + (len(places) if logits is not None else count)
-            if read is not None and count:
-                if logits is None:
-                    logits = model.logits(after[leaves], layer)
-                elif count < len(places):
-                    logits = logits[leaves]
-                readings.append(read(logits, places if count == len(places) else places[leaves]))
-            confidences.append(confidence)
-            leaving.append(leaves)
-        sure, leaves = cat_or_empty(confidences, state), cat_or_empty(leaving, asked)
-        reading = cat_or_empty(readings, state) if readings else None
-        stop = ExitStep(first, layer, state, arrived, asked, by_row, sure, leaves, gone, heads, reading)
-        yield stop
-        arrived, first = stop.stays, layer + 1
-        if gone and not bool(arrived.any()):
+        queried = arrived & decides if by_row else arrived
+        if required is not None and final:
+            queried = queried & required
+
+        def leave(confidence: Tensor, places: Tensor, threshold: float = threshold) -> Tensor:
+            dtype = torch.promote_types(confidence.dtype, torch.float32)
+            at: float | Tensor = threshold
+            if positions is not None:
+                at = policy.limits(threshold, positions[places], dtype)
+            return confidence.to(dtype) >= at
+
+        exit = _evaluate(model, layer, before, state, queried, kind, measure, None if final else leave, read)
+        measured = 0 if final else kind.flops(model.config, len(exit.confidence))
+        step = ExitStep(
+            first, layer, state, arrived, queried, by_row, *exit, measured, config=model.config, layout=layout
+        )
+        yield step
+        arrived, first = step.remaining, layer + 1
+        if step.num_leaving and not bool(arrived.any()):
             return
 
 
+def _evaluate(
+    model: ExitModel,
+    layer: int,
+    before: Tensor,
+    state: Tensor,
+    queried: Tensor,
+    kind: Kind,
+    measure: Measure,
+    leave: Callable[[Tensor, Tensor], Tensor] | None,
+    read: Callable[[Tensor, Tensor], Tensor] | None,
+) -> _Exit:
+    """Evaluates the exit after `layer` for the queried tokens, `HEAD_CHUNK` at a time.
+
+    Args:
+        before: (B T, D) states that entered the step.
+        leave: the tokens that leave, from confidences (n,) and indices (n,); None at the last layer, where all leave,
+            even those whose confidence is NaN.
+    """
+    flat, size = state.flatten(0, 1), queried.numel()
+    confidences, leaving, readings = [], [], []
+    num_leaving = num_heads = 0
+    for places in queried.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
+        after = flat if len(places) == size else flat[places]
+        logits = model.logits(after, layer) if leave is None or kind.needs_head else None
+        if leave is None and logits is not None and not kind.needs_head:  # a headless measure is for early exits
+            confidence = max_probability(logits)
+        else:
+            confidence = measure(Evidence(layer, before, after, logits, places))
+        if leave is None:
+            leaves, count = torch.ones_like(confidence, dtype=torch.bool), len(places)
+        else:
+            leaves = leave(confidence, places)
+            count = int(leaves.count_nonzero())
+        num_leaving += count
+        num_heads += count if logits is None else len(places)
+        if read is not None and count:
+            if logits is None:
+                logits = model.logits(after[leaves], layer)
+            elif count < len(places):
+                logits = logits[leaves]
+            readings.append(read(logits, places if count == len(places) else places[leaves]))
+        confidences.append(confidence)
+        leaving.append(leaves)
+    results = cat_or_empty(readings, state) if readings else None
+    return _Exit(cat_or_empty(confidences, state), cat_or_empty(leaving, queried), num_leaving, num_heads, results)
+
+
 def cat_or_empty(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The parts one after the other; one part as it is, and an empty tensor of like's kind where there is none."""
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0] if parts else like.new_zeros(0)
+    """The parts concatenated, a single part without a copy; (0,) of the dtype and device of `like` if there is none."""
+    if not parts:
+        return like.new_zeros(0)
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 class Routed(NamedTuple):
-    """Logits (B, T, V), exits (B, T; 0 for padding) and confidences (B, T) of a routed forward."""
+    """Result of `route`."""
 
     logits: Tensor
+    """(B, T, V) logits of the exit that each token took."""
     exits: Tensor
+    """(B, T) that exit; 0 for padding."""
     confidences: Tensor
+    """(B, T) its confidence."""
 
 
 @torch.no_grad()
@@ -160,24 +228,36 @@ def route(
     exit_layer: int | Sequence[int] | None = None,
     routing_threshold: float | Sequence[float] | None = None,
     attention_mask: Tensor | None = None,
+    policy: Policy | None = None,
 ) -> Routed:
-    """The routed forward: each token leaves at the first exit that is sure of it; after that it only
-    gives keys and values to the tokens that go on.
+    """Runs the routed forward: each token leaves at the first exit whose confidence reaches its threshold.
+
+    A token that has left still gives keys and values to the tokens that continue.
 
     Args:
-        model: any model that keeps the seam. Run it in eval mode.
-        ids: (B, T) integers.
-        exit_layer, routing_threshold: the policy; the model's own by default.
+        model: an `ExitModel`, in evaluation mode.
+        ids: (B, T) token ids.
+        exit_layer, routing_threshold: exits and thresholds that replace those of the policy.
         attention_mask: (B, T), true (or 1) for real tokens, false for padding on either side.
+        policy: exits, thresholds, and confidence measure; `model.policy` by default.
+
+    Returns:
+        Logits, exits, and confidences of every token.
 
     Raises:
-        EaseError: for a policy that the model cannot follow, or ids outside the vocabulary.
+        EaseError: the model cannot follow the policy, or ids lie outside the vocabulary.
+
+    Example:
+        >>> routed = ease.route(model.eval(), ids, exit_layer=2, routing_threshold=0.9)
+        >>> routed.exits  # the layer at which each token left
     """
-    policy = Policy.of(
-        model.exit_layer if exit_layer is None else exit_layer,
-        model.routing_threshold if routing_threshold is None else routing_threshold,
-        **model.policy_options,
-    )
+    policy = model.policy if policy is None else policy
+    if exit_layer is not None or routing_threshold is not None:
+        exits = policy.exits if exit_layer is None else exits_named(exit_layer)
+        thresholds = policy.thresholds if routing_threshold is None else routing_threshold
+        if not exits and thresholds != 0:
+            raise EaseError("the model's policy has no exit: give exit_layer as well as routing_threshold")
+        policy = Policy.of(exits, thresholds, **policy.options)
     policy.check(model.num_layers)
     if attention_mask is not None and attention_mask.shape != ids.shape:
         raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
@@ -186,25 +266,26 @@ def route(
     logits = head.new_zeros(*ids.shape, head.shape[0])
     exits = torch.zeros_like(ids)
     confidences = head.new_zeros(ids.shape)
-    for stop in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
-        left = stop.left
-        if stop.read is not None:
-            logits[left], confidences[left] = stop.read.to(logits), stop.confidence[stop.leaves].to(confidences)
-        exits[left] = stop.layer
+    for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
+        if step.read is not None:
+            logits[step.left] = step.read.to(logits)
+            confidences[step.left] = step.confidence[step.leaves].to(confidences)
+        exits[step.left] = step.layer
     return Routed(logits, exits, confidences)
 
 
 @torch.no_grad()
 def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None = None) -> Tensor:
-    """Confidence (B, T) of the predictions that `exit` (the last by default) makes from states (B, T, D)."""
+    """The largest softmax probability at an exit.
+
+    Args:
+        model: an `ExitModel`.
+        hidden_state: (B, T, D) states.
+        exit: the exit (the last layer by default).
+
+    Returns:
+        (B, T) confidence in [0, 1].
+    """
     exit = model.num_layers if exit is None else exit
     chunks = hidden_state.flatten(0, -2).split(HEAD_CHUNK)
     return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])
-
-
-def stop_flops(model: ExitModel, stop: ExitStep, policy: Policy, last: int, layout: Layout | None = None) -> int:
-    """FLOPs of a stop of a walk that ends at layer `last`: the layers since the stop before, heads and classifiers."""
-    flops = run_flops(model.config, stop.layer - stop.first + 1, stop.arrived, layout)
-    if policy.confidence == "classifier" and stop.layer < last:
-        flops += classifier_flops(model.config, len(stop.confidence))
-    return flops + exit_flops(model.config, stop.heads, stop.layer)

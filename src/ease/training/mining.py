@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
@@ -17,7 +18,7 @@ from ease.errors import EaseError, check_seed
 from ease.flops import run_flops
 from ease.interface import Batch, Batches, ExitModel, Layout, eval_mode, re_iterable
 from ease.policy import Policy
-from ease.routing.forward import ExitStep, routed_forward, stop_flops
+from ease.routing.forward import ExitStep, routed_forward
 
 EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
 
@@ -75,8 +76,8 @@ def read_states(
 
 def spread(stop: ExitStep) -> Tensor:
     """(B, T) the confidences of those that arrived, of a row where one token decides for it; 1 elsewhere."""
-    everywhere = torch.ones(stop.asked.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
-    everywhere = everywhere.masked_scatter(stop.asked, stop.confidence)
+    everywhere = torch.ones(stop.queried.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
+    everywhere = everywhere.masked_scatter(stop.queried, stop.confidence)
     return everywhere.amin(1, keepdim=True).expand_as(everywhere) if stop.by_row else everywhere
 
 
@@ -201,10 +202,10 @@ class MinedBatches:
         """The stop at the mined exit and the FLOPs to get there; tokens that left before are not in `arrived`."""
         flops = 0.0
         for stop in routed_forward(self.model, x, self.policy, layout=layout, last=self.layer):
-            flops += stop_flops(self.model, stop, self.policy, self.layer, layout)
+            flops += stop.flops
         if stop.layer < self.layer:  # every token of the batch left earlier
             nobody = torch.zeros_like(stop.arrived)
-            stop = stop._replace(layer=self.layer, arrived=nobody, asked=nobody, confidence=stop.confidence[:0])
+            stop = replace(stop, layer=self.layer, arrived=nobody, queried=nobody, confidence=stop.confidence[:0])
         return stop, flops
 
     def __len__(self) -> int:

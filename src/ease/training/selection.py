@@ -27,7 +27,7 @@ def least_confident(
         raise EaseError("going_on chooses among tokens, and this model decides once a sequence: leave it out")
     places = arrived.flatten().nonzero().squeeze(1)
     asked = state.flatten(0, 1)[places]
-    confidence = model.agreement(asked, exit) if headless else compute_confidence(model, asked, exit)
+    confidence = model.exit_confidence(asked, exit) if headless else compute_confidence(model, asked, exit)
     count = min(len(places), max(1, round(share * len(places))))
     going = places[confidence.topk(count, largest=False).indices]
     return torch.zeros_like(arrived).flatten().index_fill(0, going, True).view_as(arrived)
@@ -50,5 +50,5 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
     if not bool(chance.isfinite().all()):  # training has broken down, which its loss then says
         return chance.sum()
-    lost = F.binary_cross_entropy(model.agreement(state, exit).float(), chance, reduction="sum")
+    lost = F.binary_cross_entropy(model.exit_confidence(state, exit).float(), chance, reduction="sum")
     return lost / max(1, len(targets))
