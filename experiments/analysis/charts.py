@@ -1,4 +1,4 @@
-"""Bar charts for the summary of the results, drawn from the tables in docs/data: `python -m experiments.summary`.
+"""Bar charts for the summary of the results, drawn from the tables in docs/data: `python -m experiments.analysis.charts`.
 
 No measured number stands in this file: each bar names a table's row and column, so that a chart follows its table when
 that is measured again.

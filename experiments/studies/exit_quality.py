@@ -2,7 +2,7 @@
 
     ease run deep
     ease tune runs/deep --exits 4,8 --out runs/deep-tuned                  # and other ways to make exits
-    python -m experiments.exits runs/deep-tuned [MORE ...] [--out results/exits.json]
+    python -m experiments.studies.exit_quality runs/deep-tuned [MORE ...] [--out results/exits.json]
 
 Per exit, and for all exits together: perplexity, how often the exit names what the model's last exit names, and for
 several targets (agreement with the last exit, a perplexity at most so much higher) the share of tokens that leave, the

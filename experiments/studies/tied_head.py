@@ -1,6 +1,6 @@
 """Should the output head be the embedding? Both ways at equal training FLOPs, each at its better learning rate.
 
-python -m experiments.tying
+python -m experiments.studies.tied_head
 """
 
 from __future__ import annotations
