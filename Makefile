@@ -54,10 +54,10 @@ imports: $(STAMP)  ## who may import whom
 	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## the documentation site, in build/docs; a dead link or a missing reference is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(STAMP)  ## the documentation site on a local port, rebuilt on every change
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 pytest: $(STAMP)  ## the tests that are quick
 	$(BIN)/pytest

@@ -22,7 +22,7 @@ WIDTH = 100
 @cache
 def printed(command: str) -> str:
     """What a command prints on a terminal of fixed width, without colors."""
-    program = "import sys; from ease.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from ease.cli.main import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-c", program, *command.split()[1:]], capture_output=True, text=True, env=environment
