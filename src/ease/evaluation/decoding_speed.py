@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ease.generation.decode import generate
-from ease.generation.request import Generation
+from ease.generation.decode import Generation, generate
 from ease.models import StandardTransformer
-from ease.policy import Policy
 
 Call = Callable[[], Generation | Tensor]
 
@@ -27,7 +25,7 @@ def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]
     Routed is by the model's own policy, where it has one. Exact finds its draft exit on the way ("auto"), and is shown
     with each exit of the policy (or, without one, each that was trained) as well.
     """
-    policy = Policy.own(model)
+    policy = model.policy
     calls: dict[str, Call] = {"full": lambda: generate(model, ids, steps)}
     if policy.exits:
         calls["routed, own policy"] = lambda: generate(model, ids, steps, "routed")

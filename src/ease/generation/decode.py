@@ -1,10 +1,12 @@
-"""Generation with a cache, in three ways: full, routed and exact.
+"""Text generation with a cache, in three modes: full, routed, and exact.
 
 - full runs every layer for every token.
-- routed lets each row of the batch leave on its own; only rows still on their way run the deeper layers.
-- exact gives the tokens of full, faster: an exit drafts, then the remaining layers run once over the drafted states and
-  keep what they agree with (self-speculative decoding, Zhang et al. 2023, arXiv:2309.08168; the early layers' states
-  are shared as in LayerSkip, arXiv:2404.16710). No layer runs twice for a token, and rows accept independently.
+- routed lets each token leave at the first exit that is confident enough; only the remaining rows of the batch run the
+  deeper layers.
+- exact gives the same tokens as full in less time: an exit drafts, then the remaining layers run once over the drafted
+  states and keep the tokens that they agree with (self-speculative decoding, Zhang et al. 2023, arXiv:2309.08168; the
+  early layers' states are shared as in LayerSkip, arXiv:2404.16710). No layer runs twice for a token, and rows accept
+  independently.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +22,30 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, check_choice, check_least
-from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, Drafts, draft
-from ease.generation.request import Generation, Request, Token
+from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
+from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
 from ease.interface import eval_mode
 from ease.models import StandardTransformer
 from ease.policy import Policy
 
 Mode = Literal["full", "routed", "exact"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated tokens of B rows, at most N each."""
+
+    tokens: Tensor
+    """(B, N) ids; 0 after the end of a row."""
+    exits: Tensor
+    """(B, N) the exit that predicted each token; 0 after the end of a row. In exact mode the exit that drafted, also
+    where full decoding replaced the draft."""
+    confidences: Tensor
+    """(B, N) the confidence of that exit."""
+    stats: dict[str, Any]
+    """tokens, seconds, prefill_seconds, tokens_per_second, and layers_per_token (rejected drafts count); in exact mode
+    also drafted, accepted, acceptance, and draft_exit."""
 
 
 @torch.no_grad()
@@ -51,131 +70,182 @@ def generate(
     """Continues each of B prompts by up to `max_new_tokens` tokens.
 
     Args:
-        ids: (B, T) prompts.
-        mode: "full", "routed" by the model's own policy, or "exact".
-        attention_mask: (B, T), true (or 1) for real tokens, on either side of the padding.
-        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with "auto" the number of
-            draws depends on the clock, so that there a seed does not repeat a sample: name the exit.
-        stop: ids that end a row; they belong to the answer.
-        stream: called with each `Token` as it is decided.
-        draft_exit: in exact mode, the exit that drafts; "auto" measures on this request and picks the fastest, full
-            decoding included.
-        draft_confidence: in exact mode, a row stops drafting after a token less confident than this (0.15 by
-            default).
-        max_memory: bytes that the cache may take (what is free by default); a request beyond is refused before it
-            starts.
+        model: the model; it is put in eval mode for the call.
+        ids: (B, T) integers, the prompts.
+        max_new_tokens: the largest number of tokens generated per row.
+        mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding, drafted at an exit).
+        attention_mask: (B, T), true (or 1) for real tokens; padding may be on either side.
+        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with `draft_exit="auto"`
+            the number of draws depends on measured times, so a seed does not reproduce a sample: set `draft_exit`.
+        stop: ids that end a row; the generated tokens include them.
+        stream: called with each `Token` as it is generated.
+        draft_exit: in exact mode, the exit that drafts; "auto" measures the exits on this request and uses the fastest,
+            or full decoding where that is faster.
+        draft_confidence: in exact mode, a row stops drafting after a token less confident than this (0.15 by default).
+        max_memory: bytes that the cache may occupy (by default, the free memory of the device).
+
+    Returns:
+        The tokens of each row, with the exit and the confidence of each token, and statistics of the call.
 
     Raises:
-        EaseError: for prompts without a token or longer than the model's positions, ids outside the vocabulary,
-            settings out of range or without a meaning in this mode, exits that the model does not have, weights that
-            are no numbers, or a cache that does not fit.
+        EaseError: for a prompt without a real token, one too long for the model's positions, ids outside the
+            vocabulary, a setting out of range or without effect in this mode, an exit that the model does not have,
+            logits that are NaN, or a cache that does not fit.
+
+    Example:
+        >>> model.policy = ease.Policy(exits=(2,), thresholds=(0.9,))
+        >>> result = ease.generate(model, prompts, 64, "routed", temperature=0.8, top_p=0.95, seed=0)
+        >>> result.tokens.shape, result.stats["layers_per_token"]
     """
     check_choice("mode", mode, ("full", "routed", "exact"))
     if model.config.num_labels is not None:
-        raise EaseError("a classifier writes no text: use ease.tasks.predict, or a model that predicts tokens")
+        raise EaseError("a sequence classifier does not generate text: use ease.evaluation.tasks.predict")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     check_least(1, max_new_tokens=max_new_tokens)
-    if ids.ndim != 2 or ids.is_floating_point():
-        raise EaseError(f"prompts are integers (B, T), got {ids.dtype} of shape {tuple(ids.shape)}")
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if real.shape != ids.shape or not len(ids) or not bool(real.any(1).all()):
-        raise EaseError("every prompt needs at least one real token, and the mask the shape of the ids")
-    policy = Policy.own(model) if mode == "routed" else Policy()
-    policy.check(model.num_layers)
-    if mode == "routed" and not policy.exits:
-        raise EaseError("this model has no exits to route at: set exit_layer and routing_threshold, or use mode full")
-    if mode != "exact" and draft_exit != "auto":
-        raise EaseError(f"draft_exit is for mode exact, and this is {mode}: leave it out")
-    if mode != "exact" and draft_confidence is not None:
-        raise EaseError(f"draft_confidence is for mode exact, and this is {mode}: leave it out")
-    if draft_confidence is not None and not 0 <= draft_confidence <= 1:
-        raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
-    if draft_exit != "auto" and not 1 <= draft_exit < model.num_layers:
-        raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
-    longest, most = int(real.sum(1).max()), model.config.max_positions
-    if most is not None and longest + max_new_tokens - 1 > most:  # the last token is not read
-        raise EaseError(
-            f"{longest} tokens of a prompt and {max_new_tokens} new ones are more than the {most} positions of the "
-            "model: shorten the prompt, or ask for fewer"
-        )
-    capacity = longest + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
-    needed = bytes_per_token(model) * capacity * len(ids)
-    allowed = free_memory(next(model.parameters()).device) if max_memory is None else max_memory
-    if needed > allowed:
-        raise EaseError(
-            f"a cache for {len(ids)} rows of {capacity} tokens takes {needed / 1e6:.0f} MB, more than the "
-            f"{allowed / 1e6:.0f} MB there are: use fewer rows, or fewer tokens"
-        )
+    real = _real_tokens(ids, attention_mask)
+    policy = _routing_policy(model) if mode == "routed" else Policy()
+    _check_drafting(mode, draft_exit, draft_confidence, model.num_layers)
+    capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
+    _check_memory(model, len(ids), capacity, max_memory)
     device = next(model.parameters()).device
     ids, real = ids.to(device), real.to(device)
     model.check_ids(ids, model.config.vocab_size)
-    seen = None
-    if repetition_penalty != 1:
-        seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
-        rows, cols = real.nonzero(as_tuple=True)
-        seen[rows, ids[rows, cols]] = True
-    start = time.perf_counter()  # making the cache takes time as well
+
+    start = time.perf_counter()  # allocating the cache counts as prefill
     request = Request(
         model,
+        ids,
+        real,
         sampling,
-        frozenset([stop] if isinstance(stop, int) else stop),
-        max_new_tokens,
-        model.new_cache(len(ids), capacity, key=policy),
-        None if seed is None else torch.Generator(device).manual_seed(seed),
-        stream,
-        seen,
-        [[] for _ in ids],
+        max_new_tokens=max_new_tokens,
+        stop=frozenset([stop] if isinstance(stop, int) else stop),
+        cache=model.new_cache(len(ids), capacity, key=policy),
+        stream=stream,
     )
-    request.running = torch.ones(len(ids), dtype=torch.bool, device=device)
-    request.current = ids[:, -1]
+    drafts = DraftCounts()
     with eval_mode(model):
         request.step(ids, real, policy)
-        begun = time.perf_counter()
-        drafted = Drafts()
+        prefilled = time.perf_counter()
         if mode == "exact":
-            confidence = DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence
-            drafted = draft(request, draft_exit, confidence)
-        while bool(request.running.any()):
+            drafts = decode_exactly(
+                request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence
+            )
+        while request.unfinished:
             request.step(request.current[:, None], request.running[:, None], policy)
-    return finish(request, mode, start, begun, drafted)
+    end = time.perf_counter()
+    stats = _timing(request, start, prefilled, end)
+    if mode == "exact":
+        stats |= _draft_stats(drafts)
+    return Generation(*_padded(request.answers), stats)
+
+
+def _real_tokens(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T) true for real tokens; refuses prompts of the wrong shape or type and prompts without a real token."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise EaseError(f"ids must be integers of shape (B, T), got {ids.dtype} of shape {tuple(ids.shape)}")
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if real.shape != ids.shape:
+        raise EaseError(
+            f"attention_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(real.shape)}: give one value "
+            "per token"
+        )
+    if not len(ids) or not bool(real.any(1).all()):
+        raise EaseError("a prompt is empty: every row of ids needs at least one real token")
+    return real
+
+
+def _routing_policy(model: StandardTransformer) -> Policy:
+    """The model's policy; refuses one without exits, or with exits that the model does not have."""
+    model.policy.check(model.num_layers)
+    if not model.policy.exits:
+        raise EaseError(
+            "the model's policy has no exits: set model.policy = ease.Policy(exits=(1,), thresholds=(0.9,)), or use "
+            'mode "full"'
+        )
+    return model.policy
+
+
+def _check_drafting(
+    mode: Mode, draft_exit: int | Literal["auto"], draft_confidence: float | None, num_layers: int
+) -> None:
+    """Refuses drafting options out of range, or given in a mode that does not draft."""
+    if mode != "exact" and draft_exit != "auto":
+        raise EaseError(f'draft_exit has no effect in mode "{mode}": omit it, or use mode "exact"')
+    if mode != "exact" and draft_confidence is not None:
+        raise EaseError(f'draft_confidence has no effect in mode "{mode}": omit it, or use mode "exact"')
+    if draft_confidence is not None and not 0 <= draft_confidence <= 1:
+        raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
+    if draft_exit != "auto" and not 1 <= draft_exit < num_layers:
+        raise EaseError(f"draft_exit must lie in 1..{num_layers - 1}, got {draft_exit}")
+
+
+def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_tokens: int, mode: Mode) -> int:
+    """Tokens that a row of the cache needs room for; refuses more than the model has positions."""
+    positions = model.config.max_positions
+    if positions is not None and longest_prompt + max_new_tokens - 1 > positions:  # the last token is never read
+        raise EaseError(
+            f"a prompt of {longest_prompt} tokens and {max_new_tokens} new ones exceed the model's {positions} "
+            "positions: shorten the prompt or lower max_new_tokens"
+        )
+    return longest_prompt + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
+
+
+def _check_memory(model: StandardTransformer, rows: int, capacity: int, max_memory: float | None) -> None:
+    """Refuses a cache larger than `max_memory` bytes, or than the free memory of the model's device."""
+    required = bytes_per_token(model) * capacity * rows
+    available = free_memory(next(model.parameters()).device) if max_memory is None else max_memory
+    if required > available:
+        raise EaseError(
+            f"the cache for {rows} rows of {capacity} tokens needs {required / 1e6:.0f} MB, but only "
+            f"{available / 1e6:.0f} MB are available: use fewer rows, or lower max_new_tokens"
+        )
 
 
 def bytes_per_token(model: StandardTransformer) -> int:
-    """What a cache takes per token: keys and values of every layer, and the state that the token left with."""
+    """Bytes that a cache holds per token: keys and values of every layer, and the state that the token left with."""
     c = model.config
     return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that may still be taken on a device; infinite where the system does not say."""
+    """Free bytes of a device; infinite where the system does not report them."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    told = Path("/proc/meminfo")
-    if told.exists():  # what counts as free there leaves out what the system would give up for a request
-        available = next((line for line in told.read_text().splitlines() if line.startswith("MemAvailable")), "")
-        return float(available.split()[1]) * 1024 if available else math.inf
-    return math.inf
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    # MemAvailable and not MemFree, which leaves out the caches that the system would give up.
+    available = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")), "")
+    return float(available.split()[1]) * 1024 if available else math.inf
 
 
-def finish(request: Request, mode: str, start: float, begun: float, drafted: Drafts) -> Generation:
-    """The answers as tensors, with what they took."""
-    end, rows = time.perf_counter(), request.found
-    width = max(map(len, rows))
-    tokens, exits = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    confidences = torch.zeros(len(rows), width)
-    for row, found in enumerate(rows):
-        for column, token in enumerate(found):
-            tokens[row, column], exits[row, column], confidences[row, column] = token[1:]
-    made = sum(map(len, rows))
-    stats: dict[str, Any] = {
-        "tokens": made,
+def _padded(answers: list[list[Token]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, exits, and confidences (B, N) of the answers, each row padded with zeros."""
+    shape = len(answers), max(map(len, answers))
+    tokens, exits = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    confidences = torch.zeros(shape)
+    for row, answer in enumerate(answers):
+        for column, token in enumerate(answer):
+            tokens[row, column] = token.token
+            exits[row, column] = token.exit
+            confidences[row, column] = token.confidence
+    return tokens, exits, confidences
+
+
+def _timing(request: Request, start: float, prefilled: float, end: float) -> dict[str, Any]:
+    return {
+        "tokens": request.num_generated,
         "seconds": end - start,
-        "prefill_seconds": begun - start,
-        "tokens_per_second": made / (end - start),
+        "prefill_seconds": prefilled - start,
+        "tokens_per_second": request.num_generated / (end - start),
         "layers_per_token": request.layers_run / max(1, int(request.cache.length.sum())),
     }
-    if mode == "exact":
-        rate = drafted.accepted / drafted.drafted if drafted.drafted else None
-        stats |= {"draft_exit": drafted.exit, "drafted": drafted.drafted, "accepted": drafted.accepted}
-        stats["acceptance"] = rate
-    return Generation(tokens, exits, confidences, stats)
+
+
+def _draft_stats(drafts: DraftCounts) -> dict[str, Any]:
+    return {
+        "draft_exit": drafts.exit,
+        "drafted": drafts.drafted,
+        "accepted": drafts.accepted,
+        "acceptance": drafts.accepted / drafts.drafted if drafts.drafted else None,
+    }

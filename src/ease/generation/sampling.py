@@ -1,4 +1,8 @@
-"""ease.generation.sampling."""
+"""Sampling settings, and the distribution that a token is drawn from.
+
+Exact decoding with sampling needs the probabilities of a draft and of full decoding, not only the drawn ids, so the
+settings are turned into a distribution here and the draw itself is left to the caller.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,20 @@ from ease.errors import EaseError, check_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token follows from logits.
+    """How the next token is chosen from the logits.
 
     Args:
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-        top_k: draw among the k likeliest only.
-        top_p: draw among the likeliest that together have this probability (Holtzman et al. 2020).
-        repetition_penalty: logits of tokens seen before are divided by it, or multiplied where negative (Keskar
-            et al. 2019); 1 changes nothing.
-        seed: of the draws.
+        temperature: 0 takes the most likely token (greedy); otherwise the logits are divided by it and a token is
+            drawn.
+        top_k: draw only among the k most likely tokens.
+        top_p: draw only among the most likely tokens whose probabilities add up to this value, including the token
+            that crosses it (Holtzman et al. 2020).
+        repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied (Keskar
+            et al. 2019). 1 has no effect.
+        seed: random seed of the draws.
+
+    Raises:
+        EaseError: for a setting out of range, and for `top_k` or `top_p` at temperature 0.
     """
 
     temperature: float = 0.0
@@ -30,31 +39,47 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, fine, rule in (
+        for name, valid, rule in (
             ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "0 or at least 1e-6"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
-            if not fine:
+            if not valid:
                 raise EaseError(f"{name} must be {rule}, got {getattr(self, name)}")
         if self.seed is not None:
             check_seed(self.seed)
         if self.temperature == 0 and (self.top_k or self.top_p):
-            raise EaseError("top_k and top_p choose what is drawn from, and temperature 0 draws nothing: raise it")
+            raise EaseError("top_k and top_p have no effect at temperature 0: set a temperature above 0")
 
-    def penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Logits (n, V) after the penalty on tokens `seen` (n, V)."""
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken and nothing is drawn."""
+        return self.temperature == 0
+
+    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Applies the repetition penalty.
+
+        Args:
+            logits: (n, V).
+            seen: (n, V), true for tokens that the penalty applies to; None for no penalty.
+
+        Returns:
+            The logits (n, V) after the penalty.
+
+        Raises:
+            EaseError: if a logit is NaN.
+        """
         if bool(logits.isnan().any()):
-            raise EaseError("the model predicts no numbers (NaN): its weights are broken, restore them")
+            raise EaseError("the model's logits are NaN: its weights are probably corrupt, restore them")
         if seen is None:
             return logits
-        penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-        return torch.where(seen, penalised, logits)
+        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, penalized, logits)
 
     def distribution(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Logits (n, V) -> the probabilities (n, V) that a token is drawn from, at a temperature above 0."""
-        logits = self.penalise(logits, seen) / self.temperature
+        """The probabilities (n, V) that a token is drawn from, given logits (n, V); for temperatures above 0."""
+        logits = self.penalize(logits, seen) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
         probabilities = logits.softmax(-1)
