@@ -8,8 +8,8 @@ from .evaluation.calibration import Target as Target
 from .evaluation.calibration import calibrate as calibrate
 from .evaluation.scoring import Scores as Scores
 from .evaluation.scoring import score as score
-from .generation.decode import generate as generate
 from .generation.decode import Generation as Generation
+from .generation.decode import generate as generate
 from .hf.checkpoint import from_pretrained as from_pretrained
 from .hf.checkpoint import save_pretrained as save_pretrained
 from .interface import Batch as Batch
