@@ -38,13 +38,16 @@ MADE = ("setup", "fronts", "distances", "ablation", "recipe", "exits", "measures
 """The other places: a figure of every experiment, and tables over all of them or from Markdown."""
 COLUMNS = {"front": range(8), "costs": (0, 2, 3, 4, 5, 6)}
 """Of tables too wide for the page, the columns that are printed: the rest is in the Markdown tables."""
+EXPLAINED = ("front", "savings", "costs")
+"""Tables whose notes are in the text, once for all experiments."""
 LEAST = 3
 """Seeds of most experiments."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCALES = {"bpe": "WikiText-2 in byte pairs", "words": "WikiText-2 in whole words"}
 """Scale -> its name, where that is not "scale" and its letters."""
 WORDS = (
-    (r"plain, layers: (\d+)", r"standard, layers: \1"),
+    (r"plain, layers: 1\b", "standard, 1 layer"),
+    (r"plain, layers: (\d+)", r"standard, \1 layers"),
     (r"\bcontinued\b", "phase 1 continued"),
     (r"against phase 1 phase 1", "against phase 1"),
     (r"\bgo on\b", "continue"),
@@ -180,13 +183,11 @@ def short(cell: str) -> str:
 def printed(table: Table, told: dict[str, Any]) -> Table:
     """An experiment's table in the paper's words, without the configuration that the table of experiments lists."""
     title = re.sub(r"^[^:]*: ", "", table.title)
-    own = [note for note in table.notes if note not in notes(told)]
+    own = [] if table.name in EXPLAINED else [note for note in table.notes if note not in notes(told)]
     if table.name in COLUMNS:
         left = COLUMNS[table.name]
-        table = replace(
-            table, header=[table.header[c] for c in left], rows=[[row[c] for c in left] for row in table.rows]
-        )
-        own = []
+        rows = [[row[c] for c in left] for row in table.rows]
+        table = replace(table, header=[table.header[c] for c in left], rows=rows)
     return worded(replace(table, title=f"{called(told)}: {title}", notes=own))
 
 
