@@ -1,4 +1,4 @@
-"""ease.progress."""
+"""Progress of long work: callbacks for training steps and epochs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,37 @@ from ease.interface import Batches, re_iterable
 
 
 class Progress:
-    """Told of every step and epoch, of resumed training from the first epoch again; this one says nothing."""
+    """Progress callback of one piece of work; the base class does nothing.
 
-    def step(self, fraction: float, loss: float = math.nan) -> None: ...
-    def epoch(self, row: Mapping[str, float]) -> None: ...
+    When training is resumed, past epochs are replayed to `epoch` first, followed by one call of `resumed`.
+    """
+
+    def step(self, fraction: float, loss: float = math.nan) -> None:
+        """Called after every step.
+
+        Args:
+            fraction: share of the work that is done, in [0, 1].
+            loss: training loss of the step in nats; NaN where no loss is computed.
+        """
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Called after every epoch of training.
+
+        Args:
+            row: metrics of the epoch, a row of `History.rows`.
+        """
+
+    def resumed(self, epoch: int, step: int) -> None:
+        """Called when training continues from a checkpoint.
+
+        Args:
+            epoch: the epoch that training continues in, counted from 1.
+            step: optimizer steps taken before.
+        """
 
 
 class PrintProgress(Progress):
-    """A line per epoch."""
+    """Progress that prints one line per epoch."""
 
     def epoch(self, row: Mapping[str, float]) -> None:
         print(
@@ -26,9 +49,18 @@ class PrintProgress(Progress):
             flush=True,
         )
 
+    def resumed(self, epoch: int, step: int) -> None:
+        print(f"resumed at epoch {epoch}, step {step}", flush=True)
+
 
 class ProgressBatches:
-    """Batches that tell a watch how far `epochs` iterations over them have come."""
+    """Batches that report to a progress how far `epochs` iterations over them have come.
+
+    Args:
+        batches: the batches; may be iterated over again.
+        progress: receives the share that is done.
+        epochs: number of iterations that are the whole work.
+    """
 
     def __init__(self, batches: Batches, progress: Progress, epochs: int = 1) -> None:
         self.batches, self.progress, self.epochs, self.seen = re_iterable(batches), progress, epochs, 0

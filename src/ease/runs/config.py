@@ -1,55 +1,75 @@
-"""ease.runs.config."""
+"""Configuration of a run: model shape, data, strategy and the baselines to compare with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from ease.errors import EaseError, check_least, check_seed
 from ease.training.phases import StrategyConfig
 
-if TYPE_CHECKING:
-    pass
-
-Baseline = Literal["full-depth", "continued", "standard", "deep-supervision"]
+Baseline = Literal["full-depth", "continued", "standard", "deep-supervision", "growth"]
 
 
 @dataclass(frozen=True)
 class ShapeConfig:
-    """The shape of the model; its depth is the strategy's, its vocabulary the tokenizer's."""
+    """Shape of the model. The strategy sets its depth, the tokenizer its vocabulary size.
+
+    Args:
+        dim: width of the hidden state.
+        num_heads: query heads per layer.
+        num_kv_heads: key and value heads per layer; None means `num_heads`.
+        hidden_dim: gated units of the feed-forward network; None means 8/3 of `dim`.
+        dropout: dropout probability on the output of each branch.
+        tie_embeddings: use the embedding matrix as the output head.
+    """
 
     dim: int = 128
-    """Width of the state."""
+    """Width of the hidden state."""
     num_heads: int = 4
-    """Query heads."""
+    """Query heads per layer."""
     num_kv_heads: int | None = None
-    """Key and value heads (as many as query heads by default)."""
+    """Key and value heads per layer (as many as query heads by default)."""
     hidden_dim: int | None = None
-    """Gated units of the feed-forward (8/3 of dim by default)."""
+    """Gated units of the feed-forward network (8/3 of dim by default)."""
     dropout: float = 0.0
-    """Share of a branch's outputs zeroed in training."""
+    """Dropout probability on the output of each branch."""
     tie_embeddings: bool = False
-    """Use the embedding as the output head."""
+    """Use the embedding matrix as the output head."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it is cut."""
+    """Text source, tokenizer and batch sizes.
+
+    Args:
+        source: "stdlib", a folder with train.txt and valid.txt, a text file, "wikitext-2", "wikitext-103" or
+            "hf:NAME/CONFIG".
+        tokenizer: "bpe:N", "word" or "byte".
+        seq_len: tokens per sequence.
+        batch_size: sequences per batch.
+        max_tokens: limit on the number of training tokens read.
+        epoch_batches: training batches between two validations; None means all of them.
+        eval_batches: limit on the batches scored of validation and of test.
+
+    Raises:
+        EaseError: a size is below 1.
+    """
 
     source: str = "stdlib"
     """stdlib, a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or hf:NAME/CONFIG."""
     tokenizer: str = "bpe:2048"
     """bpe:N, word or byte."""
     seq_len: int = 128
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     batch_size: int = 32
-    """Sequences in a batch."""
+    """Sequences per batch."""
     max_tokens: int | None = None
-    """Read at most that many training tokens."""
+    """Limit on the number of training tokens read."""
     epoch_batches: int | None = None
-    """Batches between validations (all of them by default)."""
+    """Training batches between two validations (all of them by default)."""
     eval_batches: int | None = None
-    """Score at most that many batches of validation and of test."""
+    """Limit on the batches scored of validation and of test."""
 
     def __post_init__(self) -> None:
         check_least(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
@@ -61,31 +81,58 @@ S = TypeVar("S", bound=StrategyConfig, covariant=True)
 
 @dataclass(frozen=True)
 class RunConfig(Generic[S]):
-    """Everything that a run depends on."""
+    """Everything that determines a run.
+
+    Args:
+        strategy: configuration of the training strategy.
+        name: name in the report and default name of the run folder.
+        model: shape of the model; ignored when `start` is set.
+        data: text, tokenizer and batches.
+        compare: baselines, each trained with the FLOPs of the strategy's last line:
+            "full-depth": the strategy's final model, scored without routing (no training);
+            "continued": the model that the first later phase started from, trained further;
+            "standard": a loss on the last layer only;
+            "deep-supervision": a loss on every layer, routed at the same exits;
+            "growth": progressive growth, all layers trained on all tokens.
+        compare_layers: depths of the standard baselines; empty means the depth of the strategy's final model.
+        seed: random seed of weights, batch order and dropout.
+        device: "auto", "cpu", "cuda" or "mps".
+        start: trained model to start from: a run folder, a checkpoint folder, or a name on the Hugging Face hub. It
+            determines shape and tokenizer.
+        dtype: dtype of the weights of a checkpoint given as `start`.
+        note: remark printed in the report.
+
+    Raises:
+        EaseError: the seed or a depth is out of range, or `dtype` is set without `start`.
+    """
 
     strategy: S
-    """The plan that yields phases."""
+    """Configuration of the training strategy."""
     name: str = "run"
-    """Shown in the report; the run's folder is runs/NAME unless --out says otherwise."""
+    """Name in the report; the run folder is runs/NAME unless --out is given."""
     model: ShapeConfig = field(default_factory=ShapeConfig)
     """Shape of the model."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text, tokenizer and batches."""
     compare: tuple[Baseline, ...] = ("continued", "standard", "deep-supervision")
-    """Lines beside it: the same model without routing, and others trained for the same FLOPs."""
+    """Baselines at equal training FLOPs; full-depth is the strategy's own model without routing."""
+    compare_layers: tuple[int, ...] = ()
+    """Depths of the standard baselines (the depth of the strategy's final model by default)."""
     seed: int = 0
-    """Of weights, order and dropout."""
+    """Random seed of weights, batch order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     start: str | None = None
-    """A finished model to start from: the folder of a run, or a checkpoint's folder or name on the Hugging Face hub. It
-    brings its shape and its tokenizer."""
+    """Trained model to start from: a run folder, a checkpoint folder, or a name on the Hugging Face hub. It determines
+    shape and tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights of a checkpoint that is started from."""
+    """Dtype of the weights of a checkpoint given with --start."""
     note: str = ""
-    """Said in the report: how to take these figures."""
+    """Remark printed in the report."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        for layers in self.compare_layers:
+            check_least(1, compare_layers=layers)
         if self.dtype != "float32" and self.start is None:
-            raise EaseError(f"dtype {self.dtype} is that of a checkpoint: name one with --start, or leave it out")
+            raise EaseError(f"dtype {self.dtype} applies to a checkpoint: name one with --start, or leave it out")

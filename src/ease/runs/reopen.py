@@ -1,4 +1,4 @@
-"""A finished run: open its folder, calibrate its thresholds, evaluate it again."""
+"""Finished runs: open a run folder, start from it, calibrate its thresholds, evaluate it again."""
 
 from __future__ import annotations
 
@@ -30,14 +30,27 @@ if TYPE_CHECKING:
 
 
 def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, Tokenizer, int | None]:
-    """The model to start from, its tokenizer, and the id that ends a text."""
+    """Load a trained model to start from.
+
+    Args:
+        name: a run folder, a checkpoint folder, or a name on the Hugging Face hub.
+        dtype: dtype of the weights of a checkpoint.
+
+    Returns:
+        The model, its tokenizer, and the id of its end-of-text token (None if it has none).
+
+    Raises:
+        EaseError: there is no such model, it cannot be read, or it is a classifier.
+    """
     folder = Path(name)
     if (folder / "summary.json").is_file():
         if dtype != "float32":
-            raise EaseError(f"dtype {dtype} is that of a checkpoint, and {name} is a run with its own: leave it out")
+            raise EaseError(
+                f"dtype {dtype} applies to a checkpoint, and {name} is a run with its own dtype: leave it out"
+            )
         model, config = load_model(folder)
         if model.config.num_labels is not None:
-            raise EaseError(f"{name} is a classifier, which writes no text: use a model that predicts tokens")
+            raise EaseError(f"{name} is a classifier, which generates no text: use a model that predicts tokens")
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         data = config["data"]
         return model, tokenizer, data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
@@ -45,11 +58,21 @@ def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, 
 
 
 def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
-    """The model of a run with its configuration, and the text it was made from."""
+    """Load the model of a run together with the corpus it was trained on.
+
+    Args:
+        folder: a run folder.
+
+    Returns:
+        The model, the content of config.json, the corpus, and the data configuration.
+
+    Raises:
+        EaseError: the run cannot be read, or its text has changed.
+    """
     model, config = load_model(folder)
     model.to(choose_device("auto"))
     data = data_config_of(folder, config)
-    corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "a source that is not told")
+    corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "an unrecorded source")
     given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
     corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
     if corpus.hash != corpus_hash:
@@ -58,40 +81,62 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
 
 
 def data_config_of(folder: Path, config: dict[str, Any]) -> DataConfig:
-    """How the text was cut that a run was made from."""
+    """The DataConfig that a run was trained with."""
     try:
-        told = config["run"]["data"]
-        return DataConfig(**{**told, "seq_len": told["seq_len"]})  # which has to be there, whatever the default
+        recorded = config["run"]["data"]
+        return DataConfig(**{**recorded, "seq_len": recorded["seq_len"]})  # required, although it has a default
     except (KeyError, TypeError, EaseError) as error:
-        raise EaseError(f"{folder} does not say what data it was made from ({error}): run again") from error
+        raise EaseError(f"{folder} does not record its data configuration ({error}): run again") from error
 
 
 def calibration_halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
-    """Batches of a test split, its sequences drawn into two halves: to calibrate on, and to measure the outcome on.
+    """Split the test sequences at random into two halves: one to calibrate on, one to report on.
 
-    Drawn, and not cut in the middle: a bound on the mean over all sequences then holds by the draw, however unlike the
-    texts are.
+    With a random split, a bound on the mean over all sequences holds by the draw, however different the texts are.
+
+    Args:
+        test: (N,) token ids of the test split.
+        data: the data configuration; `eval_batches` limits each half.
+
+    Returns:
+        Batches of the calibration half and of the reporting half.
+
+    Raises:
+        EaseError: the split fills fewer than two batches.
     """
-    most = data.eval_batches and 2 * data.eval_batches
-    drawn = list(TokenBatches(test, data.seq_len, data.batch_size, shuffle=True, max_batches=most))
+    limit = data.eval_batches and 2 * data.eval_batches
+    drawn = list(TokenBatches(test, data.seq_len, data.batch_size, shuffle=True, max_batches=limit))
     if len(drawn) < 2:
-        raise EaseError("the test split fills one batch, and calibration needs two: run again with more text")
+        raise EaseError("calibration needs two batches and the test split fills one: run again with more text")
     return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
 
 
 def calibrate(
     folder: Path, target: Target, progress: Callable[[str], Progress] = lambda name: Progress()
 ) -> dict[str, Any]:
-    """Chooses thresholds for a run's exits and makes them its policy; returns what its policy.json then holds.
+    """Choose thresholds for the exits of a run and store them as its policy.
 
-    Validation, which training has stopped by, only proposes. One half of the test split decides, and the figures are
-    those of the other half.
+    Candidates come from validation, which training used for stopping. One half of the test split chooses among them,
+    and the reported metrics are those of the other half.
+
+    Args:
+        folder: the run folder.
+        target: the target to meet.
+        progress: makes the progress of a named piece of work.
+
+    Returns:
+        The content of policy.json.
+
+    Raises:
+        EaseError: the run has no exits, cannot be read or written, or no threshold meets the target.
     """
     model, _, corpus, data = open_run(folder)
-    exits = Policy.own(model).exits or model.early_exits
+    exits = model.policy.exits or model.early_exits
     if not exits:
-        raise EaseError(f"{folder} has no exits to calibrate: tune it first (ease tune), or use a strategy that has")
-    policy = replace(Policy.own(model), exits=exits, thresholds=(1.0,) * len(exits))
+        raise EaseError(
+            f"{folder} has no exits to calibrate: tune it first (ease tune), or train with a strategy that has exits"
+        )
+    policy = replace(model.policy, exits=exits, thresholds=(1.0,) * len(exits))
     val = TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     found = calibration.calibrate(
         model, policy, target, val, *calibration_halves(corpus.test, data), progress("calibrating")
@@ -102,25 +147,38 @@ def calibrate(
 def evaluate(
     folder: Path, thresholds: list[float], progress: Callable[[str], Progress] = lambda name: Progress()
 ) -> list[dict[str, Any]]:
-    """The figures of a run's model on its test split, routed at its own thresholds or at others.
+    """Evaluate a run on its test split, at its own thresholds or at given ones.
 
-    Of a calibrated run, on the half of the test split that its thresholds were not chosen on.
+    A calibrated run is evaluated on the half of the test split that did not choose its thresholds.
 
     Args:
-        thresholds: common to all exits, one evaluation each; none means the run's own policy.
+        folder: the run folder.
+        thresholds: thresholds common to all exits, one evaluation each; empty means the run's own policy.
+        progress: makes the progress of a named piece of work.
+
+    Returns:
+        One row of metrics per threshold, with "thresholds" and "split".
+
+    Raises:
+        EaseError: the run cannot be read, or thresholds are given and it has no exits.
     """
     model, config, corpus, data = open_run(folder)
     test: Any = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     split = "test split"
     if config["calibration"]:
-        test, split = calibration_halves(corpus.test, data)[1], "half of the test split that chose no threshold"
-    own = Policy.own(model)
+        test, split = (
+            calibration_halves(corpus.test, data)[1],
+            "half of the test split that was not used for calibration",
+        )
+    own = model.policy
     exits = own.exits or model.early_exits
     if thresholds and not exits:
-        raise EaseError(f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has")
+        raise EaseError(
+            f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has exits"
+        )
     policies = [Policy.of(exits, (t,) * len(exits), **own.options) for t in thresholds] or [own]
-    watched = ProgressBatches(test, progress("scoring"), epochs=len(policies))
+    batches = ProgressBatches(test, progress("scoring"), epochs=len(policies))
     return [
-        {"thresholds": policy.thresholds, "split": split, **score(model, watched, policy).figures()}
+        {"thresholds": policy.thresholds, "split": split, **score(model, batches, policy).metrics()}
         for policy in policies
     ]

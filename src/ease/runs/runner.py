@@ -1,8 +1,7 @@
-"""A run: one recipe from data to report, with the lines that its gain has to be shown beside.
+"""Execution of a run: one recipe from data to report, with baselines at equal training FLOPs.
 
-The strategy's phases come first. Then, at the same training FLOPs and on the same data, the lines to compare with:
-phase 1 trained on, a plain model of full depth, deep supervision with the same exits. All are scored on the test
-split once, and the hard tokens are those of phase 1's final model.
+The phases of the strategy are trained first, then the baselines (`ease.runs.baselines`) on the same data. All lines are
+scored on the test split once; the hard tokens are those of phase 1's final model.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ease.data.corpus import Corpus, load_corpus
 from ease.devices import choose_device, machine
@@ -20,18 +19,17 @@ from ease.flops import head_flops, layer_flops
 from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.report.page import write_report
+from ease.runs.baselines import train_baselines
 from ease.runs.config import RunConfig
 from ease.runs.context import RunContext
-from ease.runs.explorer import explorer
-from ease.runs.metrics import decoding, figures
+from ease.runs.explorer import explorer_data
+from ease.runs.lines import train_strategy
+from ease.runs.metrics import decoding_metrics, run_metrics
 from ease.runs.reopen import load_start
 from ease.runs.store import can_resume, save_model
 from ease.storage import fingerprint, run_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
@@ -42,15 +40,24 @@ def run(
     progress: Callable[[str], Progress] = lambda line: Progress(),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Executes a run and writes its folder; returns the summary.
+    """Execute a run and write its folder.
 
-    After a kill the same call goes on where it was, from what lies in `.NAME.partial` beside the folder.
+    The folder appears when the run is complete. Until then its files are in `.NAME.partial` in the same parent folder,
+    from which the same call resumes after a kill or an interrupt.
 
     Args:
-        out: the run's folder; it appears when all is done.
-        overwrite: replace a run that is there, and discard an unfinished one that was begun otherwise.
-        watch: makes, from the name of a line, what is told of its steps and epochs.
-        say: is told, in a sentence, when an unfinished run goes on.
+        config: configuration of the run.
+        out: the run folder.
+        overwrite: replace an existing run, and discard an unfinished run with another configuration.
+        progress: makes the progress of a line from its name.
+        say: receives a sentence when an unfinished run is resumed.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        EaseError: the folder exists or cannot be written, an unfinished run has another configuration, or data, model
+            and configuration do not fit together.
     """
     device = choose_device(config.device)
     if config.start is not None and Path(config.start).exists() and Path(config.start).resolve() == out.resolve():
@@ -58,39 +65,39 @@ def run(
     with run_folder(out, overwrite, resumable=True) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
-        most = None if start is None else start.config.max_positions
-        if most is not None and data.seq_len > most:
+        limit = None if start is None else start.config.max_positions
+        if limit is not None and data.seq_len > limit:
             raise EaseError(
-                f"{config.start} has {most} positions: set --data.seq-len to at most that, not {data.seq_len}"
+                f"{config.start} has {limit} positions: set --data.seq-len to at most that, not {data.seq_len}"
             )
         corpus = load_corpus(data.source, tokenizer, eos=eos, max_tokens=data.max_tokens)
-        if can_resume(folder, plan(config, corpus, start), overwrite):
-            say(f"going on with the unfinished run in {folder}")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # every line tells its epochs again
+        if can_resume(folder, run_identity(config, corpus, start), overwrite):
+            say(f"resuming the unfinished run in {folder}")
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # resumed lines report their past epochs again
         context = RunContext(config, folder, corpus, device, progress, start)
-        context.batches("test")  # too short a text should be told before training, not after
-        lines, phases, strategy = context.strategy_lines()
-        final, (base, _) = lines[-1], context.base(lines, phases)
-        lines = [*lines, *context.baselines(lines, phases)]
+        context.batches("test")  # raises on a text that is too short, before training
+        trained = train_strategy(context)
+        final, mined = trained.final, getattr(trained.strategy, "mined", [])
+        lines = [*trained.lines, *train_baselines(context, trained)]
 
         summary = describe(config, corpus, final.model, context.device)
         val, test = context.batches("val"), context.batches("test")
-        mined = getattr(strategy, "mined", [])
-        summary |= figures(lines, base, final, val, test, mined, context.in_sample, context.progress("scoring"))
-        summary["generation"] = decoding(final, test, progress)
+        scoring = context.progress("scoring")
+        summary |= run_metrics(lines, trained.base, final, val, test, mined, context.in_sample, scoring)
+        summary["generation"] = decoding_metrics(final, test, progress)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
         save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=source)
         corpus.tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "summary.json", summary)
-        write_json(folder / "explorer.json", explorer(final, corpus, test, summary["sweep"]["points"]))
+        write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
         write_report([folder], folder / "report.html")
     return summary
 
 
-def plan(config: RunConfig[Any], corpus: Corpus, start: StandardTransformer | None) -> dict[str, Any]:
-    """Everything that decides what a run does: an unfinished one goes on under the same plan alone."""
+def run_identity(config: RunConfig[Any], corpus: Corpus, start: StandardTransformer | None) -> dict[str, Any]:
+    """Everything that determines the results of a run; an unfinished run resumes only under the same identity."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
@@ -104,7 +111,7 @@ def plan(config: RunConfig[Any], corpus: Corpus, start: StandardTransformer | No
 
 
 def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
-    """What was run, on what, where: the part of a summary that no figure is in."""
+    """The part of summary.json that describes the run: configuration, data, model and machine."""
     data = config.data
     kind = type(config.strategy)
     name = next((n for n, listed in STRATEGIES.items() if kind is listed), kind.__name__)
@@ -120,12 +127,13 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "head_in_layers": head_flops(model.config, 1) / layer_flops(model.config, 1, 1, (data.seq_len + 1) // 2),
-        # Reports are passed on, and a path on this machine is nobody's business: the corpus has a name.
+        # Reports are shared, so they name the corpus instead of a path on this machine.
         "config": {
             "strategy": {"name": name, **asdict(config.strategy)},
-            "model": asdict(config.model) if config.start is None else None,  # a model that came has its own shape
+            "model": asdict(config.model) if config.start is None else None,  # an initial model has its own shape
             "data": asdict(replace(data, source=corpus.name)),
             "compare": config.compare,
+            "compare_layers": config.compare_layers,
             "seed": config.seed,
             "start": config.start and Path(config.start).name,
         },

@@ -1,16 +1,16 @@
-"""A run on disk: a folder that appears whole or not at all, and is read back with clear words if it is not.
+"""A run folder on disk, written completely or not at all.
 
-    config.json         what was asked for, the model's shape, its policy
-    metrics.jsonl       a line per epoch
-    summary.json        the figures
-    model.safetensors   the weights
-    tokenizer.json      the tokenizer
+    config.json         configuration of the run, shape of the model, its policy
+    metrics.jsonl       one row per line and epoch
+    summary.json        metrics of all lines
+    model.safetensors   weights
+    tokenizer.json      tokenizer
     explorer.json       routed runs over a held-out text, token by token
-    report.html         the page
-    policy.json         thresholds that `ease calibrate` chose; they take the place of those in config.json
+    report.html         report
+    policy.json         thresholds chosen by `ease calibrate`; they replace those in config.json
 
-No file is a pickle. While it is under way a run lies in `.NAME.partial` beside its place, with what it would need to go
-on after a kill in `checkpoints/`.
+No file is a pickle. A run in progress is in `.NAME.partial` in the same parent folder, with the checkpoints needed to
+resume it in `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -43,44 +43,57 @@ from ease.storage import (
 )
 
 
-def can_resume(folder: Path, plan: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether a resumable folder holds checkpoints of this very plan; those of another are refused, or removed.
+def can_resume(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether a partial run folder holds checkpoints of the run with this identity.
+
+    If not, the folder is prepared for a new run.
 
     Args:
-        plan: everything that decides what a run does.
-        overwrite: remove another plan's checkpoints.
+        folder: the partial run folder.
+        identity: everything that determines the results of the run.
+        overwrite: discard checkpoints of another run.
+
+    Raises:
+        EaseError: the folder holds checkpoints of another run and `overwrite` is not set.
     """
-    kept, plan = folder / CHECKPOINTS, json.loads(json.dumps(plan, default=stable_repr))
-    wanted, can_resume = _flat(plan), _has_checkpoints(folder)
-    if can_resume:
+    checkpoints, identity = folder / CHECKPOINTS, json.loads(json.dumps(identity, default=stable_repr))
+    expected, resumable = _flat(identity), _has_checkpoints(folder)
+    if resumable:
         try:
-            was = _flat(json.loads((kept / PLAN).read_text(encoding="utf-8")))
+            found = _flat(json.loads((checkpoints / PLAN).read_text(encoding="utf-8")))
         except (OSError, ValueError):
-            was = {}
-        other = sorted(name for name in {*was, *wanted} if was.get(name) != wanted.get(name))
-        if other and not overwrite:
+            found = {}
+        differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        if differing and not overwrite:
             raise EaseError(
-                f"{folder} holds an unfinished run that differs in {', '.join(other[:5])}"
-                f"{' and more' if len(other) > 5 else ''}: end it with the command that began it, "
+                f"{folder} holds an unfinished run that differs in {', '.join(differing[:5])}"
+                f"{' and more' if len(differing) > 5 else ''}: finish it with its own command, "
                 "choose another --out, or discard it (--overwrite)"
             )
-        can_resume = not other
-    if not can_resume:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir()
-        write_json(kept / PLAN, plan)
-    return can_resume
+        resumable = not differing
+    if not resumable:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir()
+        write_json(checkpoints / PLAN, identity)
+    return resumable
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with names like data.seq_len."""
+    """Flatten nested dictionaries to names like data.seq_len."""
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}".strip(".")).items()}
 
 
 def save_model(folder: Path, model: StandardTransformer, policy: Policy, **config: Any) -> None:
-    """Writes weights and config.json; `config` is kept beside what the model needs to come back."""
+    """Write the weights and config.json of a model.
+
+    Args:
+        folder: an existing folder.
+        model: the model.
+        policy: the model's policy.
+        config: further content of config.json.
+    """
     from safetensors.torch import save_model as save
 
     save(model, str(folder / WEIGHTS))
@@ -90,46 +103,50 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
 
 
 def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
-    """The model of a run, with its policy as its own, and config.json.
+    """Load the model of a run, with the run's policy as `model.policy`.
 
-    Of what that says, "calibration" holds policy.json or None, and "run" and "data" are there, if empty.
+    Args:
+        folder: a run folder.
+
+    Returns:
+        The model in eval mode and the content of config.json, in which "calibration" is the content of policy.json or
+        None, and "run" and "data" are present, perhaps empty.
 
     Raises:
-        EaseError: the folder is missing, damaged or written by another version of the format, or its policy.json was
+        EaseError: the folder is missing, damaged or written in another format version, or its policy.json was
             calibrated on other weights.
     """
     from safetensors.torch import load_model as load
 
     if not (folder / CONFIG).is_file():
-        raise EaseError(f"{folder} is no run folder (it has no {CONFIG}): pass a folder that `ease run` wrote")
+        raise EaseError(f"{folder} is not a run folder (it has no {CONFIG}): pass a folder that `ease run` wrote")
     try:
         config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         written = FORMAT if "model_type" in config else config["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EaseError(f"{folder / CONFIG} is damaged ({error}): run again, or restore it") from error
     if "model_type" in config:
-        raise EaseError(f"{folder} is a checkpoint and no run: `ease tune` makes a run of it, `ease generate` takes it")
+        raise EaseError(
+            f"{folder} is a checkpoint, not a run: `ease tune` makes a run of it, and `ease generate` accepts it"
+        )
     if written != FORMAT:
-        raise EaseError(f"{folder} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
+        raise EaseError(
+            f"{folder} has format {written} and this version of ease reads {FORMAT}: use the version that wrote it"
+        )
     config["calibration"] = calibration = _read_calibration(folder / POLICY)
     try:
         shape = dict(config["model"])
         policy = calibration["policy"] if calibration else config["policy"]
-        model = DeepSupervisionTransformer(
-            shape.pop("vocab_size"),
-            exit_layer=policy["exits"] or 1,
-            routing_threshold=policy["thresholds"] or 0.0,
-            **shape,
-        )
+        model = DeepSupervisionTransformer(**shape)
+        model.policy = Policy(**policy)
+        model.policy.check(model.num_layers)
         model.to(getattr(torch, config.get("dtype", "float32")))
         model.trained_exits = set(config["trained_exits"])
-        model.policy_options = {k: v for k, v in policy.items() if k not in ("exits", "thresholds")}
-        Policy.own(model)
         config |= {name: dict(config.get(name, {})) for name in ("run", "data")}
         if not isinstance(eos := config["data"].get("eos"), int | None):
             raise TypeError(f"data.eos is {eos!r}")
         load(model, str(folder / WEIGHTS))
-    except Exception as error:  # whatever a damaged file makes the libraries raise, the sentence is the same
+    except Exception as error:  # libraries raise many kinds of errors on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EaseError(f"the model in {folder} is damaged ({reason}): run again, or restore it") from error
     if calibration:
@@ -138,7 +155,19 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
 
 
 def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes policy.json, whole or not at all, and returns what is in it."""
+    """Write policy.json, completely or not at all.
+
+    Args:
+        folder: the run folder.
+        model: the calibrated model; the file holds the fingerprint of its weights.
+        record: target, policy and metrics of the calibration.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        EaseError: the file cannot be written.
+    """
     sizes = {"parameters": sum(p.numel() for p in model.parameters()), **asdict(model.config)}
     written = {"format": FORMAT, "fingerprint": fingerprint(model), **record, "model": sizes}
     partial = folder / f".{POLICY}.partial-{os.getpid()}"
@@ -161,9 +190,11 @@ def _read_calibration(file: Path) -> dict[str, Any] | None:
         record = dict(json.loads(file.read_text(encoding="utf-8")))
         written, policy = record["format"], Policy(**{k: _value(v) for k, v in record["policy"].items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise EaseError(f"{file} is damaged ({error}): remove it, and calibrate again") from error
+        raise EaseError(f"{file} is damaged ({error}): remove it and calibrate again") from error
     if written != FORMAT:
-        raise EaseError(f"{file} has format {written} and this ease reads {FORMAT}: use the ease that wrote it")
+        raise EaseError(
+            f"{file} has format {written} and this version of ease reads {FORMAT}: use the version that wrote it"
+        )
     return record | {"policy": asdict(policy)}
 
 

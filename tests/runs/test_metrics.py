@@ -1,4 +1,4 @@
-"""What a run measures."""
+"""Metrics of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ease import Policy, StandardTransformer, TokenBatches, generate
 from ease.progress import Progress
-from ease.runs import metrics as figures
-from ease.runs.lines import Line
-from ease.runs.metrics import decoding
+from ease.runs import metrics
+from ease.runs.lines import TrainedLine
+from ease.runs.metrics import decoding_metrics
 
 Make = Callable[..., StandardTransformer]
 
@@ -37,7 +37,7 @@ def test_the_report_says_how_well_confidence_ranks(made: Path) -> None:
 
 
 class Seen(Progress):
-    """Keeps what it is told."""
+    """Records the progress it receives."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -51,29 +51,29 @@ class Seen(Progress):
         self.shares.append(progress)
 
 
-def lined(model: StandardTransformer, policy: Policy) -> Line:
-    return Line("phase 2", model, policy, [], {}, 0.0)
+def lined(model: StandardTransformer, policy: Policy) -> TrainedLine:
+    return TrainedLine("phase 2", model, policy)
 
 
 def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
     tiny: Make, text: Tensor, even_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "ROUNDS", 1)
+    monkeypatch.setattr(metrics, "ROUNDS", 1)
     model, test, seen = tiny(2, sharp=True).double(), TokenBatches(text, 33, 4), Seen()
     policy = replace(even_policy(model, test.windows[:8, :17].long(), (1,)), always_deep=2)
-    own = model.exit_layer, model.routing_threshold, model.policy_options
+    own = model.policy
     random = torch.get_rng_state()
-    told = decoding(lined(model, policy), test, seen.line)
-    assert told is not None
+    decoded = decoding_metrics(lined(model, policy), test, seen.line)
+    assert decoded is not None
     assert torch.equal(torch.get_rng_state(), random)
-    assert (model.exit_layer, model.routing_threshold, model.policy_options) == own, "the model stays as it was"
-    assert (told["prompt_tokens"], told["new_tokens"]) == (17, 17), "the last new token stands at position 34, unread"
-    assert [(row["batch"], row["way"]) for row in told["rows"]] == [
+    assert model.policy == own, "the model stays as it was"
+    assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (17, 17), "the last new token stands at position 34, unread"
+    assert [(row["batch"], row["way"]) for row in decoded["rows"]] == [
         (batch, way) for batch in (1, 8) for way in ("full", "routed, own policy", "exact, auto", "exact, exit 1")
     ]
-    rows = {(row["batch"], row["way"]): row for row in told["rows"]}
+    rows = {(row["batch"], row["way"]): row for row in decoded["rows"]}
     assert all(row["same_tokens"] == 1.0 for (_, way), row in rows.items() if way.startswith("exact"))
-    model.exit_layer, model.routing_threshold, model.policy_options = (1,), policy.thresholds, {"always_deep": 2}
+    model.policy = policy
     prompts = torch.stack([text[33 * row : 33 * row + 17] for row in range(8)]).long()
     for batch in (1, 8):
         routed = generate(model, prompts[:batch], 17, "routed").stats["layers_per_token"]
@@ -84,23 +84,23 @@ def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
 
 
 def test_decoding_fits_the_shortest_sequences_and_the_fewest_rows(trained: StandardTransformer, text: Tensor) -> None:
-    told = decoding(lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Progress())
-    assert told is not None
-    assert (told["prompt_tokens"], told["new_tokens"]) == (1, 1)
-    assert {row["batch"] for row in told["rows"]} == {1}
+    decoded = decoding_metrics(lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Progress())
+    assert decoded is not None
+    assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (1, 1)
+    assert {row["batch"] for row in decoded["rows"]} == {1}
 
 
-def test_decoding_is_left_out_where_there_is_nothing_to_compare(tiny: Make, text: Tensor) -> None:
+def test_decoding_is_omitted_without_exits_or_text(tiny: Make, text: Tensor) -> None:
     test, seen = TokenBatches(text, 16, 4), Seen()
-    assert decoding(lined(tiny(2), Policy()), test, seen.line) is None
+    assert decoding_metrics(lined(tiny(2), Policy()), test, seen.line) is None
     labels = tiny(2, num_labels=3)
-    assert decoding(lined(labels, Policy((1,), (0.5,))), test, seen.line) is None
-    assert seen.names == [], "no progress is shown of what is not done"
+    assert decoding_metrics(lined(labels, Policy((1,), (0.5,))), test, seen.line) is None
+    assert seen.names == [], "no progress is shown for omitted work"
 
 
-def test_a_run_says_how_its_model_decodes(made: Path) -> None:
-    told = json.loads((made / "summary.json").read_text())["generation"]
-    assert {row["batch"] for row in told["rows"]} == {1, 8}
-    assert all(row["layers_per_token"] == 3 for row in told["rows"] if row["way"] == "full")
-    assert told["line"] == "phase 2"
+def test_a_run_records_decoding_speed(made: Path) -> None:
+    decoded = json.loads((made / "summary.json").read_text())["generation"]
+    assert {row["batch"] for row in decoded["rows"]} == {1, 8}
+    assert all(row["layers_per_token"] == 3 for row in decoded["rows"] if row["way"] == "full")
+    assert decoded["line"] == "phase 2"
     assert "Three ways to decode" in (made / "report.html").read_text()

@@ -26,12 +26,12 @@ def cached(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = load_model(cached)[0].routing_threshold
+    before = load_model(cached)[0].policy.thresholds
     assert main(["calibrate", str(cached), "--target-ratio", "0.3"]) == 0
     shown = capsys.readouterr().out
     record = json.loads((cached / "policy.json").read_text())
     model, config = load_model(cached)
-    assert tuple(model.routing_threshold) == tuple(record["policy"]["thresholds"]) != before  # type: ignore[arg-type]
+    assert model.policy.thresholds == tuple(record["policy"]["thresholds"]) != before
     assert config["calibration"]["target"] == {"kind": "target_ratio", "value": 0.3, "confidence": None}
     assert f"agreement {record['held_out']['agreement']:.2%}" in shown
     assert record["model"]["dim"] == 16
@@ -42,17 +42,17 @@ def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]
         k: record["held_out"][k] for k in ("ppl", "acc", "tokens")
     }
     assert main(["eval", str(cached)]) == 0
-    assert "half of the test split that chose no threshold" in " ".join(capsys.readouterr().out.split())
+    assert "half of the test split that was not used for calibration" in " ".join(capsys.readouterr().out.split())
     # Calibrating again takes the place of the old policy.
     assert main(["calibrate", str(cached), "--target-ratio", "0.9"]) == 0
-    assert load_model(cached)[0].routing_threshold[0] > model.routing_threshold[0]  # type: ignore[index]
+    assert load_model(cached)[0].policy.thresholds[0] > model.policy.thresholds[0]
     assert [p for p in cached.iterdir() if p.name.startswith(".")] == []
 
 
 def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, corpus, data = finished.open_run(cached)
     used: list[list[Any]] = []
-    monkeypatch.setattr(ease, "calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0)
+    monkeypatch.setattr("ease.evaluation.calibration.calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finished.calibrate(cached, Target("target_ratio", 0.5))
     windows = [{tuple(row) for x, _ in batches for row in x.tolist()} for batches in used]
@@ -83,7 +83,7 @@ def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: p
     own = json.loads((tmp_path / "out" / "ease" / "policy.json").read_text())
     assert own["calibration"] == record
     came = ease.from_pretrained(tmp_path / "out")
-    assert list(came.routing_threshold) == record["policy"]["thresholds"]  # type: ignore[arg-type]
+    assert list(came.policy.thresholds) == record["policy"]["thresholds"]
     with pytest.raises(EaseError, match="were calibrated on other weights"):
         ease.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
 
@@ -143,19 +143,19 @@ def test_what_fails_leaves_the_policy_as_it_was(
         ({"data": {"seq_len": "a"}}, ["eval"]),
     ],
 )
-def test_a_run_that_does_not_say_its_data_is_told(
+def test_a_run_that_does_not_say_its_data_is_reported(
     cached: Path, run: Any, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edited = json.loads((cached / "config.json").read_text()) | {"run": run}
     (cached / "config.json").write_text(json.dumps(edited))
     target = [str(tmp_path / "out")] if command[0] == "export" else []
     assert main([command[0], str(cached), *target, *command[1:]]) == 2
-    assert "does not say what data it was made from" in capsys.readouterr().err
+    assert "does not record its data configuration" in capsys.readouterr().err
 
 
-def test_a_run_without_exits_is_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_exits_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config, *rest = finished.open_run(cached)
-    model.exit_layer, model.routing_threshold, model.trained_exits = 1, 0.0, {model.num_layers}
+    model.policy, model.trained_exits = Policy(), {model.num_layers}
     monkeypatch.setattr(finished, "open_run", lambda folder: (model, config, *rest))
     with pytest.raises(EaseError, match="has no exits to calibrate: tune it first"):
         finished.calibrate(cached, Target("target_ratio", 0.5))

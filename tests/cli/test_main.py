@@ -84,8 +84,8 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     assert changed == {"exit_norms.0.weight", "exit_norms.1.weight"}
     summary = json.loads((out / "summary.json").read_text())
     lines = {line["name"]: line for line in summary["lines"]}
-    assert set(lines) == {"as it came", "exit tuning", "exit tuning, no routing"}
-    assert lines["as it came"]["test"]["ppl"] == lines["exit tuning, no routing"]["test"]["ppl"]
+    assert set(lines) == {"initial model", "exit tuning", "exit tuning, no routing"}
+    assert lines["initial model"]["test"]["ppl"] == lines["exit tuning, no routing"]["test"]["ppl"]
     assert lines["exit tuning"]["flops_by"]["selecting"] > 0
     assert str(tmp_path) not in (out / "summary.json").read_text()
     # The run is one like any other: it is scored again, tuned again, and handed back.
@@ -94,7 +94,7 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     again = [*data[:2], "--out", str(tmp_path / "again"), *SHORT]
     assert main(["tune", str(out), "--exits=2", *again, "--max-epochs", "1"]) == 0
     assert main(["export", str(tmp_path / "again"), str(tmp_path / "back")]) == 0
-    assert ease.from_pretrained(tmp_path / "back").exit_layer == [2]
+    assert ease.from_pretrained(tmp_path / "back").policy.exits == (2,)
 
 
 @pytest.mark.parametrize("mode", ["full", "routed", "exact"])
@@ -104,7 +104,7 @@ def test_generate_streams_a_text(mode: str, made: Path, capsys: pytest.CaptureFi
     assert main(args) == 0
     shown = capsys.readouterr()
     model, tokenizer = load_model(made)[0], Tokenizer.from_file(str(made / "tokenizer.json"))
-    model.exit_layer, model.routing_threshold = 1, 0.1
+    model.policy = Policy.of(1, 0.1)
     ids = torch.tensor([tokenizer.encode("import ").ids])
     answer = ease.generate(model, ids, 9, mode, stop=tokenizer.token_to_id("<eos>"))  # type: ignore[arg-type]
     assert shown.out == "import " + tokenizer.decode(answer.tokens[0].tolist()) + "\n"
@@ -125,7 +125,7 @@ def test_a_checkpoint_s_positions_are_the_limit(
         ),
         (["tune", str(made), "--out", out, "--dtype", "bfloat16"], "is a run with its own"),
         (["generate", checkpoint, "--prompt", "import json", "--max-new-tokens", "100"], "more than the 16 positions"),
-        (["eval", checkpoint], "is a checkpoint and no run"),
+        (["eval", checkpoint], "is a checkpoint, not a run"),
     ]
     for command, says in refused:
         capsys.readouterr()
@@ -197,11 +197,11 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "nothing"], "no recipe"),
         (["run", "demo", "--data", "no/such/folder"], "no data"),
         (["run", "demo", "--data.tokenizer", "chars"], "unknown tokenizer"),
-        (["eval", "no/such/run"], "no run folder"),
+        (["eval", "no/such/run"], "not a run folder"),
         (["report", "no/such/run"], "no/such/run"),
         (["report"], "no run given"),
-        (["export", "no/such/run", "out"], "no run folder"),
-        (["generate", "no/such/model", "--prompt", "x\udcff"], "the prompt is no valid text at character 2"),
+        (["export", "no/such/run", "out"], "not a run folder"),
+        (["generate", "no/such/model", "--prompt", "x\udcff"], "the prompt is not valid text at character 2"),
         (["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"], "--threshold is for mode routed"),
         (["export", "some", "./some", "--overwrite"], "is the run itself"),
         (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),

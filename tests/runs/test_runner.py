@@ -1,4 +1,4 @@
-"""Making a run: its folder, its lines, what it starts from."""
+"""Execution of a run: its folder, its lines, the model it starts from."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_ashem_grows_on_a_checkpoint(made: Path, text_file: Path, tmp_path: Path
     assert main(args) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert [line["name"] for line in summary["lines"]] == [
-        *("as it came", "phase 2", "as it came continued", "standard, 4 layers")
+        *("initial model", "phase 2", "initial model continued", "standard, 4 layers")
     ]
-    assert summary["hard"]["fixed_by"] == "as it came's final model"
+    assert summary["hard"]["fixed_by"] == "initial model's final model"
     came, grown = load_model(made)[0], load_model(out)[0]
     assert grown.num_layers == 4
     assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
@@ -108,7 +108,7 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
     args = ["run", "ashem", "--start", str(made), "--data", str(text_file), "--out", str(out), *SHORT, *plan, *limits]
     assert main(args) == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert [line["name"] for line in summary["lines"]] == ["as it came", "phase 1", "phase 2", "phase 1 continued"]
+    assert [line["name"] for line in summary["lines"]] == ["initial model", "phase 1", "phase 2", "phase 1 continued"]
     assert summary["hard"]["fixed_by"] == "phase 1's final model"
     assert 0.3 < summary["hard"]["test_ratio"] < 0.7
 

@@ -1,4 +1,4 @@
-"""A run folder appears whole or not at all, and bad ones are told by name."""
+"""A run folder is written completely or not at all, and damaged folders are reported by name."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, option
     ids = torch.randint(0, 40, (2, 9))
     assert torch.equal(model(ids), back(ids))
     assert back.config == model.config
-    assert (back.exit_layer, back.routing_threshold) == ([1], [0.03])
+    assert back.policy == Policy((1,), (0.03,))
     assert torch.equal(route(model, ids, 1, 0.03).exits, route(back, ids).exits)
     assert back.trained_exits == {1, 3}
     assert config["run"] == {"seed": 3}
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt), run_folder(out) as folder:  # noqa: PT012
         (folder / "metrics.jsonl").write_text("half")
@@ -73,11 +73,11 @@ def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path:
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").touch()
-    with pytest.raises(EaseError, match="no run folder"), run_folder(photos, overwrite=True):
+    with pytest.raises(EaseError, match="not a run folder"), run_folder(photos, overwrite=True):
         pass
     assert (photos / "a.jpg").exists()
     (photos / "config.json").write_text('{"theme": "dark"}')  # many things have a config.json
-    with pytest.raises(EaseError, match="no run folder"), run_folder(photos, overwrite=True):
+    with pytest.raises(EaseError, match="not a run folder"), run_folder(photos, overwrite=True):
         pass
     assert (photos / "a.jpg").exists()
 
@@ -85,20 +85,20 @@ def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: (f / "config.json").unlink(), "no run folder"),
+        (lambda f: (f / "config.json").unlink(), "not a run folder"),
         (lambda f: (f / "config.json").write_text("{"), "damaged"),
         (lambda f: (f / "config.json").write_text("[]"), "damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b"123"), "damaged"),
         (lambda f: (f / "model.safetensors").unlink(), "damaged"),
         (lambda f: _edit(f, format=99), "format 99"),
-        (lambda f: _edit(f, model_type="llama"), "is a checkpoint and no run: `ease tune`"),
+        (lambda f: _edit(f, model_type="llama"), "is a checkpoint, not a run: `ease tune`"),
         (lambda f: _edit(f, policy={"exits": [1], "thresholds": [0.5], "of_tomorrow": 1}), "damaged"),
         (lambda f: _edit(f, run=3), "damaged"),
         (lambda f: _edit(f, data={"eos": "x"}), "damaged"),
         (lambda f: _edit(f, model={"dim": 8}), "damaged"),
     ],
 )
-def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path, model, damage, says: str) -> None:
+def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path, model, damage, says: str) -> None:
     save_model(tmp_path, model, Policy())
     damage(tmp_path)
     with pytest.raises(EaseError, match=says) as caught:
@@ -115,15 +115,15 @@ def _edit(folder: Path, **changes: object) -> None:
 def test_a_policy_comes_back_with_its_measure(policy: Policy, tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny(3)
     save_model(tmp_path, model, policy)
-    assert Policy.own(load_model(tmp_path)[0]) == policy
-    model.exit_layer, model.routing_threshold, model.policy_options = policy.exits, policy.thresholds, policy.options
+    assert load_model(tmp_path)[0].policy == policy
+    model.policy = policy
     ease.save_pretrained(model, tmp_path / "export")
-    assert Policy.own(ease.from_pretrained(tmp_path / "export")) == policy
+    assert ease.from_pretrained(tmp_path / "export").policy == policy
 
 
-def test_what_is_no_number_is_null_and_what_is_without_end_stays(tmp_path: Path) -> None:
+def test_nan_is_written_as_null_and_infinity_stays(tmp_path: Path) -> None:
     """JSON has no NaN, and a threshold may be infinite."""
     write_json(tmp_path / "figures.json", {"auroc": {1: math.nan, 2: (0.5, math.nan)}, "threshold": math.inf})
-    told = (tmp_path / "figures.json").read_text()
-    assert "NaN" not in told
-    assert json.loads(told) == {"auroc": {"1": None, "2": [0.5, None]}, "threshold": math.inf}
+    text = (tmp_path / "figures.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"auroc": {"1": None, "2": [0.5, None]}, "threshold": math.inf}
