@@ -1,7 +1,7 @@
-"""Labs beside the one of running text: records with a label or a completion, a stream of documents, a checkpoint.
+"""Labs for other data than running text: records with a label or a completion, document streams, and checkpoints.
 
-A lab says what lines are trained on and what their models start from; everything else is the same for all. `Examples`
-and `Stream` change the first, `Checkpoint` the second, so that a checkpoint goes with any text.
+A lab defines what lines are trained on and what their models start from. `Examples` and `Stream` change the data,
+`Checkpoint` the model, so that a checkpoint can be combined with any data.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ease
+from ease.data.batches import ExampleBatches
 from ease.data.streaming import StreamBatches
-from ease.data.tasks import ExampleBatches, Task
-from ease.evaluation.tasks import classification_figures, completion_figures
+from ease.data.tasks import Task
+from ease.evaluation.tasks import classification_metrics, completion_metrics
 from ease.hf import checkpoint as hf
 from ease.interface import Batch
-from experiments.harness.scheduler import Lab
+from experiments.harness.lab import Lab
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Examples(Lab):
     """Texts with labels, or prompts with completions; `text` holds the examples of each split."""
 
     labels: int | None = None
-    """How many there are; None: completions."""
+    """The number of labels; None for completions."""
     written: int = 100
-    """Completions of the test split that are written out, for ROUGE-L."""
+    """Completions of the test split that are generated for ROUGE-L."""
     task: Task | None = field(default=None, repr=False)
 
     @cached_property
@@ -67,20 +68,20 @@ class Examples(Lab):
     def model(self, layers: int | None, **shape: Any) -> ease.StandardTransformer:
         return super().model(layers, **({"num_labels": self.labels} if self.labels else {}) | shape)
 
-    def further(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
-        """F1, or ROUGE-L of what the model writes under the policy."""
+    def extra_metrics(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
+        """F1, or ROUGE-L of the completions that the model generates under the policy."""
         if self.labels:
-            return {"f1": classification_figures(model, self.test, policy)["f1"]}
+            return {"f1": classification_metrics(model, self.test, policy)["f1"]}
         assert self.task is not None
         model.policy = policy
         some = self.text["test"][: self.written]
         longest = max(int((example.targets >= 0).sum()) for example in some)
-        made = completion_figures(model, self.task, some, self.batch, mode="routed", max_new_tokens=longest)
+        made = completion_metrics(model, self.task, some, self.batch, mode="routed", max_new_tokens=longest)
         return {"rouge_l": made["rouge_l"]}
 
 
 class Slices:
-    """The epochs of a stream, counted; where the count is set, what lies before is read and let go."""
+    """The epochs of a stream, counted. Setting `epoch` skips the batches before it when the next epoch is read."""
 
     def __init__(self, stream: StreamBatches) -> None:
         self.stream, self.epoch, self.place = stream, 0, 0
@@ -99,16 +100,16 @@ class Slices:
 
 @dataclass(frozen=True)
 class Stream(Lab):
-    """Documents that are read as they are needed; `text` holds the batches of val and test, which are kept."""
+    """Documents that are read on demand; `text` holds the batches of validation and test."""
 
     buffer: int = 4096
-    """Rows to shuffle among."""
+    """Rows of the shuffle buffer."""
     stream: StreamBatches | None = field(default=None, repr=False)
-    """Of train, from which new ones are made."""
+    """The stream of the training split, from which new ones are made."""
 
     @cached_property
     def hash(self) -> str:
-        """Of the tokenizer and of what is held out: a stream itself is read once, if at all to its end."""
+        """SHA-256 of the tokenizer and the held-out batches; the training stream may never be read to its end."""
         assert self.stream is not None
         sha = hashlib.sha256(self.stream.tokenizer.to_str().encode())
         for split, batches in sorted(self.text.items()):
@@ -122,7 +123,7 @@ class Stream(Lab):
 
     def train(self, seed: int, part: tuple[float, float] = (0.0, 1.0)) -> Slices:  # type: ignore[override]
         assert self.stream is not None
-        assert part == (0.0, 1.0), "a stream has no length that a part could be of"
+        assert part == (0.0, 1.0), "a stream has no known length, so a part of it is undefined"
         own = self.stream
         options = {"seq_len": self.seq, "batch_size": self.batch, "epoch_batches": self.epoch_batches}
         options |= {"eos": own.eos, "buffer": self.buffer, "seed": seed, "name": own.name}
@@ -139,9 +140,9 @@ class Stream(Lab):
 
 @dataclass(frozen=True)
 class Checkpoint(Lab):
-    """Lines stand on a checkpoint, none of whose layers learns: a process holds them once, for all of its models.
+    """Lines add exits to a checkpoint with frozen layers, which a process holds once for all of its models.
 
-    Of a line what belongs to its exits is kept, and nothing else.
+    Only the parameters of a line's exits are saved.
     """
 
     path: str = field(default="", repr=False)
@@ -149,7 +150,7 @@ class Checkpoint(Lab):
 
     @cached_property
     def hash(self) -> str:
-        """Of the text and of the checkpoint's files."""
+        """SHA-256 of the text and the checkpoint's files."""
         sha = hashlib.sha256(super().hash.encode())
         folder = hf.checkpoint_folder(self.path)
         for file in (folder / hf.CONFIG, *sorted(folder.glob("*.safetensors"))):
@@ -162,19 +163,19 @@ class Checkpoint(Lab):
         return hf.from_pretrained(self.path, dtype="float32", device=self.device)
 
     def model(self, layers: int | None, **shape: Any) -> ease.StandardTransformer:
-        """The first `layers` layers of the checkpoint, or all of them."""
+        """The first `layers` layers of the checkpoint, or all of them if None."""
         fresh = {"num_layers": layers or self.depth, "adapter_exits": (), "adapter_dim": 0, "classifier_exits": ()}
         model = self.build(asdict(self.backbone.config) | fresh | shape)
         model.trained_exits = {self.depth} if layers is None else set()
         return model
 
     def build(self, shape: Mapping[str, Any]) -> ease.StandardTransformer:
-        """Shares every weight of the checkpoint; what belongs to exits is the model's own."""
+        """A model that shares every weight of the checkpoint except the parameters of exits."""
         with torch.device("meta"):
             model = ease.StandardTransformer(**shape)
         known, like, state = self.backbone.state_dict(), self.backbone.embedding.weight, dict[str, torch.Tensor]()
         for name, value in model.state_dict().items():
-            if name not in known:  # which a file or an adapter's line will fill
+            if name not in known:  # filled from a file, or initialised by the strategy that adds it
                 state[name] = like.new_zeros(value.shape)
             else:
                 state[name] = known[name].clone() if of_exit(name) else known[name]
@@ -197,9 +198,9 @@ def of_exit(name: str) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointExamples(Checkpoint, Examples):
-    """Completions, on a checkpoint."""
+    """Completions, with exits on a checkpoint."""
 
 
 @dataclass(frozen=True)
 class CheckpointStream(Checkpoint, Stream):
-    """A stream of documents, on a checkpoint."""
+    """A stream of documents, with exits on a checkpoint."""

@@ -13,10 +13,10 @@ import tyro
 
 import ease
 from ease import Data, DeepSupervisionConfig, Policy, StandardTransformer, train
-from ease.data.tasks import ExampleBatches, load_classification
+from ease.data import ExampleBatches, load_classification
 from ease.devices import choose_device
-from ease.errors import told
-from ease.evaluation.tasks import cheapest, classification_figures
+from ease.errors import exit_on_error
+from ease.evaluation.tasks import cheapest_policy, classification_metrics
 from ease.progress import PrintProgress
 from ease.runs.store import save_model
 from ease.storage import run_folder, write_json
@@ -61,12 +61,12 @@ def main(
 
         exits = tuple(range(1, num_layers))
         policies = [Policy(exits, (threshold,) * len(exits)) for threshold in THRESHOLDS]
-        chosen, tried = cheapest(lambda policy: classification_figures(model, val, policy), policies)
+        chosen, tried = cheapest_policy(lambda policy: classification_metrics(model, val, policy), policies)
         scored = {"no routing": Policy(), "confidence": chosen, "patience": Policy.patient(exits, 2)}
         summary = {
             "labels": task.labels,
             "validation": tried,
-            "test": {name: classification_figures(model, test, policy) for name, policy in scored.items()},
+            "test": {name: classification_metrics(model, test, policy) for name, policy in scored.items()},
         }
         save_model(folder, model, chosen, ease_version=ease.__version__, labels=task.labels)
         task.tokenizer.save(str(folder / "tokenizer.json"))
@@ -81,5 +81,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with told():
+    with exit_on_error():
         tyro.cli(main)

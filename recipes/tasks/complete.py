@@ -13,10 +13,10 @@ import tyro
 
 import ease
 from ease import Data, DeepSupervisionConfig, Policy, StandardTransformer, score, train
-from ease.data.tasks import ExampleBatches, load_completion
+from ease.data import ExampleBatches, load_completion
 from ease.devices import choose_device
-from ease.errors import told
-from ease.evaluation.tasks import cheapest, completion_figures
+from ease.errors import exit_on_error
+from ease.evaluation.tasks import cheapest_policy, completion_metrics
 from ease.progress import PrintProgress
 from ease.runs.store import save_model
 from ease.storage import run_folder, write_json
@@ -62,10 +62,10 @@ def main(
 
         exits = tuple(range(1, num_layers))
         policies = [Policy(exits, (threshold,) * len(exits)) for threshold in THRESHOLDS]
-        chosen, tried = cheapest(lambda policy: score(model, val, policy).figures(), policies)
-        model.exit_layer, model.routing_threshold = chosen.exits or 1, chosen.thresholds or 0.0
+        chosen, tried = cheapest_policy(lambda policy: score(model, val, policy).metrics(), policies)
+        model.policy = chosen
         test = {
-            mode: completion_figures(model, task, task.test, batch_size, mode=mode, max_new_tokens=max_new_tokens)
+            mode: completion_metrics(model, task, task.test, batch_size, mode=mode, max_new_tokens=max_new_tokens)
             for mode in ("full", "routed")
         }
         summary = {"validation": tried, "test": test}
@@ -82,5 +82,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with told():
+    with exit_on_error():
         tyro.cli(main)

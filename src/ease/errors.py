@@ -1,4 +1,7 @@
-"""The one error that ease raises for bad input, and the checks that several modules share."""
+"""The error that ease raises for bad input, and the checks that several modules share.
+
+A message is one sentence that names the problem and the fix, since the command line prints it alone.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,54 @@ from typing import Any
 
 
 class EaseError(ValueError):
-    """Bad input, told in one sentence that names the fix.
+    """Bad input: a value, file or option that ease cannot work with.
 
-    It is a `ValueError`, so library users need not know it; the command line prints its message alone
-    and exits with code 2.
+    It is a `ValueError`, so callers of the library can catch it without importing it. The command line prints its
+    message to stderr and exits with status 2.
     """
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is none of the choices."""
+    """Raises EaseError unless `value` is one of `choices`."""
     if value not in choices:
         raise EaseError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
 def check_least(least: float, **values: float | None) -> None:
-    """Refuses numbers below `least`, and those that are none; None, where it is allowed, means a default."""
+    """Raises EaseError for a value below `least` or NaN. None passes: where it is allowed, it means a default."""
     for name, value in values.items():
         if value is not None and not value >= least:
             raise EaseError(f"{name} must be at least {least}, got {value}")
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a seed that some generator does not take."""
+    """Raises EaseError for a seed outside 0..2^63 - 1, a range that all random generators in use accept."""
     if not 0 <= seed < 2**63:
         raise EaseError(f"seed must lie in 0..2^63 - 1, got {seed}")
 
 
-def check_text(what: str, text: str) -> None:
-    """Refuses text that no UTF-8 stands for: half a pair of surrogates, which is how Python holds other bytes."""
+def check_text(name: str, text: str) -> None:
+    """Raises EaseError for text with a lone surrogate: UTF-8 cannot encode it, and tokenizers refuse it.
+
+    Python puts lone surrogates into strings for bytes that it could not decode, such as in command-line arguments.
+    """
     if found := re.search("[\ud800-\udfff]", text):
-        raise EaseError(f"{what} is no valid text at character {found.start() + 1}: give it in UTF-8")
+        raise EaseError(f"{name} is not valid text at character {found.start() + 1}: give it in UTF-8")
 
 
-def needs(module: str, extra: str) -> Any:
-    """The module, or the sentence that names the extra of ease with which it is installed."""
+def require(module: str, extra: str) -> Any:
+    """Imports an optional dependency.
+
+    Args:
+        module: its full name, such as "rouge_score.rouge_scorer".
+        extra: the extra of ease that installs it, such as "eval".
+
+    Returns:
+        The module.
+
+    Raises:
+        EaseError: the package is not installed; the message names the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -54,8 +71,13 @@ def needs(module: str, extra: str) -> Any:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Bad input inside ends the program: its sentence on stderr and exit code 2."""
+def exit_on_error() -> Iterator[None]:
+    """Prints an EaseError raised inside to stderr and exits with status 2, for scripts.
+
+    Example:
+        >>> with exit_on_error():
+        ...     tyro.cli(main)
+    """
     try:
         yield
     except EaseError as error:

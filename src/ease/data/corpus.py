@@ -1,4 +1,8 @@
-"""ease.data.corpus."""
+"""A tokenized corpus: text of a source in three splits, as ids, cached on disk.
+
+- The tokenizer is trained on the train split alone; every document ends with the token `<eos>`.
+- A cache file is named after a hash of its text, so that it can be deleted at any time and is never stale.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ease.data.sources import (
-    SPLITS,
-    WIKITEXT,
-    hub_name,
-    read_splits,
-)
-from ease.data.tokenizers import (
-    EOS,
-    _bpe_size,
-    _tokenizer_from,
-    encode,
-    train_tokenizer,
-)
+from ease.data.hub import WIKITEXT, hub_name
+from ease.data.sources import SPLITS, Splits, read_splits
+from ease.data.tokenizers import EOS, bpe_vocab_size, encode, tokenizer_from_json, train_tokenizer
 from ease.errors import check_least
 
 if TYPE_CHECKING:
@@ -38,17 +32,18 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1  # raise it when the same text should give other tokens
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Corpus
-
-
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """A tokenized text in three splits that share no document.
 
-    `train`, `val` and `test` are 1-D int32 tensors of token ids below `vocab_size`. `tokenizer_spec` is what
-    `load_corpus` was asked for, `tokenizer` the object it led to. `hash` is the SHA-256 of everything that
-    decides the tokens: the text of the splits, the tokenizer's spec and `max_tokens`.
+    Attributes:
+        name: what reports call the corpus.
+        tokenizer_spec: the spec that the tokenizer was trained from, or "given".
+        tokenizer: the tokenizer.
+        vocab_size: its number of tokens; every id lies below it.
+        train, val, test: 1-D int32 tensors of token ids.
+        hash: SHA-256 of everything that decides the tokens: the text of the splits, the tokenizer's spec and
+            `max_tokens`.
     """
 
     name: str
@@ -61,7 +56,7 @@ class Corpus:
     hash: str
 
     def describe(self) -> dict[str, Any]:
-        """What a report or a checkpoint says about the corpus: plain values, fit for JSON."""
+        """What reports and checkpoints record about the corpus: plain values, fit for JSON."""
         return {
             "name": self.name,
             "tokenizer": self.tokenizer_spec,
@@ -79,49 +74,65 @@ def load_corpus(
     max_tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Corpus:
-    """Read `source` (`read_splits`), train `tokenizer` on its train split (`train_tokenizer`), encode it all.
+    """Loads a text, trains a tokenizer on its train split, and encodes all three splits.
 
-    A `tokenizers.Tokenizer` is taken as it is, and `eos` is then the id that ends a text (none by default).
-    Only the first `max_tokens` tokens of train are kept; of a hub data set no more is read than they take.
-    The result is cached in `cache_dir`, by default `$EASE_CACHE` or `~/.cache/ease`. A data set on the hub is
-    fetched once, then taken from the cache; any other source is read every time, so its changes are seen.
+    A data set on the hub is fetched once and then taken from the cache. Every other source is read each time, so that
+    changes to its files are seen.
 
-    Raises EaseError for an unknown source or tokenizer, missing or empty text, and a hub out of reach.
+    Args:
+        source: "stdlib", a text file, a folder with train.txt and valid.txt, "wikitext-2", "wikitext-103" or
+            "hf:NAME/CONFIG"; `ease.data.sources.read_splits` says how each is split.
+        tokenizer: a spec ("bpe:N", "byte" or "word", see `train_tokenizer`), or a tokenizer to use as it is.
+        eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
+        max_tokens: tokens of train to keep; of a hub data set no more is read than they take.
+        cache_dir: where to cache the result; `$EASE_CACHE` or `~/.cache/ease` by default.
+
+    Returns:
+        The corpus, its splits as 1-D int32 tensors.
+
+    Raises:
+        EaseError: the source or the spec is unknown, a text is missing or empty, or the hub cannot be reached.
+
+    Example:
+        >>> corpus = load_corpus("stdlib", "bpe:2048", max_tokens=100_000)
+        >>> batches = TokenBatches(corpus.train, seq_len=64, batch_size=8, shuffle=True)
     """
     source = os.fspath(source)
-    given, spec = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, "given")
-    if given is None:
-        _bpe_size(spec)  # a wrong spec should not wait for the reading
+    given_tokenizer, spec = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, "given")
+    if given_tokenizer is None:
+        bpe_vocab_size(spec)  # refuse a wrong spec before the text is read
     check_least(1, max_tokens=max_tokens)
 
     hub = hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()
     splits = None if remote else read_splits(source, max_tokens)
-    identity = [f"{CACHE_VERSION} {spec} {max_tokens}", *([given.to_str(), str(eos)] if given else [])]
+    identity = [f"{CACHE_VERSION} {spec} {max_tokens}"]
+    if given_tokenizer:
+        identity += [given_tokenizer.to_str(), str(eos)]
     key = _digest([*identity, source] if splits is None else identity + _flat(splits))
     folder = Path(cache_dir or os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
     path = folder / f"{key}.npz"
 
-    stored = _read_cache(path)
-    if stored is None:
+    arrays = _read_cache(path)
+    if arrays is None:
         splits = splits or read_splits(source, max_tokens)
         with _spinner(f"tokenizing {source} ({spec})"):
-            trained = given or train_tokenizer(spec, splits["train"])
-            end = eos if given else trained.token_to_id(EOS)
-            stored = {split: encode(trained, splits[split], end) for split in SPLITS}
-        stored["train"] = stored["train"][:max_tokens]
-        stored["tokenizer"] = np.array(trained.to_str())
-        stored["hash"] = np.array(_digest(identity + _flat(splits)))
-        _write_cache(path, stored)
+            trained = given_tokenizer or train_tokenizer(spec, splits["train"])
+            end = eos if given_tokenizer else trained.token_to_id(EOS)
+            arrays = {split: encode(trained, splits[split], end) for split in SPLITS}
+        arrays["train"] = arrays["train"][:max_tokens]
+        arrays["tokenizer"] = np.array(trained.to_str())
+        arrays["hash"] = np.array(_digest(identity + _flat(splits)))
+        _write_cache(path, arrays)
 
-    tok = _tokenizer_from(str(stored["tokenizer"]))
+    loaded_tokenizer = tokenizer_from_json(str(arrays["tokenizer"]))
     return Corpus(
         name=_display_name(source),
         tokenizer_spec=spec,
-        tokenizer=tok,
-        vocab_size=tok.get_vocab_size(),
-        hash=str(stored["hash"]),
-        **{split: torch.from_numpy(stored[split]) for split in SPLITS},
+        tokenizer=loaded_tokenizer,
+        vocab_size=loaded_tokenizer.get_vocab_size(),
+        hash=str(arrays["hash"]),
+        **{split: torch.from_numpy(arrays[split]) for split in SPLITS},
     )
 
 
@@ -133,7 +144,8 @@ def _display_name(source: str) -> str:
     return local.resolve().name if local.exists() and source not in WIKITEXT else source
 
 
-def _flat(splits: dict[str, list[str]]) -> list[str]:
+def _flat(splits: Splits) -> list[str]:
+    """Every split's name followed by its documents."""
     return [part for split in SPLITS for part in (split, *splits[split])]
 
 
@@ -146,19 +158,23 @@ def _digest(parts: Iterable[str]) -> str:
     return sha.hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The cache
+
+
 def _read_cache(path: Path) -> dict[str, Any] | None:
-    """What `_write_cache` put there, or None if it is missing or damaged."""
+    """The arrays that `_write_cache` stored, or None if the file is missing or damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays.zip.testzip():  # reading alone stops short of the checksum if a shape is damaged
                 return None
             return {name: arrays[name] for name in (*SPLITS, "tokenizer", "hash")}
-    except Exception:  # whatever a damaged file makes numpy and zipfile raise, the cure is to build it again
+    except Exception:  # numpy and zipfile raise many types for a damaged file; it is rebuilt in every case
         return None
 
 
 def _write_cache(path: Path, arrays: dict[str, Any]) -> None:
-    """A kill at any moment leaves the old file or the new one."""
+    """Replaces the file in one step, so that a kill at any moment leaves the old file or the new one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

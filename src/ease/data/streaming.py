@@ -1,10 +1,11 @@
-"""Corpora of any size: documents are read, packed into full rows and shuffled while training goes on.
+"""Streams of documents: corpora of any size, read, packed into full rows and shuffled during training.
 
-- A row of a batch is full of documents, each a segment with positions of its own: no token attends across documents,
-  and the last token of one has no target. A document that ends beyond its row goes on in the next, as a new segment.
-- Rows are shuffled in a buffer of fixed size. Its content belongs to the stream's state, so that a stream resumed from
-  its state gives the same batches to the bit.
-- Documents that validate or test are never trained on: they come from the corpus' own splits, or from the front of
+- A row of a batch is packed with documents, each a segment with its own positions: no token attends across documents,
+  and the last token of a document has no target. A document that exceeds its row continues in the next one, as a new
+  segment.
+- Rows are shuffled in a buffer of fixed size. The buffer's content is part of the stream's state, so that a stream
+  resumed from its state gives bit-identical batches.
+- Documents that validate or test are never trained on: they come from the corpus' own splits, or from the beginning of
   train, which training then skips.
 """
 
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.data.sources import hub_name, open_data_set, reading, text_column
+from ease.data.hub import hub_errors, hub_name, open_data_set, text_column
+from ease.data.sources import HELD_OUT_NAMES
 from ease.data.tokenizers import EOS, encode, train_tokenizer
 from ease.errors import EaseError, check_least, check_seed
 from ease.interface import IGNORE, Batch, Layout
@@ -28,16 +30,28 @@ if TYPE_CHECKING:
 
 TOKENIZER_DOCUMENTS = 2000  # documents of train that a tokenizer is trained on
 
+# ---------------------------------------------------------------------------------------------------------
+# Packing
+
 
 class Packer:
-    """Cuts documents, 1-D tensors of ids one after another, into full rows."""
+    """Packs documents into full rows.
+
+    Args:
+        documents: 1-D int32 ids, one document after another.
+        seq_len: tokens per row.
+    """
 
     def __init__(self, documents: Iterator[Tensor], seq_len: int) -> None:
-        self.documents, self.seq_len = documents, seq_len
+        self.documents = documents
+        self.seq_len = seq_len
         self.rest = torch.zeros(0, dtype=torch.int32)  # of the document that the next row begins with
 
     def row(self) -> Tensor | None:
-        """(3, T) int32: ids, targets and segments, -1 for padding where the documents end; None after that."""
+        """The next row (3, T) int32: ids, targets and segments; None after the last document.
+
+        Segments are -1 for padding, which only the last row has.
+        """
         T, filled, segment = self.seq_len, 0, 0
         row = torch.tensor([[0], [IGNORE], [-1]], dtype=torch.int32).repeat(1, T)
         while filled < T:
@@ -45,36 +59,54 @@ class Packer:
                 self.rest = next(self.documents, self.rest)
                 if not len(self.rest):
                     break
-            ids, targets = self.rest[: T - filled], self.rest[1 : T - filled + 1]
+            ids = self.rest[: T - filled]
+            targets = self.rest[1 : T - filled + 1]
             row[0, filled : filled + len(ids)] = ids
             row[1, filled : filled + len(targets)] = targets
             row[2, filled : filled + len(ids)] = segment
-            self.rest, filled, segment = self.rest[len(ids) :], filled + len(ids), segment + 1
+            self.rest = self.rest[len(ids) :]
+            filled += len(ids)
+            segment += 1
         return row if filled else None
 
 
 def batch_of(rows: list[Tensor]) -> Batch:
     """Rows (3, T) of a packer -> a batch (B, T) with its layout; positions restart with each segment."""
     x, y, segments = torch.stack(rows).long().unbind(1)
-    places = torch.arange(x.shape[1]).expand_as(x)
+    columns = torch.arange(x.shape[1]).expand_as(x)
     begins = segments.diff(dim=1, prepend=segments.new_full((len(rows), 1), -2)) != 0
-    positions = places - places.masked_fill(~begins, 0).cummax(1).values
+    positions = columns - columns.masked_fill(~begins, 0).cummax(1).values
     return Batch(x, y, layout=Layout(positions, segments))
 
 
-class StreamBatches:
-    """Shuffled batches of packed rows (B, T), without end: an epoch is a slice, and the next one goes on behind it.
+def documents(name: str, rows: Any, tokenizer: Tokenizer, eos: int | None) -> Iterator[Tensor]:
+    """The ids of each document that has any, 1-D int32, with `eos` after it."""
+    with hub_errors(name):
+        for text in text_column(name, rows):
+            if text.strip() and len(ids := encode(tokenizer, [text], eos)):  # a normalizer may remove a whole text
+                yield torch.from_numpy(ids)
 
-    When the documents end they start anew. `state_dict()`, taken between two batches, is where the stream stands:
-    tensors, numbers and strings. A stream made with the same arguments that loads it goes on with the same batches.
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class StreamBatches:
+    """Endless shuffled batches of packed rows (B, T): an epoch is a slice, and the next one continues after it.
+
+    When the documents end, they start anew. `state_dict()`, taken between two batches, is the position of the stream as
+    tensors, numbers and strings. A stream made with the same arguments that loads it continues with the same batches.
 
     Args:
-        rows: a `datasets.IterableDataset` with a column "text", a row a document.
-        eos: the id that ends a document (None: none).
-        epoch_batches: batches in an epoch.
-        buffer: rows to shuffle among; no more are ever held. 1 keeps the order.
-        seed: of the order.
-        name: of the corpus, for errors.
+        rows: a `datasets.IterableDataset` with a column "text", one document per row.
+        tokenizer: encodes the documents.
+        eos: the id that ends a document, or None.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        epoch_batches: batches per epoch.
+        buffer: rows to shuffle among, and the most that are held; 1 keeps the order.
+        seed: random seed of the order.
+        name: the corpus' name, for errors.
     """
 
     def __init__(
@@ -92,9 +124,14 @@ class StreamBatches:
     ) -> None:
         check_least(1, seq_len=seq_len, batch_size=batch_size, epoch_batches=epoch_batches, buffer=buffer)
         check_seed(seed)
-        self.rows, self.tokenizer, self.eos, self.name = rows, tokenizer, eos, name
-        self.batch_size, self.epoch_batches, self.buffer = batch_size, epoch_batches, buffer
-        self.passes = 0  # over the documents, those before this one
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.name = name
+        self.batch_size = batch_size
+        self.epoch_batches = epoch_batches
+        self.buffer = buffer
+        self.passes = 0  # completed passes over the documents
         self.held: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.packer = Packer(self._documents(), seq_len)
@@ -108,6 +145,7 @@ class StreamBatches:
             yield batch_of([self._draw() for _ in range(self.batch_size)])
 
     def _draw(self) -> Tensor:
+        """Takes a random row out of the full buffer."""
         while len(self.held) < self.buffer:
             row = self.packer.row()
             assert row is not None  # documents have no end
@@ -117,18 +155,18 @@ class StreamBatches:
         return self.held.pop()
 
     def _documents(self) -> Iterator[Tensor]:
-        idle = 0  # passes without a document; the one that a state was taken in may have been over
-        while idle < 2:
-            idle += 1
+        empty_passes = 0  # a state may have been taken at the end of a pass, so that one empty pass is no error
+        while empty_passes < 2:
+            empty_passes += 1
             self.rows.set_epoch(self.passes)  # a state that was loaded holds for its own pass alone
             for ids in documents(self.name, self.rows, self.tokenizer, self.eos):
-                idle = 0
+                empty_passes = 0
                 yield ids
             self.passes += 1
         raise EaseError(f"{self.name} has no text to train on: give more documents, or hold out fewer")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; nothing in it changes as the stream goes on."""
+        """The position of the stream, as copies that later batches do not change."""
         return {
             "rows": self.rows.state_dict(),
             "passes": self.passes,
@@ -138,30 +176,38 @@ class StreamBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken; raises `EaseError` if that was a stream of another shape."""
+        """Moves the stream to where `state` was taken.
+
+        Raises:
+            EaseError: the state comes from a stream of another `seq_len` or with a larger buffer.
+        """
         seq_len = state["held"].shape[2]
         if seq_len != self.packer.seq_len or len(state["held"]) > self.buffer:
             raise EaseError(
-                f"this state holds {len(state['held'])} rows of {seq_len} tokens, and the stream is for "
-                f"{self.buffer} of {self.packer.seq_len}: make it with the settings that the state was taken with"
+                f"the state holds {len(state['held'])} rows of {seq_len} tokens, and the stream is set to "
+                f"{self.buffer} of {self.packer.seq_len}: use the buffer and seq_len that the state was saved with"
             )
-        self.passes, self.held = state["passes"], list(state["held"].clone())
+        self.passes = state["passes"]
+        self.held = list(state["held"].clone())
         self.generator.set_state(state["generator"])
         self.packer = Packer(self._documents(), seq_len)
         self.packer.rest = state["rest"].clone()
         self.rows.load_state_dict(state["rows"])
 
 
-def documents(name: str, rows: Any, tokenizer: Tokenizer, eos: int | None) -> Iterator[Tensor]:
-    """The ids of each document that has any, 1-D int32, `eos` behind it."""
-    with reading(name):
-        for text in text_column(name, rows):
-            if text.strip() and len(ids := encode(tokenizer, [text], eos)):  # a tokenizer may leave nothing of a text
-                yield torch.from_numpy(ids)
+# ---------------------------------------------------------------------------------------------------------
+# Loading
 
 
 class Stream(NamedTuple):
-    """A corpus that is read as it is needed: an endless train split and two fixed ones held out."""
+    """A corpus that is read while it is used: an endless train split and two fixed held-out splits.
+
+    Args:
+        tokenizer: the tokenizer.
+        eos: the id that ends a document, or None.
+        train: endless batches.
+        val, test: all batches of the split, in order.
+    """
 
     tokenizer: Tokenizer
     eos: int | None
@@ -182,37 +228,53 @@ def load_stream(
     buffer: int = 4096,
     seed: int = 0,
 ) -> Stream:
-    """Opens a corpus of any size, through `datasets` streaming.
+    """Opens a corpus of any size through `datasets` streaming.
 
     Args:
-        source: "hf:NAME" or "hf:NAME/CONFIG" on the Hugging Face hub (hf:allenai/c4/en), or local files, .jsonl or
-            .parquet, `*` allowed in the name; a row is a document, its text in the column "text".
-        tokenizer: a spec, of which one is trained on the first 2000 documents of train, or a finished one.
-        eos: the id that ends a document, for a finished tokenizer (none by default).
-        epoch_batches: batches of train in an epoch.
-        held_out: documents of val, and of test: the first of the corpus' own split, or, where it has none, the first of
-            train, for val and then for test. Train begins behind them.
+        source: "hf:NAME" or "hf:NAME/CONFIG" on the Hugging Face hub (hf:allenai/c4/en), or local .jsonl or .parquet
+            files, with `*` allowed in the file name. A row is a document, with its text in the column "text".
+        tokenizer: a spec, which is trained on the first 2000 documents of train (`train_tokenizer`), or a tokenizer to
+            use as it is.
+        eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        epoch_batches: batches of train per epoch.
+        held_out: documents of val, and of test. They are the first of the corpus' own split; without one, the first of
+            train, for val and then for test, and training starts after them.
         buffer: rows of train to shuffle among.
+        seed: random seed of the order.
+
+    Returns:
+        The tokenizer and the batches of the three splits.
 
     Raises:
         EaseError: the source is unknown, cannot be read, or has no text for one of the splits.
+
+    Example:
+        >>> stream = load_stream("hf:allenai/c4/en", "bpe:8192", seq_len=256, epoch_batches=500)
+        >>> data = Data(stream.train, stream.val)
     """
     name = os.fspath(source)
     check_least(1, held_out=held_out)
-    with reading(name):
-        found = _open(name)
-        if "train" not in found:
-            raise EaseError(f"{name} has no split 'train' (only {', '.join(found)}): use another")
-        kept, skip = {}, 0
-        for split, theirs in (("val", "validation"), ("test", "test")):
-            kept[split] = found[theirs].take(held_out) if theirs in found else found["train"].skip(skip).take(held_out)
-            skip += 0 if theirs in found else held_out
-        learn = found["train"].skip(skip)
+    with hub_errors(name):
+        data_set = _open(name)
+        if "train" not in data_set:
+            raise EaseError(f"{name} has no split 'train' (splits: {', '.join(data_set)}): use another data set")
+        train_rows = data_set["train"]
+        held_out_rows = {}
+        skip = 0
+        for split, hub_split in HELD_OUT_NAMES.items():
+            if hub_split in data_set:
+                held_out_rows[split] = data_set[hub_split].take(held_out)
+            else:
+                held_out_rows[split] = train_rows.skip(skip).take(held_out)
+                skip += held_out
+        train_rows = train_rows.skip(skip)
         if isinstance(tokenizer, str):
-            tokenizer = train_tokenizer(tokenizer, text_column(name, learn.take(TOKENIZER_DOCUMENTS)))
+            tokenizer = train_tokenizer(tokenizer, text_column(name, train_rows.take(TOKENIZER_DOCUMENTS)))
             eos = tokenizer.token_to_id(EOS)
     train = StreamBatches(
-        learn,
+        train_rows,
         tokenizer,
         eos=eos,
         seq_len=seq_len,
@@ -222,7 +284,9 @@ def load_stream(
         seed=seed,
         name=name,
     )
-    val, test = (_fixed(name, split, kept[split], tokenizer, eos, seq_len, batch_size) for split in ("val", "test"))
+    val, test = (
+        _pack_all(name, split, rows, tokenizer, eos, seq_len, batch_size) for split, rows in held_out_rows.items()
+    )
     return Stream(tokenizer, eos, train, val, test)
 
 
@@ -232,16 +296,16 @@ def _open(name: str) -> Any:
     if hub is not None:
         return open_data_set(*hub)
     files = sorted(Path(name).parent.glob(Path(name).name))
-    kinds = {"json" if ".json" in file.name else file.suffix[1:] for file in files}
-    if kinds not in ({"json"}, {"parquet"}):
+    formats = {"json" if ".json" in file.name else file.suffix[1:] for file in files}
+    if formats not in ({"json"}, {"parquet"}):
         raise EaseError(f"no stream of documents at {name!r}: use hf:NAME/CONFIG, or .jsonl or .parquet files")
-    return open_data_set(kinds.pop(), data_files={"train": [str(file) for file in files]})
+    return open_data_set(formats.pop(), data_files={"train": [str(file) for file in files]})
 
 
-def _fixed(
+def _pack_all(
     name: str, split: str, rows: Any, tokenizer: Tokenizer, eos: int | None, seq_len: int, batch_size: int
 ) -> list[Batch]:
-    """All documents of a split that is held out, in order; the end of the last row is padding."""
+    """All documents of a held-out split, in order; the end of the last row is padding."""
     packer = Packer(documents(name, rows, tokenizer, eos), seq_len)
     packed = list(iter(packer.row, None))
     batches = [batch_of(packed[i : i + batch_size]) for i in range(0, len(packed), batch_size)]

@@ -1,22 +1,18 @@
-"""ease.evaluation.tasks."""
+"""Predictions and metrics of classification and completion, under routing or at full depth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ease.data.tasks import (
-    Example,
-    ExampleBatches,
-    Task,
-    pad,
-)
-from ease.errors import needs
+from ease.data.batches import Example, ExampleBatches, pad
+from ease.data.tasks import Task
+from ease.errors import require
 from ease.evaluation.scoring import score
 from ease.generation.decode import generate
 from ease.interface import IGNORE, ExitModel, Layout, eval_mode
@@ -24,53 +20,76 @@ from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import routed_forward
 
-if TYPE_CHECKING:
-    pass
-
-
 # ---------------------------------------------------------------------------------------------------------
-# Figures
+# Classification
 
 
 @torch.no_grad()
 def predict(
     model: ExitModel, x: Tensor, layout: Layout | None = None, policy: Policy | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) -> the likeliest output at each token (B, T) and the exit it left by (B, T), in a routed forward.
+    """Predicts the most likely output of every token in a routed forward.
 
-    Both are -1 where no head was asked: at padding and, in a classifier, before the last token.
+    Args:
+        model: a classifier or a language model, with the ids on its device.
+        x: (B, T) ids.
+        layout: positions and segments; by default one segment a row without padding.
+        policy: exits and thresholds; full depth by default.
+
+    Returns:
+        Outputs (B, T) and exits (B, T). Both are -1 where the head is not evaluated: at padding and, in a classifier,
+        before the last token of a row.
     """
-    likeliest, exits = torch.full_like(x, -1), torch.full_like(x, -1)
+    predictions = torch.full_like(x, -1)
+    exits = torch.full_like(x, -1)
+    steps = routed_forward(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1))
     with eval_mode(model):
-        for stop in routed_forward(
-            model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1)
-        ):
-            if stop.read is not None:
-                likeliest[stop.left], exits[stop.left] = stop.read, stop.layer
-    return likeliest, exits
+        for step in steps:
+            if step.read is not None:
+                predictions[step.left] = step.read
+                exits[step.left] = step.layer
+    return predictions, exits
 
 
 def macro_f1(predicted: Tensor, targets: Tensor) -> float:
-    """The mean F1 over the labels that occur, predicted and targets (N,): 2 hits / (times predicted + times right)."""
+    """The mean F1 over the labels that occur.
+
+    Per label, F1 is 2 * hits / (times predicted + times in the targets).
+
+    Args:
+        predicted, targets: (N,) class numbers.
+    """
     size = int(max(predicted.max(), targets.max())) + 1
     hits = torch.bincount(targets[predicted == targets], minlength=size)
-    named = torch.bincount(predicted, minlength=size) + torch.bincount(targets, minlength=size)
-    return (2 * hits[named > 0] / named[named > 0]).mean().item()
+    occurrences = torch.bincount(predicted, minlength=size) + torch.bincount(targets, minlength=size)
+    occurs = occurrences > 0
+    return (2 * hits[occurs] / occurrences[occurs]).mean().item()
 
 
-def classification_figures(model: ExitModel, batches: ExampleBatches, policy: Policy | None = None) -> dict[str, Any]:
-    """Accuracy `acc`, macro `f1`, `loss`, and what routing made of it, as `Scores.figures` says for tokens.
+def classification_metrics(model: ExitModel, batches: ExampleBatches, policy: Policy | None = None) -> dict[str, Any]:
+    """Scores a classifier under a policy.
 
-    `exit_shares`, `shallow_ratio` and `compute_cost` count sequences; `flops_per_token` is per token read.
+    Args:
+        model: a model with `num_labels`.
+        batches: the examples.
+        policy: exits and thresholds; full depth by default.
+
+    Returns:
+        "f1" (macro), and of `Scores.metrics` "acc", "loss", "exit_shares", "shallow_ratio", "compute_cost",
+        "flops_per_token" and "seconds". FLOPs are per token read; all else counts sequences.
     """
-    figures = score(model, batches, policy).figures()
+    metrics = score(model, batches, policy).metrics()
     device = next(model.parameters()).device
     pairs = []
     for batch in (batch.to(device) for batch in batches):
-        likeliest, _ = predict(model, batch.x, batch.layout, policy)
-        pairs.append(torch.stack([likeliest[batch.scored], batch.y[batch.scored]]))
+        predictions, _ = predict(model, batch.x, batch.layout, policy)
+        pairs.append(torch.stack([predictions[batch.scored], batch.y[batch.scored]]))
     names = ("acc", "loss", "exit_shares", "shallow_ratio", "compute_cost", "flops_per_token", "seconds")
-    return {"f1": macro_f1(*torch.cat(pairs, 1)), **{name: figures[name] for name in names}}
+    return {"f1": macro_f1(*torch.cat(pairs, 1)), **{name: metrics[name] for name in names}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Completion
 
 
 def complete(
@@ -81,19 +100,27 @@ def complete(
     mode: Literal["full", "routed"] = "full",
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """The likeliest completion of each prompt (T_i,), as one batch.
+    """Completes prompts by greedy decoding, as one batch.
 
-    "routed" is by the model's own policy, and full where that has no exits.
+    Args:
+        model: a language model.
+        task: its tokenizer decodes the completions, and its `eos` ends them.
+        prompts: ids (T_i,) of each prompt.
+        mode: "routed" follows `model.policy`; if that has no exit, it is the same as "full".
+        max_new_tokens: tokens per completion at most.
+
+    Returns:
+        The text of each completion.
     """
     x, layout = pad(prompts)
     eos = -1 if task.eos is None else task.eos
-    mode = mode if Policy.own(model).exits else "full"
-    made = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=eos)
-    rows = [tokens[(exits > 0) & (tokens != eos)].tolist() for tokens, exits in zip(made.tokens, made.exits)]
+    mode = mode if model.policy.exits else "full"
+    result = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=eos)
+    rows = [tokens[(exits > 0) & (tokens != eos)].tolist() for tokens, exits in zip(result.tokens, result.exits)]
     return [task.tokenizer.decode(row) for row in rows]
 
 
-def completion_figures(
+def completion_metrics(
     model: StandardTransformer,
     task: Task,
     examples: Sequence[Example],
@@ -102,40 +129,71 @@ def completion_figures(
     mode: Literal["full", "routed"] = "full",
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """`Scores.figures` over the completions' tokens, and `rouge_l` of what the model writes after each prompt.
-
-    "routed" is by the model's own policy, and full where that has no exits.
-    """
-    written, wanted = [], []
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        prompts = [e.ids[: int((e.targets == IGNORE).sum()) + 1] for e in part]
-        written += complete(model, task, prompts, mode=mode, max_new_tokens=max_new_tokens)
-        wanted += [task.tokenizer.decode(e.targets[e.targets != IGNORE].tolist()) for e in part]
-    policy = Policy.own(model) if mode == "routed" else Policy()
-    figures = score(model, ExampleBatches(examples, batch_size), policy).figures()
-    return {**figures, "rouge_l": rouge_l(written, wanted)}
-
-
-def rouge_l(written: Sequence[str], wanted: Sequence[str]) -> float:
-    """The mean ROUGE-L F-measure (Lin 2004) in [0, 1], by `rouge-score` without stemming; it reads a-z and 0-9 only."""
-    scorer = needs("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"])
-    pairs = zip(wanted, written, strict=True)
-    return float(np.mean([scorer.score(target, prediction)["rougeL"].fmeasure for target, prediction in pairs]))
-
-
-def cheapest(
-    measure: Callable[[Policy], dict[str, Any]], policies: Iterable[Policy], quality: str = "acc"
-) -> tuple[Policy, list[dict[str, Any]]]:
-    """The policy of fewest FLOPs a token whose `quality` is no worse than without routing; none is one of them, too.
+    """Scores the completions of examples, as likelihood and as generated text.
 
     Args:
-        measure: the figures of a policy, on validation.
+        model: a language model.
+        task: the task that the examples come from.
+        examples: prompts with their completions.
+        batch_size: examples per batch.
+        mode: "routed" follows `model.policy`; if that has no exit, it is the same as "full".
+        max_new_tokens: tokens per generated completion at most.
 
     Returns:
-        The policy, and the figures of each that was tried, with the policy's fields as `policy`.
+        `Scores.metrics` over the tokens of the completions, and "rouge_l" of the generated text.
+
+    Raises:
+        EaseError: the package rouge-score is not installed.
+    """
+    predictions, references = [], []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        prompts = [example.ids[: int((example.targets == IGNORE).sum()) + 1] for example in part]
+        predictions += complete(model, task, prompts, mode=mode, max_new_tokens=max_new_tokens)
+        references += [task.tokenizer.decode(example.targets[example.targets != IGNORE].tolist()) for example in part]
+    policy = model.policy if mode == "routed" else Policy()
+    metrics = score(model, ExampleBatches(examples, batch_size), policy).metrics()
+    return {**metrics, "rouge_l": rouge_l(predictions, references)}
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean ROUGE-L F-measure (Lin 2004) in [0, 1].
+
+    Computed by `rouge-score` without stemming, which ignores all characters but a-z and 0-9.
+
+    Raises:
+        EaseError: the package rouge-score is not installed.
+    """
+    scorer = require("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"])
+    pairs = zip(references, predictions, strict=True)
+    return float(np.mean([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Choice of a policy
+
+
+def cheapest_policy(
+    measure: Callable[[Policy], dict[str, Any]], policies: Iterable[Policy], quality: str = "acc"
+) -> tuple[Policy, list[dict[str, Any]]]:
+    """Chooses the policy with the fewest FLOPs per token among those that lose no quality.
+
+    Full depth is always a candidate, so that there is a choice even if every policy loses quality.
+
+    Args:
+        measure: the metrics of a policy, on validation.
+        policies: the candidates.
+        quality: the metric that must not fall below its value at full depth; higher is better.
+
+    Returns:
+        The policy, and the metrics of every candidate, each with the policy's fields as "policy".
+
+    Example:
+        >>> policies = [Policy((1, 2), (t, t)) for t in (0.7, 0.9)]
+        >>> policy, tried = cheapest_policy(lambda policy: classification_metrics(model, val, policy), policies)
     """
     tried = [(policy, measure(policy)) for policy in (Policy(), *policies)]
-    good = [(policy, f) for policy, f in tried if f[quality] >= tried[0][1][quality]]
-    best, _ = min(good, key=lambda pair: pair[1]["flops_per_token"])
-    return best, [{"policy": asdict(policy), **figures} for policy, figures in tried]
+    full_depth = tried[0][1][quality]
+    lossless = [(policy, metrics) for policy, metrics in tried if metrics[quality] >= full_depth]
+    best, _ = min(lossless, key=lambda pair: pair[1]["flops_per_token"])
+    return best, [{"policy": asdict(policy), **metrics} for policy, metrics in tried]

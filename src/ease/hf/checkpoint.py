@@ -25,7 +25,7 @@ from torch import Tensor
 from ease.data.tokenizers import EOS, PAD
 from ease.data.tokenizers import load_tokenizer as read_tokenizer
 from ease.devices import choose_device, choose_dtype
-from ease.errors import EaseError, needs
+from ease.errors import EaseError, require
 from ease.hf.config import read_config, write_config
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
@@ -162,7 +162,7 @@ def checkpoint_folder(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name := os.fspath(name_or_path)) or name.startswith("."):
         raise EaseError(f"there is no folder {path}: pass a checkpoint's folder, or its name on the Hugging Face hub")
-    hub = needs("huggingface_hub", "hf")
+    hub = require("huggingface_hub", "hf")
     try:
         # Never more than this: no pickle, no code.
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
@@ -205,12 +205,12 @@ def from_pretrained(
         options = {} if native else asdict(read_config(raw))
         if own:
             options |= own["model"]
-            options |= {"exit_layer": own["exits"] or 1, "routing_threshold": own["thresholds"] or 0.0}
         with torch.device("meta"):
             model = DeepSupervisionTransformer(**options)
         model.trained_exits = set(own["trained_exits"]) if own else {model.num_layers}
-        model.policy_options = own.get("options", {}) if own else {}
-        Policy.own(model)
+        if own:
+            model.policy = Policy.of(own["exits"], own["thresholds"], **own.get("options", {}))
+            model.policy.check(model.num_layers)
         calibration = dict(own.get("calibration", {})) if own else {}
     except EaseError:
         raise
@@ -338,9 +338,9 @@ def save_pretrained(
     """
     from safetensors.torch import save_file
 
-    hub = needs("huggingface_hub", "hf")
+    hub = require("huggingface_hub", "hf")
     stock, exits = _split(model)
-    policy = Policy.own(model)
+    policy = model.policy
     with run_folder(Path(folder), overwrite) as partial:
         token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
         config = write_config(model.config, token_ids, next(model.parameters()).dtype)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from ease.devices import choose_device
-from ease.errors import EaseError, needs, told
+from ease.errors import EaseError, exit_on_error, require
 from ease.evaluation.scoring import score
 from ease.flops import classifier_flops, exit_flops, layer_flops, real_pairs
 from ease.interface import IGNORE, Batch, Layout
-from ease.routing.confidence import kind
+from ease.routing.confidence import measure_named
 
 try:
     from lm_eval.api.registry import register_model
@@ -30,8 +30,8 @@ try:
 
     from ease.hf.model import EaseForCausalLM
 except ImportError:
-    with told() if __name__ == "__main__" else nullcontext():
-        needs("lm_eval.models.huggingface", "eval")
+    with exit_on_error() if __name__ == "__main__" else nullcontext():
+        require("lm_eval.models.huggingface", "eval")
     raise
 
 Request = tuple[Any, list[int], list[int]]  # what was asked in words, the context's ids, the continuation's ids
@@ -151,7 +151,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
             self.flops += layer_flops(config, made, int(arrived.sum()), real_pairs(arrived, layout))
         for layer in policy.exits:
             # Every token is asked at every exit, by some measures without the head until it leaves.
-            asked = exits >= layer if kind(policy.confidence).needs_head else exits == layer
+            asked = exits >= layer if measure_named(policy.confidence).needs_head else exits == layer
             self.flops += exit_flops(config, int(asked.sum()), layer)
             if policy.confidence == "classifier":
                 self.flops += classifier_flops(config, int((exits >= layer).sum()))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ease.errors import EaseError, needs
+from ease.errors import EaseError, require
 from ease.hf.checkpoint import NATIVE, checkpoint_folder, from_pretrained, read_json
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
@@ -32,7 +32,7 @@ try:
 
     from ease.hf.cache import EaseCache
 except ImportError:
-    needs("transformers", "hf")
+    require("transformers", "hf")
     raise
 
 
@@ -96,9 +96,10 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
         super().__init__(config)
         if model is None:
-            policy: dict[str, Any] = {"exit_layer": config.exits or 1, "routing_threshold": config.thresholds or 0.0}
-            model = DeepSupervisionTransformer(**(config.model or {}), **policy)
-            model.trained_exits, model.policy_options = set(config.trained_exits), dict(config.policy_options or {})
+            model = DeepSupervisionTransformer(**(config.model or {}))
+            model.policy = Policy.of(config.exits, config.thresholds, **(config.policy_options or {}))
+            model.policy.check(model.num_layers)
+            model.trained_exits = set(config.trained_exits)
         self.model = model
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
@@ -146,7 +147,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def policy(self) -> Policy:
         """Where tokens leave in evaluation mode."""
-        return Policy.own(self.model)
+        return self.model.policy
 
     def set_routing(self, threshold: float | Sequence[float], exits: int | Sequence[int] | None = None) -> None:
         """Turns early exit on for everything that runs this model in evaluation mode.
@@ -162,8 +163,9 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         if not chosen:
             raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
         thresholds = [float(threshold)] * len(chosen) if isinstance(threshold, int | float) else list(threshold)
-        Policy.of(chosen, thresholds).check(self.model.num_layers)
-        self.model.exit_layer, self.model.routing_threshold = chosen, thresholds
+        policy = Policy.of(chosen, thresholds, **self.model.policy.options)
+        policy.check(self.model.num_layers)
+        self.model.policy = policy
         self.config.exits, self.config.thresholds = list(chosen), thresholds
 
     def get_input_embeddings(self) -> nn.Module:
@@ -257,7 +259,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         exits = real * self.model.num_layers
         native = None if cache is None else cache.native
         for stop in routed_forward(
-            self.model, ids, self.policy, layout=layout, read=read, wanted=rows >= 0, cache=native
+            self.model, ids, self.policy, layout=layout, read=read, required=rows >= 0, cache=native
         ):
             exits[stop.left] = stop.layer
         if cache is not None:
@@ -320,7 +322,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _told(model: DeepSupervisionTransformer) -> dict[str, Any]:
     """What a config tells of a model."""
-    policy = Policy.own(model)
+    policy = model.policy
     return {
         "model": asdict(model.config),
         "exits": policy.exits,

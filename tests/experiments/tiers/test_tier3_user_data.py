@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import ease
 from ease.cli.main import main
 from ease.data.tokenizers import train_tokenizer
-from ease.evaluation.tasks import classification_figures
+from ease.evaluation.tasks import classification_metrics
 from experiments.harness import running
 from experiments.harness.scheduler import BASE, PART, Plan
 from experiments.tiers import tier3_user_data as given
@@ -178,7 +178,7 @@ def test_accuracy_and_f1_are_those_of_the_model_that_was_kept() -> None:
     model = plan.model(plan.rows()[entry["key"]])
     for point in entry["points"]:
         policy = ease.Policy(tuple(point["exits"]), tuple(point["thresholds"]))
-        found = classification_figures(model, lab.test, policy)
+        found = classification_metrics(model, lab.test, policy)
         assert [point["test"][name] for name in ("acc", "f1")] == pytest.approx([found["acc"], found["f1"]])
 
 
@@ -191,7 +191,7 @@ def test_rouge_is_that_of_what_is_written_under_the_routing(monkeypatch: pytest.
         seen.append((model.policy, mode, len(examples), max_new_tokens))
         return {"rouge_l": 0.5}
 
-    monkeypatch.setattr("experiments.harness.task_labs.completion_figures", figures)
+    monkeypatch.setattr("experiments.harness.task_labs.completion_metrics", figures)
     policies = [ease.Policy((1,), (0.3,), "classifier"), ease.Policy()]
     model = lab.model(2)
     assert [lab.further(model, policy) for policy in policies] == [{"rouge_l": 0.5}] * 2
@@ -226,8 +226,8 @@ def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_p
             assert shared != part.startswith("exit_"), part
         assert (model.output_head.weight is model.embedding.weight) == tied
         full = next(point for point in row["sweep"] if not point["exits"])["val"]
-        assert ease.score(model, lab.val).figures()["loss"] == pytest.approx(full["loss"]), name
-    untouched = ease.score(ease.from_pretrained(lab.path), lab.val).figures()["loss"]
+        assert ease.score(model, lab.val).metrics()["loss"] == pytest.approx(full["loss"]), name
+    untouched = ease.score(ease.from_pretrained(lab.path), lab.val).metrics()["loss"]
     full = {name: next(p for p in row["sweep"] if not p["exits"])["val"]["loss"] for name, row in rows.items()}
     whole = {name: loss for name, loss in full.items() if not name.startswith("cut")}
     assert whole == pytest.approx(dict.fromkeys(whole, untouched)), "exits change nothing at full depth"
@@ -247,7 +247,7 @@ def test_a_cut_checkpoint_is_its_first_layers_and_learns_its_norm_alone(tmp_path
     trained = plan.model(row).state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, trained[name])}
     assert moved == {"exit_norms.1.weight"}
-    assert row["val"]["loss"] < ease.score(cut, lab.val).figures()["loss"]
+    assert row["val"]["loss"] < ease.score(cut, lab.val).metrics()["loss"]
 
 
 def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

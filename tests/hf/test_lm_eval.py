@@ -134,7 +134,7 @@ def test_generated_text_costs_what_a_cache_leaves_to_do(
 
 def test_a_measure_without_head_costs_a_head_only_where_a_token_leaves(folder: Path) -> None:
     lm = EaseLM(str(folder), 0.5, 1)
-    lm.model.model.policy_options = {"confidence": "steadiness"}
+    lm.model.model.policy = replace(lm.model.model.policy, confidence="steadiness")
     text, (model, T) = "def f(x):", (lm.model.model, 9)
     ids = torch.tensor([ease.hf.load_tokenizer(folder).encode(text).ids])
     for threshold in (1e-9, 1.0):  # all leave, none does

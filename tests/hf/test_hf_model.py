@@ -428,7 +428,7 @@ def test_saving_and_loading_through_the_auto_classes_keeps_weights_and_policy(tm
     for other in (back.model, ease.from_pretrained(tmp_path), EaseForCausalLM.from_pretrained(tmp_path).model):
         assert all(torch.equal(a, b) for a, b in zip(native.parameters(), other.parameters(), strict=True))
         assert (other.config, other.trained_exits) == (native.config, {1, 3})
-        assert Policy.of(other.exit_layer, other.routing_threshold) == Policy((1,), (0.02,))
+        assert other.policy == Policy((1,), (0.02,))
     assert back.generation_config.eos_token_id == 1
 
 
@@ -508,7 +508,7 @@ def test_the_trainer_trains_evaluates_routed_and_resumes(
 
     saved = ease.from_pretrained(tmp_path / "checkpoint-4")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), native.parameters(), strict=True))
-    assert saved.routing_threshold == native.routing_threshold
+    assert saved.policy == native.policy
     fresh = EaseForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     resumed = transformers.Trainer(fresh, training(tmp_path, **options), train_dataset=Rows())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -44,12 +44,12 @@ def segments(batches: Any) -> list[tuple[list[int], list[int]]]:
     for x, y, *_, layout in batches:
         for row in range(len(x)):
             for segment in layout.segments[row].unique().tolist():
-                mine = layout.segments[row] == segment
+                inside = layout.segments[row] == segment
                 if segment == -1:
-                    assert (y[row][mine] == -100).all()
+                    assert (y[row][inside] == -100).all()
                     continue
-                assert layout.positions[row][mine].tolist() == list(range(int(mine.sum())))
-                found.append((x[row][mine].tolist(), y[row][mine].tolist()))
+                assert layout.positions[row][inside].tolist() == list(range(int(inside.sum())))
+                found.append((x[row][inside].tolist(), y[row][inside].tolist()))
     return found
 
 
@@ -184,14 +184,14 @@ def test_a_stream_goes_on_from_its_state_to_the_bit(taken: int, corpus: str, mon
         next(endless)
     state = whole.state_dict()
     kept = copy.deepcopy(state)
-    wanted = list(islice(endless, 60))
+    expected = list(islice(endless, 60))
     assert whole.passes >= 2  # the documents started anew behind it
     assert repr(state) == repr(kept)
 
     resumed = load_stream(corpus, "bpe:300", **OPTIONS).train
     next(iter(resumed))  # wherever it stood before
     resumed.load_state_dict(state)
-    assert all(same(a, b) for a, b in zip(wanted, islice(batches(resumed), 60), strict=True))
+    assert all(same(a, b) for a, b in zip(expected, islice(batches(resumed), 60), strict=True))
     assert repr(state) == repr(kept)
 
 
@@ -203,7 +203,7 @@ def test_a_state_is_data(corpus: str, tmp_path: Path) -> None:
     resumed = load_stream(corpus, "byte", **OPTIONS).train
     resumed.load_state_dict(state)
     assert same(next(iter(resumed)), next(iter(stream)))
-    with pytest.raises(EaseError, match="this state holds 7 rows of 16 tokens, and the stream is for 8 of 32"):
+    with pytest.raises(EaseError, match="the state holds 7 rows of 16 tokens, and the stream is set to 8 of 32"):
         load_stream(corpus, "byte", **OPTIONS | {"seq_len": 32}).train.load_state_dict(state)
 
 
@@ -214,11 +214,11 @@ def test_a_state_is_data(corpus: str, tmp_path: Path) -> None:
 def test_a_strategy_trains_on_a_stream(corpus: str) -> None:
     stream: Stream = load_stream(corpus, "byte", **OPTIONS | {"epoch_batches": 30})
     model = StandardTransformer(stream.tokenizer.get_vocab_size(), dim=32, num_layers=1)
-    before = score(model, stream.test).figures()["ppl"]
+    before = score(model, stream.test).metrics()["ppl"]
     config = StandardConfig(num_layers=1, lr=3e-3, max_epochs=3)
     ((_, history),) = train(model, config.strategy(), Data(stream.train, stream.val))
     assert history.steps == 90
-    assert score(model, stream.test).figures()["ppl"] < 0.3 * before
+    assert score(model, stream.test).metrics()["ppl"] < 0.3 * before
 
 
 def test_bad_streams_end_in_one_sentence(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_bad_streams_end_in_one_sentence(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, '{"text": ', ""]))
     refused(r"cannot read .*b.jsonl", str(path))
     path.write_text("\n".join(lines).replace("text", "words"))
-    refused(r"b.jsonl has no text in a column 'text'", str(path))
+    refused(r"b.jsonl has no text column 'text'", str(path))
     path.write_text("\n".join(lines[:3]))
     refused("leaves the test split without text", str(path))
     path.write_text("\n".join(lines[:8]))

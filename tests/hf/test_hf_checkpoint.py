@@ -282,7 +282,7 @@ def test_a_model_of_ones_own_goes_to_transformers_and_comes_back_bit_identical(
 ) -> None:
     model, x = own_model(**options), ids()
     policy = even_policy(model, x, (1, 2))
-    model.exit_layer, model.routing_threshold = policy.exits, policy.thresholds
+    model.policy = policy
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "bias" in name:

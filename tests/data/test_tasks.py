@@ -1,0 +1,133 @@
+"""Tasks from JSONL files: what is read and refused, and which tokens are scored."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ease import EaseError
+from ease.data.jsonl import read_jsonl
+from ease.data.tasks import load_classification, load_completion
+
+Write = Callable[..., Path]
+A, B, C = ({"text": f"text {i}", "label": label} for i, label in enumerate(("no", "yes", "no")))
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_end_a_mark_and_empty_lines_are_read(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + end.join(['{"text": "a\u2028b"}', "", "  ", '{"text": "c", "more": 1}']).encode()
+    )
+    records = read_jsonl(path, text=(str,))
+    assert [r.fields for r in records] == [("a\u2028b",), ("c",)]
+    assert [r.where for r in records] == [f"{path}:1", f"{path}:4"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a"', "is not valid JSON"),
+        ("[1, 2]", "is not a JSON object"),
+        ('{"text": "a"}', "lacks the field 'label' (fields: text)"),
+        ('{"text": 3, "label": "no"}', "'text' must be str, got 3"),
+        ('{"text": "a", "label": true}', "'label' must be str or int, got true"),
+        ('{"text": "a", "label": 1.5}', "'label' must be str or int, got 1.5"),
+        ('{"text": " ", "label": "no"}', "'text' is empty"),
+        ('{"text": "a \\ud800", "label": "no"}', "'text' is not valid text at character 3"),
+        ('{"text": "a", "label": "perhaps"}', "unknown label 'perhaps' (known: 'no', 'yes')"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, said: str, write: Write) -> None:
+    folder = write(valid=[C, "", line])
+    with pytest.raises(EaseError, match=re.escape(f"{folder / 'valid.jsonl'}:3") + ".*" + re.escape(said)) as error:
+        load_classification(folder, "byte")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_missing_empty_or_no_text_are_refused(write: Write) -> None:
+    folder = write()
+    (folder / "test.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(EaseError, match=r"test.jsonl as UTF-8"):
+        load_classification(folder, "byte")
+    (folder / "test.jsonl").write_text("\n\n")
+    with pytest.raises(EaseError, match=r"test.jsonl has no record"):
+        load_classification(folder, "byte")
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(EaseError, match=r"has no test.jsonl: put train.jsonl, valid.jsonl, test.jsonl there"):
+        load_classification(folder, "byte")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def test_a_label_is_the_target_of_the_last_token(write: Write) -> None:
+    task = load_classification(write(), "byte")
+    assert task.labels == ("no", "yes")
+    ids = task.tokenizer.encode("text 1").ids
+    assert task.train[1].ids.tolist() == [*ids, task.eos]
+    assert task.train[1].targets.tolist() == [-100] * len(ids) + [1]
+
+
+def test_labels_are_integers_or_strings_and_a_finished_head_keeps_its_order(write: Write) -> None:
+    numbers = [{"text": str(i), "label": label} for i, label in enumerate((10, 9))]
+    folder = write(train=numbers, valid=[{"text": "x", "label": 9}], test=[{"text": "y", "label": 10}])
+    assert load_classification(folder, "byte").labels == (9, 10)
+    task = load_classification(folder, "byte", labels=[10, 8, 9])
+    assert [e.targets[-1].item() for e in (*task.train, *task.val, *task.test)] == [0, 2, 2, 0]
+    for labels in ([10, "9"], [10, 10]):
+        folder = write(train=[{"text": str(i), "label": label} for i, label in enumerate(labels)])
+        with pytest.raises(EaseError, match="give at least two, all strings or all integers"):
+            load_classification(folder, "byte")
+
+
+def test_a_completion_is_scored_after_its_prompt_and_the_prompt_is_not(write: Write) -> None:
+    records = [{"prompt": "ab", "completion": "cd"}, {"prompt": "xyz", "completion": "u"}]
+    task = load_completion(
+        write(
+            train=records,
+            valid=[{"prompt": "k", "completion": "l"}],
+            test=[{"prompt": "m", "completion": "n"}],
+        ),
+        "byte",
+    )
+    a, b, c, d = task.tokenizer.encode("abcd").ids
+    assert task.train[0].ids.tolist() == [a, b, c, d]
+    assert task.train[0].targets.tolist() == [-100, c, d, task.eos]
+
+
+def test_what_is_cut_or_left_out_is_said(write: Write) -> None:
+    long, wide = {"prompt": "abcdef", "completion": "xy"}, {"prompt": "a", "completion": "123456"}
+    short = {"prompt": "a", "completion": "b"}
+    folder = write(train=[short, long, wide], valid=[{**short, "prompt": "c"}], test=[{**short, "prompt": "d"}])
+    said = r"train.jsonl \(3 records\): 1 prompts lose their beginning, 1 records are left out because their completion"
+    with pytest.warns(UserWarning, match=said):
+        task = load_completion(folder, "byte", seq_len=5)
+    assert [task.tokenizer.decode(e.ids.tolist()) for e in task.train] == ["ab", "defxy"]
+    assert [e.targets.tolist().count(-100) for e in task.train] == [0, 2]
+    with pytest.raises(EaseError, match=r"no record of .*train.jsonl remains"):
+        load_completion(folder, "byte", seq_len=1)
+
+    with pytest.warns(UserWarning, match=r"train.jsonl \(2 records\): 2 texts are cut to 4 tokens"):
+        texts = load_classification(
+            write(
+                train=[{**A, "text": "abcdef"}, {**B, "text": "bcdef"}],
+                valid=[{**C, "text": "c"}],
+                test=[{**C, "text": "d"}],
+            ),
+            "byte",
+            seq_len=4,
+        )
+    assert [texts.tokenizer.decode(e.ids.tolist()) for e in texts.train] == ["abc", "bcd"]
+    assert [e.targets[-1].item() for e in texts.train] == [0, 1]
+
+
+def test_what_train_holds_is_not_scored_again(write: Write) -> None:
+    with pytest.warns(UserWarning, match=r"valid.jsonl \(2 records\): 1 records are left out because an earlier split"):
+        task = load_classification(write(valid=[{**A, "label": "yes"}, C]), "byte")
+    assert len(task.val) == 1

@@ -1,0 +1,88 @@
+"""Tokenizers: decoding gives back the text, special tokens in a text stay text, and training is deterministic."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ease.data import tokenizers
+from ease.data.corpus import load_corpus
+from ease.data.tokenizers import load_tokenizer, token_strings, train_tokenizer
+from ease.errors import EaseError
+
+TEXT = "the cat sat on the mat,\nand then the dog sat on the cat.\n\n    def f(x): return x\n" * 30
+BPE, BYTE = train_tokenizer("bpe:280", [TEXT]), train_tokenizer("byte", [TEXT])
+
+
+@given(st.text())
+def test_bpe_and_byte_decode_to_the_same_text(text: str) -> None:
+    for tok in (BPE, BYTE):
+        assert tok.decode(tok.encode(text).ids) == text
+    assert len(BYTE.encode(text).ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["a<eos>b<pad>c<unk>", "\r\n\t  x \n", "é 日本 🙂", "\ufeff\x00"])
+def test_a_special_token_in_the_text_is_text(text: str) -> None:
+    for tok in (BPE, BYTE):
+        ids = tok.encode(text).ids
+        assert tok.decode(ids) == text
+        assert min(ids) >= 2
+        assert tok.encode_batch_fast([text])[0].ids == ids
+
+
+def test_sizes_and_special_ids() -> None:
+    word = train_tokenizer("word", ["The cat <unk> the <eos>", "é cat"])
+    for tok, size in ((BPE, 280), (BYTE, 258), (word, 3 + 4)):
+        vocab = tok.get_vocab()
+        assert tok.get_vocab_size() == size
+        assert sorted(vocab.values()) == list(range(size))
+        assert (vocab["<pad>"], vocab["<eos>"]) == (0, 1)
+    assert word.encode("the dog <unk> The").ids == [word.token_to_id(w) for w in ("the", "<unk>", "<unk>", "The")]
+
+
+def test_training_is_deterministic() -> None:
+    assert train_tokenizer("bpe:280", [TEXT]).to_str() == BPE.to_str()
+
+
+def test_token_strings_join_to_the_text() -> None:
+    word = train_tokenizer("word", ["the cat sat"])
+    for tok, text in ((BPE, " the cat\n\n sat  on"), (BYTE, "the cat"), (word, "the cat sat")):
+        assert "".join(token_strings(tok, tok.encode(text).ids)) == text
+    assert token_strings(BYTE, BYTE.encode("aé").ids) == ["a", "\ufffd", "\ufffd"]
+    assert token_strings(BPE, [1, *BPE.encode("the").ids])[0] == "<eos>"
+    assert token_strings(BPE, []) == []
+
+
+def test_token_strings_keep_the_spaces_of_a_sentencepiece_tokenizer() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tok = Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁cat": 2, "▁a": 3}, unk_token="<unk>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert token_strings(tok, tok.encode("the cat the").ids) == ["the", " cat", " the"]
+
+
+def test_a_saved_tokenizer_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    BPE.save(str(path))
+    back = load_tokenizer(path)
+    assert back.to_str() == BPE.to_str()
+    assert back.decode(back.encode("<eos> x").ids) == "<eos> x"
+    path.write_text("{")
+    for bad in (path, tmp_path / "missing.json"):
+        with pytest.raises(EaseError, match="tokenizer"):
+            load_tokenizer(bad)
+
+
+@pytest.mark.parametrize("spec", ["", "bpe", "bpe:", "bpe:258", "bpe:-1", "bpe:x", "gpt2", "word:5", "byte:1"])
+def test_unknown_tokenizers_are_refused_before_reading(spec: str, cache: Path) -> None:
+    with pytest.raises(EaseError, match="bpe:N"):
+        load_corpus("nowhere", spec, cache_dir=cache)
+
+
+def test_long_texts_are_tokenized_in_pieces_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "CHUNK_CHARS", 10)
+    ids = tokenizers.encode(BPE, [TEXT, "no line end", ""], BPE.token_to_id(tokenizers.EOS))
+    assert ids[-1] == 1
+    assert (ids == 1).sum() == 3
+    assert BPE.decode(ids.tolist()) == TEXT + "no line end"
