@@ -1,10 +1,10 @@
 """Tables and figures of the paper: `python -m experiments.paper`, the first half of `make paper`.
 
-Every kept experiment's tables and figure are made anew from its `test.json` somewhere below `docs/data` and written to
-`paper/build/data`, with an index for each place in the paper that shows them; measurements that are kept as Markdown
-tables are read from there. What is not kept has no index, and the paper says in its place which command makes it.
+Every `test.json` below `docs/data` is one experiment. Its tables and figure are written to `paper/build/data`, with one
+index file for each place of the paper that shows them; measurements that exist only as Markdown tables are converted. A
+place without an index file prints the command that makes its data.
 
-The paper prints a table without the configuration behind it, which one table at the start of its experiments lists.
+Tables are printed without the notes on their configuration: one table of the paper lists it for all experiments.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis import plots as draw
-from experiments.analysis import scaling
+from experiments.analysis import plots, scaling
 from experiments.analysis.fronts import Fronts, Place
 from experiments.analysis.statistics import Interval
-from experiments.analysis.tables import Table, all_tables, notes, percent, tex
+from experiments.analysis.tables import Table, all_tables, difference, notes, percent, tex
 from experiments.harness.candidates import COMPARED
-from experiments.studies import cost_at_1b as cluster
+from experiments.studies import cost_at_1b
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {
@@ -33,18 +32,18 @@ SHOWN = {
     "apart": ("parts", "thresholds", "leak", "last-layer"),
     "costs": ("costs",),
 }
-"""Place in the paper -> the tables that it shows of every experiment that has them."""
+"""Place in the paper -> the tables of every experiment that it shows."""
 MADE = ("setup", "fronts", "distances", "ablation", "recipe", "exits", "measures", "decoding", "scales", "cluster")
-"""The other places: a figure of every experiment, and tables over all of them or from Markdown."""
+"""The other places: figures, tables over all experiments and tables from Markdown."""
 COLUMNS = {"front": range(8), "costs": (0, 2, 3, 4, 5, 6)}
-"""Of tables too wide for the page, the columns that are printed: the rest is in the Markdown tables."""
+"""Table -> its columns that fit on the page; the Markdown tables have all of them."""
 EXPLAINED = ("front", "savings", "costs")
-"""Tables whose notes are in the text, once for all experiments."""
-LEAST = 3
-"""Seeds of most experiments."""
+"""Tables whose notes are part of the paper's text."""
+SEEDS = 3
+"""Of an experiment, unless it says otherwise."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCALES = {"bpe": "WikiText-2 in byte pairs", "words": "WikiText-2 in whole words"}
-"""Scale -> its name, where that is not "scale" and its letters."""
+"""Scales whose name is not "scale" and their letters."""
 WORDS = (
     (r"plain, layers: 1\b", "standard, 1 layer"),
     (r"plain, layers: (\d+)", r"standard, \1 layers"),
@@ -68,52 +67,53 @@ WORDS = (
     (r"which asks one head", "which evaluates one head"),
     (r"\bgoing_on\b", "keep"),
 )
-"""What tables call things -> what the paper calls them."""
+"""Patterns in tables and their replacements in the paper."""
 
 
 def prepare(data: Path, out: Path) -> None:
-    """Tables, figures and indexes of all experiments in `data`, which may be missing, into `out`, made anew."""
+    """Writes tables, figures and index files of all experiments in `data` to `out`, which is emptied first."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     files = {path.parent.relative_to(data).as_posix(): path for path in data.rglob("test.json")}
     kept = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
-    kept = dict(sorted(kept.items(), key=lambda item: (elsewhere(item[1]), item[1]["lab"]["budget"], item[0])))
-    for name, told in kept.items():
+    kept = dict(sorted(kept.items(), key=lambda item: (on_other_data(item[1]), item[1]["lab"]["budget"], item[0])))
+    for name, experiment in kept.items():
         (out / name).mkdir(parents=True)
-        for table in all_tables(told):
-            write(printed(table, told), out / name)
-        draw.front(told, out / name / "front")
+        for table in all_tables(experiment):
+            write(printed(table, experiment), out / name)
+        plots.front(experiment, out / name / "front")
         timed = data / name / "last-layer.tex"  # not made from test.json
         if timed.exists():
             shutil.copy(timed, out / name)
-    whole = {name: told for name, told in kept.items() if not told["original"]}
-    apart = {name: told for name, told in kept.items() if told["original"]}  # the parts of ASHEM
+    whole = {name: experiment for name, experiment in kept.items() if not experiment["original"]}
+    apart = {name: experiment for name, experiment in kept.items() if experiment["original"]}  # the parts of ASHEM
     for place, shown in SHOWN.items():
         of = apart if place == "apart" else whole
         index(out / place, [taken(f"{name}/{t}") for name in of for t in shown if (out / name / f"{t}.tex").exists()])
-    several = {name: told for name, told in whole.items() if len(told["seeds"]) > 1}
+    several = {name: experiment for name, experiment in whole.items() if len(experiment["seeds"]) > 1}
     figures = []
-    for name, told in several.items():
-        figures += picture(f"{name}/front", marker(told), caption(told, LATER if figures else KEY))
+    for name, experiment in several.items():
+        figures += picture(f"{name}/front", marker(experiment), caption(experiment, LATER if figures else KEY))
     index(out / "fronts", figures)
     if kept:
         single(setup(list(kept.values())), out)
     if several:
         single(distances(list(several.values())), out)
-    for told in list(apart.values())[:1]:
-        single(ablation(told), out)
+    for experiment in list(apart.values())[:1]:
+        single(ablation(experiment), out)
     for place, made in KEPT.items():
         if (data / made[0]).exists():
             single(from_markdown(place, (data / made[0]).read_text(encoding="utf-8"), *made[1:]), out)
-    stdlib = {name: told for name, told in whole.items() if not elsewhere(told)}
-    fronts = [told for name, told in stdlib.items() if "/" not in name]  # others repeat a scale with more seeds
+    stdlib = {name: experiment for name, experiment in whole.items() if not on_other_data(experiment)}
+    # In folders of folders are repetitions of a scale with more seeds.
+    fronts = [experiment for name, experiment in stdlib.items() if "/" not in name]
     if len(fronts) > 1:
         (out / "all").mkdir()
         table = scaling.table(fronts, ())
         write(worded(replace(table, title="Distance from the baseline front as scale grows")), out / "all")
         scaling.picture(fronts, out / "all" / table.name)
         index(out / table.name, [*picture(f"all/{table.name}", table.name, SCALING), taken(f"all/{table.name}")])
-    made = cluster.table()
+    made = cost_at_1b.table()
     (out / "cluster.md").write_text(made.markdown(), encoding="utf-8")
     single(worded(made), out)
 
@@ -123,7 +123,7 @@ def prepare(data: Path, out: Path) -> None:
 
 
 def index(stem: Path, lines: Sequence[str]) -> None:
-    """What a place in the paper takes in; no file where there is nothing."""
+    """Writes the index file of a place, if it has anything to show."""
     if lines:
         stem.with_suffix(".tex").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -133,13 +133,13 @@ def write(table: Table, folder: Path) -> None:
 
 
 def single(table: Table, out: Path) -> None:
-    """A table that is a place of its own; its label has the place's name."""
+    """Writes a table that is the only one at its place, labelled with the place's name."""
     text = signed(table.latex()).replace(r"\centering", rf"\label{{tab:{table.name}}}" + "\n" + r"\centering", 1)
     (out / f"{table.name}.tex").write_text(text, encoding="utf-8")
 
 
 def signed(text: str) -> str:
-    """LaTeX with minus signs before numbers, where there were hyphens."""
+    """LaTeX text in which hyphens before numbers are minus signs."""
     return re.sub(r"(?<=[ (])-(?=\d)", "$-$", text)
 
 
@@ -148,7 +148,7 @@ def taken(name: str) -> str:
 
 
 def picture(name: str, mark: str, text: str) -> list[str]:
-    """A figure, its label and what is seen in it."""
+    """LaTeX lines of a figure with its caption and label."""
     start = [r"\begin{figure}", r"\centering", rf"\includegraphics[width=0.94\linewidth]{{build/data/{name}.pdf}}"]
     return [*start, rf"\caption{{{signed(tex(text))}}}\label{{fig:{mark}}}", r"\end{figure}"]
 
@@ -158,10 +158,10 @@ def picture(name: str, mark: str, text: str) -> list[str]:
 
 
 def worded(table: Table) -> Table:
-    """A table in the paper's words."""
+    """A table with shortened cells and the paper's terms."""
     rows = [[wording(short(cell)) for cell in row] for row in table.rows]
-    header, told = [wording(cell) for cell in table.header], [wording(note) for note in table.notes]
-    return replace(table, title=wording(table.title), header=header, rows=rows, notes=told)
+    header, about = [wording(cell) for cell in table.header], [wording(note) for note in table.notes]
+    return replace(table, title=wording(table.title), header=header, rows=rows, notes=about)
 
 
 def wording(text: str) -> str:
@@ -175,57 +175,53 @@ DIFFERENCE = re.compile(rf"([-+][\d.]+)% {RANGE}(, noise)?")
 
 
 def short(cell: str) -> str:
-    """A cell with its interval in brackets; a difference loses its per cent signs, and * says that it is not noise."""
+    """A cell with its interval as (low, high); a difference loses its per cent signs, and * marks one beyond noise."""
     cell = DIFFERENCE.sub(lambda found: f"{found[1]}{'' if found[4] else '*'} ({found[2]}, {found[3]})", cell)
     return re.sub(RANGE, r"(\1, \2)", cell)
 
 
-def printed(table: Table, told: dict[str, Any]) -> Table:
-    """An experiment's table in the paper's words, without the configuration that the table of experiments lists."""
+def printed(table: Table, experiment: dict[str, Any]) -> Table:
+    """An experiment's table as the paper prints it, without the notes on its configuration."""
     title = re.sub(r"^[^:]*: ", "", table.title)
-    own = [] if table.name in EXPLAINED else [note for note in table.notes if note not in notes(told)]
+    own = [] if table.name in EXPLAINED else [note for note in table.notes if note not in notes(experiment)]
     if table.name in COLUMNS:
         left = COLUMNS[table.name]
         rows = [[row[c] for c in left] for row in table.rows]
         table = replace(table, header=[table.header[c] for c in left], rows=rows)
-    return worded(replace(table, title=f"{called(told)}: {title}", notes=own))
+    return worded(replace(table, title=f"{name_of(experiment)}: {title}", notes=own))
 
 
-def elsewhere(told: dict[str, Any]) -> bool:
-    """Whether an experiment is on other data than the standard library."""
-    return "--data stdlib" not in told["command"]
+def on_other_data(experiment: dict[str, Any]) -> bool:
+    """Whether an experiment uses other data than the standard library."""
+    return "--data stdlib" not in experiment["command"]
 
 
-def called(told: dict[str, Any]) -> str:
-    """An experiment's name: its scale, and how many seeds it has."""
-    scale, seeds = told["title"].rsplit(" ", 1)[-1], len(told["seeds"])
-    return f"{SCALES.get(scale, f'scale {scale}').capitalize().replace('ikitext', 'ikiText')}, {counted(seeds, 'seed')}"
+def name_of(experiment: dict[str, Any]) -> str:
+    """An experiment's name: its scale and its number of seeds."""
+    scale, seeds = experiment["title"].rsplit(" ", 1)[-1], len(experiment["seeds"])
+    return (
+        f"{SCALES.get(scale, f'scale {scale}').capitalize().replace('ikitext', 'ikiText')}, {in_words(seeds, 'seed')}"
+    )
 
 
-def marker(told: dict[str, Any]) -> str:
-    """What an experiment's figure is referred to by: its scale, and how many seeds it has."""
-    return f"{told['title'].rsplit(' ', 1)[-1]}-{NUMBERS[len(told['seeds'])]}"
+def marker(experiment: dict[str, Any]) -> str:
+    """Label of an experiment's figure: its scale and its number of seeds."""
+    return f"{experiment['title'].rsplit(' ', 1)[-1]}-{NUMBERS[len(experiment['seeds'])]}"
 
 
-def counted(number: int, what: str) -> str:
+def in_words(number: int, what: str) -> str:
     return f"{NUMBERS[number] if number < len(NUMBERS) else number} {what}{'' if number == 1 else 's'}"
 
 
-def caption(told: dict[str, Any], key: str) -> str:
-    """What is seen in an experiment's figure, beside the key to its colours."""
-    fronts = Fronts(told)
+def caption(experiment: dict[str, Any], key: str) -> str:
+    """Caption of an experiment's figure, with `key` as the explanation of its colours."""
+    fronts = Fronts(experiment)
     best = min(fronts.strategies, key=lambda name: fronts.gap(fronts.best(name), "val").mean)
-    gap = (
-        marked(fronts.gap(fronts.best(best)))
-        .replace("*", "")
-        .replace(" (", "% (")
-        .replace(",", "% to")
-        .replace(")", "%)")
-    )
+    gap = difference(fronts.gap(fronts.best(best))).removesuffix(", noise")
     return (
-        f"{called(told)}, {told['lab']['budget']:.0e} training FLOPs for every line: test perplexity against counted "
-        f"inference FLOPs (left) and measured time (right). {key} Validation prefers {draw.label(best)}; on test it is "
-        f"at {gap} of perplexity against the baseline front, paired by seed."
+        f"{name_of(experiment)}, {experiment['lab']['budget']:.0e} training FLOPs for every line: test perplexity "
+        f"against counted inference FLOPs (left) and measured time (right). {key} Validation prefers "
+        f"{plots.label(best)}; on test it is at {gap} of perplexity against the baseline front, paired by seed."
     )
 
 
@@ -248,20 +244,20 @@ SCALING = (
 
 
 def setup(kept: Sequence[dict[str, Any]]) -> Table:
-    """What every experiment ran with."""
+    """Sizes, budgets, learning rates and number of lines of every experiment."""
     rows = []
-    for told in kept:
-        lab = told["lab"]
+    for experiment in kept:
+        lab = experiment["lab"]
         rows.append(
             [
-                called(told) + (": ASHEM's components" if told["original"] else ""),
+                name_of(experiment) + (": ASHEM's components" if experiment["original"] else ""),
                 f"{lab['tokens']['train']:,}",
                 f"{lab['vocab_size']:,}",
                 str(lab["dim"]),
-                ", ".join(str(re.sub(r"\D+", "", name)) for name in told["plain"]),
+                ", ".join(str(re.sub(r"\D+", "", name)) for name in experiment["plain"]),
                 f"{lab['budget']:.1e}",
                 ", ".join(f"{lr:g}" for lr in lab["lrs"]),
-                str(len({entry["line"] for entry in told["entries"]})),
+                str(len({entry["line"] for entry in experiment["entries"]})),
             ]
         )
     header = ["experiment", "training tokens", "vocabulary", "dim", "depths", "FLOPs", "learning rates", "lines"]
@@ -273,20 +269,20 @@ def setup(kept: Sequence[dict[str, Any]]) -> Table:
 
 
 def distances(kept: Sequence[dict[str, Any]]) -> Table:
-    """Every strategy's distance from the baseline front at every scale, from the experiment with most seeds."""
+    """Distance of every strategy from the baseline front at every scale, from the experiment with most seeds."""
     scales: dict[str, list[Fronts]] = {}
-    for told in sorted(kept, key=lambda told: -len(told["seeds"])):
-        scales.setdefault(column(told), []).append(Fronts(told))
+    for experiment in sorted(kept, key=lambda experiment: -len(experiment["seeds"])):
+        scales.setdefault(column(experiment), []).append(Fronts(experiment))
     scales = {scale: scales[scale] for scale in dict.fromkeys(map(column, kept))}
     names = {name for all_fronts in scales.values() for fronts in all_fronts for name in fronts.strategies}
     rows = []
-    for name in sorted(names, key=draw.order):
+    for name in sorted(names, key=plots.order):
         cells = []
         for all_fronts in scales.values():
             fronts = next((fronts for fronts in all_fronts if name in fronts.places), None)
-            five = " †" if fronts and len(fronts.data["seeds"]) > LEAST else ""
+            five = " †" if fronts and len(fronts.data["seeds"]) > SEEDS else ""
             cells.append(marked(fronts.gap(fronts.best(name))) + five if fronts else "")
-        rows.append([draw.label(name), *cells])
+        rows.append([plots.label(name), *cells])
     note = (
         "At the same inference FLOPs and at the routing that validation prefers; negative is better. In brackets: 95% "
         "intervals over three seeds, or over five where † follows, differences paired by seed, not corrected for the "
@@ -297,13 +293,13 @@ def distances(kept: Sequence[dict[str, Any]]) -> Table:
     return Table("distances", title, ["strategy", *scales], rows, [note])
 
 
-def column(told: dict[str, Any]) -> str:
-    """An experiment's scale where there is little room."""
-    return re.sub(r",.*|^Scale (?=\w+,)| in byte pairs", "", called(told))
+def column(experiment: dict[str, Any]) -> str:
+    """Heading of an experiment's column: its scale."""
+    return re.sub(r",.*|^Scale (?=\w+,)| in byte pairs", "", name_of(experiment))
 
 
 def marked(interval: Interval) -> str:
-    """Per cent of perplexity, with its interval and a mark where that does not hold zero."""
+    """A difference in per cent of perplexity with its interval; * marks an interval that excludes zero."""
     if math.isnan(interval.mean):
         return ""
     mean = f"{percent(interval.mean):+.1f}"
@@ -313,30 +309,30 @@ def marked(interval: Interval) -> str:
     return f"{mean}{star} ({percent(interval.low):+.1f}, {percent(interval.high):+.1f})"
 
 
-def ablation(told: dict[str, Any]) -> Table:
-    """Variants of ASHEM where half of the tokens continue, and at full depth."""
-    fronts, original = Fronts(told), told["original"]
+def ablation(experiment: dict[str, Any]) -> Table:
+    """Variants of ASHEM at the routing where half of the tokens continue, and at full depth."""
+    fronts, original = Fronts(experiment), experiment["original"]
 
     def against(place: Place, name: str) -> str:
         interval = fronts.beside(place, name)
         return "" if interval is None or name == place.line else marked(interval)
 
     rows = []
-    for name in (*told["unfinished"], *told["plain"], *fronts.strategies):
+    for name in (*experiment["unfinished"], *experiment["plain"], *fronts.strategies):
         half = next((place for place in fronts.places[name] if place.candidate.share == COMPARED), None)
         full = fronts.full_depth(name)
         compared = half or full
-        versus = [against(compared, other) for other in told["beside"]]
+        versus = [against(compared, other) for other in experiment["beside"]]
         mean = f"{math.exp(compared.mean('loss')):.3f}"
-        rows.append([draw.label(name), mean, *versus, against(full, original) if half else ""])
+        rows.append([plots.label(name), mean, *versus, against(full, original) if half else ""])
     about = (
         "Test perplexity and, in per cent, against other lines (* where the interval over three seeds does not hold "
         "zero). Lines with an exit are at the routing where half of the tokens continue past it, the others at their "
         "only depth; the last column compares full depths. Negative is better."
     )
-    header = ["line", "PPL", *(f"vs. {draw.label(name)}" for name in told["beside"])]
+    header = ["line", "PPL", *(f"vs. {plots.label(name)}" for name in experiment["beside"])]
     header += [f"vs. {original}, full depth"]
-    return Table("ablation", f"{called(told)}: ASHEM with one part changed at a time", header, rows, [about])
+    return Table("ablation", f"{name_of(experiment)}: ASHEM with one part changed at a time", header, rows, [about])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -389,7 +385,7 @@ KEPT: dict[str, tuple[str, str, str, Sequence[str], Sequence[int], Callable[[Row
         lambda row: "final norm" not in row[0],
     ),
 }
-"""Place -> file, title, note, header, columns and which rows of the file's first table."""
+"""Place -> file, title, note, header, and the columns and rows of the file's first table that it shows."""
 
 
 def from_markdown(
@@ -401,7 +397,7 @@ def from_markdown(
     columns: Iterable[int],
     wanted: Callable[[Row], bool],
 ) -> Table:
-    """Columns of the first table of a page."""
+    """A table from the first one of a Markdown page: the given columns of the rows that `wanted` accepts."""
     lines = re.search(r"^\|.*?(?=^\s*$|\Z)", text, re.M | re.S)
     assert lines, f"no table for {name}"
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[0].splitlines()[2:]]
