@@ -253,7 +253,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of a branch's outputs zeroed in training."""
     tie_embeddings: bool = False
-    """Use the embedding as the output head (experiments/tying.py measures both)."""
+    """Use the embedding as the output head (experiments/studies/tied_head.py measures both)."""
     qkv_bias: bool = False
     """Biases on queries, keys and values, as in Qwen2."""
     qk_norm: bool = False

@@ -1,4 +1,4 @@
-"""ease.policy."""
+"""A routing policy as data: exits, thresholds, and a confidence measure."""
 
 from __future__ import annotations
 
@@ -12,26 +12,37 @@ from torch import Tensor
 
 from ease.errors import EaseError
 
+LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that the exit does not route
+
 
 def exits_named(exit_layer: int | Sequence[int]) -> tuple[int, ...]:
-    """One exit or several, as the core option names them."""
+    """The value of the option `exit_layer`, one exit or several, as a tuple."""
     return (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which exits tokens may take, and the confidence that each asks for.
+    """The exits at which tokens may leave, and the confidence that each requires.
+
+    A policy holds for any model that has its exits. The name of the confidence measure is checked where it is used, by
+    `ease.routing`.
 
     Args:
         exits: layers, from shallow to deep, all below the last one.
-        thresholds: one in (0, 1] per exit; a token leaves when its confidence is at least that. Infinity lets none
-            leave; an exit whose threshold is 0 does not route, so it is no exit and left out.
-        confidence: the measure that thresholds are compared with, one of `confidence.MEASURES`.
-        patience: exits that have to agree, for the measure "patience".
-        half_life: tokens after which a threshold has fallen half of its way from 1: the first tokens of a text
-            go deep, since what they say is read by all that follow (as CALM's decaying threshold, Schuster et
-            al. 2022). None: the same everywhere.
-        always_deep: so many tokens at the start of every text never leave early.
+        thresholds: one in (0, 1] per exit; a token leaves if its confidence is at least the threshold. With infinity no
+            token leaves. An exit with threshold 0 does not route and is dropped.
+        confidence: the confidence measure, a key of `ease.routing.confidence.MEASURES`.
+        patience: number of exits that have to agree; for the measure "patience" only.
+        half_life: number of tokens after which a threshold has fallen half of the way from 1 to its value: the first
+            tokens of a text go deep, since all later ones attend to them (after CALM's decaying threshold, Schuster et
+            al. 2022). None for thresholds that do not depend on the position.
+        always_deep: number of tokens at the start of every text that never leave early.
+
+    Raises:
+        EaseError: exits are not in order, thresholds lie outside [0, 1], or their numbers differ.
+
+    Example:
+        >>> model.policy = ease.Policy(exits=(2, 4), thresholds=(0.9, 0.8))
     """
 
     exits: tuple[int, ...] = ()
@@ -58,50 +69,57 @@ class Policy:
         object.__setattr__(self, "thresholds", tuple(t for _, t in routing))
         if (self.confidence == "patience") != (self.patience > 0):
             raise EaseError(
-                f"patience is {self.patience} and the measure {self.confidence}: give at least 1 exit that has to "
-                "agree, to the measure patience alone"
+                f"patience is {self.patience} with the measure {self.confidence}: set patience to at least 1 for the "
+                "measure patience alone, and leave it out otherwise"
             )
         if (self.half_life is not None and not self.half_life > 0) or self.always_deep < 0:
             raise EaseError(
-                f"half_life ({self.half_life}) must be above 0 and always_deep ({self.always_deep}) not below"
+                f"half_life ({self.half_life}) must be above 0 and always_deep ({self.always_deep}) at least 0"
             )
 
     @classmethod
     def patient(cls, exits: Sequence[int], patience: int) -> Self:
-        """A token leaves when `patience` exits in a row agree on the likeliest output."""
+        """A policy under which a token leaves when `patience` exits in a row agree on the likeliest output."""
         return cls(tuple(exits), (1.0,) * len(exits), "patience", patience)
+
+    @classmethod
+    def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
+        """The policy of the two core options; a single threshold of 0 means no routing, whatever the exit.
+
+        Args:
+            exit_layer: the exit, or a sequence of exits from shallow to deep.
+            routing_threshold: one threshold per exit.
+            options: further fields of the policy.
+        """
+        exits = exits_named(exit_layer)
+        thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
+        return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
+
+    def leaving_at(self, exit: int) -> Policy:
+        """The policy under which all tokens leave at `exit`, with the same measure; empty if `exit` is not an exit."""
+        return Policy((exit,), (LOOSEST,), self.confidence, self.patience) if exit in self.exits else Policy()
 
     @property
     def by_position(self) -> bool:
-        """Whether what is asked for depends on where a token stands."""
+        """Whether the required confidence depends on a token's position."""
         return self.half_life is not None or self.always_deep > 0
 
     def limits(self, threshold: float, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """The confidence that is asked for at positions (n,), counted from 0: (n,), above 1 where none may leave."""
-        # At least float32, in which thresholds are told apart, and no more than the model's: some devices lack float64.
+        """The required confidence (n,) at positions (n,), which count from 0; above 1 where no token may leave."""
+        # At least float32, which keeps thresholds apart, and no more than the model's: some devices lack float64.
         dtype = torch.promote_types(dtype, torch.float32)
         limits = torch.full(positions.shape, threshold, dtype=dtype, device=positions.device)
         if self.half_life is not None:
             limits = limits + (1 - threshold) * 0.5 ** (positions / self.half_life)
         return limits.masked_fill(positions < self.always_deep, torch.inf)
 
-    @classmethod
-    def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
-        """From the two core options; a single threshold of 0 means no routing, whatever the exit says.
-
-        `options` are the further fields.
-        """
-        exits = exits_named(exit_layer)
-        thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
-        return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
-
     @property
     def options(self) -> dict[str, Any]:
-        """The fields beside exits and thresholds that are not as by default."""
+        """The fields other than exits and thresholds that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self)[2:] if getattr(self, f.name) != f.default}
 
     def check(self, num_layers: int) -> None:
-        """Refuses exits that a model of `num_layers` layers does not have below its last."""
+        """Raises `EaseError` if a model of `num_layers` layers has one of the exits not below its last layer."""
         if self.exits and self.exits[-1] >= num_layers:
             raise EaseError(
                 f"exit_layer {self.exits[-1]} must lie below the last of the model's {num_layers} layers while "

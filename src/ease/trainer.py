@@ -1,7 +1,7 @@
-"""The loss of a configuration, and the loop that runs phases.
+"""The training loop.
 
-- A `Trainer` turns a `TrainingConfig` into a loss, an optimizer, epochs and figures. There is one training loop, `fit`.
-- `train` runs the phases that a strategy hands out. The trainer knows no strategy.
+- A `Trainer` computes the loss of a `TrainingConfig`, creates the optimizer, and runs epochs. `fit` is the only loop.
+- `train` runs the phases that a strategy yields. Neither depends on any particular strategy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.evaluation.scoring import Scores, score
-from ease.flops import classifier_flops, exit_flops, full_depth_flops, run_flops
+from ease.flops import full_depth_flops
 from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
 from ease.policy import Policy
 from ease.progress import PrintProgress, Progress
 from ease.storage import digest
-from ease.training.checkpoint import Checkpoint
-from ease.training.config import (
-    PhaseOptions,
-    TrainingConfig,
-)
-from ease.training.losses import CrossEntropy, Term, exit_loss
+from ease.training.checkpoint import Checkpoint, Interrupts, deferred_interrupts
+from ease.training.config import PhaseOptions, TrainingConfig
+
+# Names that the original has here.
+from ease.training.config import StageConfig as StageConfig
+from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
+from ease.training.config import create_standard_config as create_standard_config
 from ease.training.phases import Data, History, Phase, Step, Strategy
-from ease.training.selection import classifier_loss, classifier_sample_size, least_confident
+from ease.training.step import step_flops, step_loss
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 
@@ -89,67 +90,43 @@ class Trainer:
         layout: Layout | None = None,
         first: int = 1,
         step: Step | None = None,
-        went: dict[int, Tensor] | None = None,
+        continued: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """The weighted loss: one pass as deep as the deepest weighted layer, a head only where there is a weight.
+        """The weighted loss over exits: one pass up to the deepest weighted layer, a head only where there is a weight.
 
         Args:
             x, y: (B, T) integers; targets of -100 are not scored.
             active: (B, T) tokens that run from layer `first` on and are scored; all by default.
-            state: (B, T, D) entering layer `first`; by default the layers below make it from x, without gradients.
+            state: (B, T, D) entering layer `first`; by default the layers below compute it from x, without gradients.
             layout: positions and segments; padding is never scored.
+            first: the first layer that learns.
             step: loss weights and layer dropout of this step, instead of the configuration's.
-            went: is told, for each exit that lets only a share go on, the tokens (B, T) that did.
+            continued: filled with the tokens (B, T) that continued past each exit where the selection chose.
+
+        Returns:
+            A scalar, in nats.
+
+        Raises:
+            EaseError: x and y differ in shape, ids lie outside the vocabulary, or the model is too shallow.
         """
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers, first)
         batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
-        weights, skip = step or Step(self.config.weights)
-        last, objective = model.num_layers, self.config.objective
-        deepest = last if objective.teacher else max(weights)
-        choices = {exit: share for exit, share in self.config.going_on.items() if exit < deepest and share < 1}
-        pick, learns = scored_selector(batch.scored), torch.is_grad_enabled()
-        at = 0 if batch.state is None else first - 1
-        with torch.set_grad_enabled(learns and first == 1):
-            state = model.embed(batch.x) if batch.state is None else batch.state
-        terms: list[tuple[Term, Tensor]] = []  # each with its scored tokens
-        chooser, lessons = self.config.classifier_weight, list[Tensor]()
-        scored = max(1, len(pick(batch.y))) if chooser else 0
-        for stop in pause_layers(at, first, [*weights, *choices, deepest], skip):
-            running = batch.active if stop >= first else None  # in the trunk everyone runs
-            if stop in skip:
-                stays = (torch.rand(len(batch.x)) >= skip[stop]).to(batch.x.device)[:, None]
-                running = stays.expand_as(batch.x) if running is None else running & stays
-            with torch.set_grad_enabled(learns and stop >= first):
-                state = model.run(state, at + 1, stop, layout=batch.layout, active=running)
-            at, here, going = stop, batch.scored, None
-            if stop in choices:
-                going = least_confident(model, state, stop, batch.running, choices[stop], headless=bool(chooser))
-                if chooser:
-                    lessons.append(classifier_loss(model, pick(state), stop, pick(batch.y)))
-                    here = here & ~going
-            if stop in weights:
-                pick = scored_selector(here)
-                aim = objective if stop < last else CrossEntropy()
-                targets = pick(batch.y)
-                # Where a token is scored once, every token counts alike, however many leave at which exit.
-                weight = weights[stop] * (len(targets) / scored if chooser else 1)
-                terms.append((Term(model.exit_norm(pick(state), stop), targets, weight, aim), here))
-            if going is not None:
-                batch = batch._replace(active=going)
-                pick = scored_selector(batch.scored)
-                if went is not None:
-                    went[stop] = going
-        if learns:
-            model.trained_exits |= set(weights)
-        parts = [term for term, _ in terms]
-        if objective.teacher:
-            with torch.no_grad():
-                teacher = model.exit_norm(pick(state), last)
-            parts = [part for term, scored in terms for part in term.taught(batch.scored[scored], teacher)]
-        return exit_loss(model.output_head.weight, parts) + chooser * sum(lessons)
+        return step_loss(model, self.config, batch, first, step, continued)
+
+    def step_flops(
+        self,
+        model: ExitModel,
+        batch: Batch,
+        scored: int,
+        first: int = 1,
+        step: Step | None = None,
+        continued: Mapping[int, Tensor] = {},
+    ) -> dict[str, float]:
+        """FLOPs of one training step under this configuration, as `ease.training.step.step_flops` counts them."""
+        return step_flops(model, self.config, batch, scored, first, step, continued)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; the mean loss over scored tokens."""
@@ -174,7 +151,7 @@ class Trainer:
 
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
         """ppl, acc, loss, shallow_ratio, compute_cost, exit_shares, flops_per_token, seconds and tokens."""
-        return self.scores(model, val_batches).figures()
+        return self.scores(model, val_batches).metrics()
 
     def train_with_early_stopping(
         self,
@@ -220,8 +197,8 @@ class Trainer:
         Args:
             checkpoint: the file that the phase is kept in while it goes on, and goes on from if it is there.
         """
-        classified = phase.config.going_on if phase.config.classifier_weight else ()
-        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=tuple(classified))
+        classifiers = phase.config.selection.classifiers
+        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
         try:
             optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
             return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
@@ -236,116 +213,85 @@ class Trainer:
         progress: Progress,
         checkpoint: Path | None = None,
     ) -> History:
-        """The one training loop. Raises `EaseError` at a loss that is not finite, after restoring the best weights.
+        """The training loop.
 
-        Begun again from its checkpoint, it tells the watch the epochs from before once more.
+        When it resumes from a checkpoint, the rows of past epochs are reported to `progress` again. An interrupt
+        (Ctrl-C) with a checkpoint takes effect after the current step, whose state is saved first.
+
+        Raises:
+            EaseError: a loss is not finite. The best weights are restored first.
         """
-        train, val, options = re_iterable(phase.train), re_iterable(phase.val), phase.options
-        history = History(flops=dict(phase.spent))
-        base_lrs = [group["lr"] for group in optimizer.param_groups]
-        best_loss, best, start, failed = math.inf, snapshot(model), time.perf_counter(), True
-        begin, total, tokens, loss = 1, 0.0, 0, math.nan
-        total_steps = options.max_epochs * max(1, len(train))
-        # Of the validation pass that is yet to come: the last one's, and before the first an estimate.
+        train, val = re_iterable(phase.train), re_iterable(phase.val)
         x = next(iter(val), (None,))[0]
         if x is None or not len(train):
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
-        validation = len(val) * x.numel() * full_depth_flops(model.config, x.shape[1]) if options.max_flops else 0.0
-
-        def fraction_done() -> float:
-            # The validation that ends the epoch belongs to the budget too.
-            spent = sum(history.flops.values()) + validation
-            by_flops = spent / options.max_flops if options.max_flops else 0.0
-            return min(1.0, max(history.steps / total_steps, by_flops))
-
-        def step() -> Step | None:
-            return phase.step and phase.step(history.steps, fraction_done())
-
-        def set_lr() -> None:
-            for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = lr * options.lr_factor(fraction_done())
-
+        loop = _Loop(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
         identity = phase_identity(model, phase, x) if checkpoint else ""
-        kept = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
+        saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
+        resumed = loop.restore(saved.load())
+        finished = loop.epoch > phase.options.max_epochs
+        failed = True
+        with deferred_interrupts(checkpoint is not None) as interrupts:
+            try:
+                for row in loop.history.rows:
+                    progress.epoch(row)
+                if resumed:
+                    progress.step(1.0 if finished else loop.fraction_done())
+                    if not finished:
+                        progress.resumed(loop.epoch, loop.history.steps)
+                    train_mode(model)
+                    saved.replay()
+                while loop.epoch <= phase.options.max_epochs and not loop.over:
+                    self._train_epoch(loop, saved, progress, interrupts)
+                    self._validate(loop, saved, val, progress, interrupts)
+                failed = False
+            finally:
+                # After an error or an interrupt, too, the model has its best weights.
+                if failed or phase.restore_best:
+                    model.load_state_dict(loop.best, strict=False)  # frozen weights have not changed
+            if not finished:
+                saved.finish(**loop.state(phase.options.max_epochs + 1), best={})
+        return loop.history
 
-        def standing(epoch: int) -> dict[str, Any]:
-            told = {"history": asdict(history), "best_loss": best_loss, "validation": validation}
-            return {**told, "epoch": epoch, "total": total, "tokens": tokens}
+    def _train_epoch(self, loop: _Loop, saved: Checkpoint, progress: Progress, interrupts: Interrupts) -> None:
+        """The rest of an epoch's steps, up to the budget."""
+        for loss, scored, flops in self._steps(
+            loop.model, saved, loop.optimizer, loop.phase.first, loop.step, learned=loop.tokens
+        ):
+            loop.took_step(loss, scored, flops)
+            progress.step(loop.fraction_done(), loss)
+            if loop.fraction_done() >= 1:
+                break
+            if saved.due() or interrupts.pending:
+                loop.save(saved, loop.epoch)
+                interrupts.raise_pending()
 
-        def save(epoch: int) -> None:
-            history.seconds = time.perf_counter() - start
-            kept.save(**standing(epoch), best=best)
-
-        if found := kept.load():
-            history, best_loss, validation = History(**found["history"]), found["best_loss"], found["validation"]
-            begin, total, tokens, best = found["epoch"], found["total"], found["tokens"], found["best"]
-            start -= history.seconds
-        else:
-            set_lr()
-        over = begin > options.max_epochs
+    def _validate(
+        self, loop: _Loop, saved: Checkpoint, val: Batches, progress: Progress, interrupts: Interrupts
+    ) -> None:
+        """Scores the model after an epoch, keeps the best weights, and decides whether the phase is over."""
+        phase, model = loop.phase, loop.model
         try:
-            for row in history.rows:
-                progress.epoch(row)
-            if found:
-                progress.step(1.0 if over else fraction_done())
-                train_mode(model)
-                kept.replay()
-            for epoch in range(begin, options.max_epochs + 1):
-                for loss, scored, flops in self._steps(model, kept, optimizer, phase.first, step, learned=tokens):
-                    total, tokens = total + loss * scored, tokens + scored
-                    for kind, count in flops.items():
-                        history.flops[kind] = history.flops.get(kind, 0.0) + count
-                    history.steps += 1
-                    set_lr()
-                    progress.step(fraction_done(), loss)
-                    if fraction_done() >= 1:
-                        break
-                    if kept.due():
-                        save(epoch)
-                # As deep as the loss: where only exits learn, the layers above them would say the same every time.
-                policy, finding = phase.route(model) if phase.route else (None, 0.0)
+            with interrupts.allowed():  # scoring changes nothing, so that an interrupt needs no wait
+                policy, route_flops = phase.route(model) if phase.route else (None, 0.0)
+                # Up to the deepest loss: where only exits learn, the layers above them give the same every time.
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
-                validation = scores.flops + finding
-                history.flops["validation"] = history.flops.get("validation", 0.0) + validation
-                figures = scores.figures()
-                history.seconds = time.perf_counter() - start
-                history.rows.append(
-                    {
-                        "epoch": epoch,
-                        "step": history.steps,
-                        "train_loss": total / tokens,
-                        "val_loss": figures["loss"],
-                        "val_ppl": figures["ppl"],
-                        "val_acc": figures["acc"],
-                        "flops": sum(history.flops.values()),
-                        "seconds": history.seconds,
-                        "lr": optimizer.param_groups[0]["lr"],
-                    }
-                )
-                progress.epoch(history.rows[-1])
-                if not math.isfinite(figures["loss"]):
-                    raise EaseError(f"the validation loss is {figures['loss']}: {LOWER_LR}")
-                if figures["loss"] < best_loss:
-                    best_loss, history.best_epoch = figures["loss"], epoch
-                    best = snapshot(model)
-                elif options.patience is not None and epoch - history.best_epoch >= options.patience:
-                    history.stopped_early = True
-                    progress.step(1.0, loss)  # it is done, however many epochs were allowed
-                    break
-                if fraction_done() >= 1:
-                    break
-                total, tokens = 0.0, 0
-                kept.turn()
-                if kept.due():
-                    save(epoch + 1)
-            failed = False
-        finally:
-            # On the way out of an error or an interrupt, too: the last good weights are what is kept.
-            if failed or phase.restore_best:
-                model.load_state_dict(best, strict=False)  # what is frozen is as it was
-        if not over:
-            kept.finish(**standing(options.max_epochs + 1), best={})
-        return history
+        except KeyboardInterrupt:
+            loop.save(saved, loop.epoch)
+            raise
+        metrics = scores.metrics()
+        progress.epoch(loop.add_row(metrics, scores.flops + route_flops))
+        if not math.isfinite(metrics["loss"]):
+            raise EaseError(f"the validation loss is {metrics['loss']}: {LOWER_LR}")
+        loop.end_epoch(metrics["loss"])
+        if loop.history.stopped_early:
+            progress.step(1.0, loop.loss)  # done, whatever number of epochs was allowed
+        if loop.over:
+            return
+        saved.turn()
+        if saved.due() or interrupts.pending:
+            loop.save(saved, loop.epoch)
+            interrupts.raise_pending()
 
     def _steps(
         self,
@@ -356,7 +302,7 @@ class Trainer:
         next_step: Callable[[], Step | None] = lambda: None,
         learned: int = 0,
     ) -> Iterator[tuple[float, int, dict[str, float]]]:
-        """Takes one optimizer step per batch; yields its loss, its scored tokens and its FLOPs by kind."""
+        """Takes one optimizer step per batch; yields its loss, its number of scored tokens, and its FLOPs by kind."""
         model.to(self.device)
         train_mode(model)
         for item in re_iterable(batches):
@@ -366,70 +312,137 @@ class Trainer:
                 continue
             learned += scored
             step = next_step()
-            went: dict[int, Tensor] = {}
+            continued: dict[int, Tensor] = {}
             loss = self.compute_loss(
-                model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, went=went
+                model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, continued=continued
             )
             if not bool(loss.isfinite()):
                 raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            # The optimizer's own: what is frozen now may still hold a gradient of the phase before.
+            # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
             learning = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
-            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, went)
+            yield loss.item(), scored, step_flops(model, self.config, batch, scored, first, step, continued)
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 
-    def step_flops(
-        self,
-        model: ExitModel,
-        batch: Batch,
-        scored: int,
-        first: int = 1,
-        step: Step | None = None,
-        went: Mapping[int, Tensor] = {},
-    ) -> dict[str, float]:
-        """FLOPs of one training step by kind: what learns costs three times its forward, the trunk once.
-
-        Args:
-            scored: tokens of the batch that are scored.
-            went: exit -> (B, T) tokens that went on there, where that was a choice; it took the exit's head.
-        """
-        weights, skip = step or Step(self.config.weights)
-        config, last, teacher = model.config, model.num_layers, self.config.objective.teacher
-        deepest = last if teacher else max(weights)
-        trunk = run_flops(config, min(first - 1, deepest), batch._replace(active=None).running, batch.layout)
-        # A frozen head hands a gradient through but needs none of its own.
-        factor = 3 if model.output_head.weight.requires_grad else 2
-        training: float = 0
-        below = 0
-        for exit in [*went, deepest]:
-            layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(first, below + 1), exit + 1))
-            training += 3 * layers * run_flops(config, 1, batch.running, batch.layout)
-            arrived, before = int(batch.running.sum()), scored
-            if exit in went:
-                batch = batch._replace(active=went[exit].to(batch.x.device))
-                scored = int(batch.scored.sum())
-            if exit in went and self.config.classifier_weight:  # asked of all, learned from some, by their head
-                training += classifier_flops(config, arrived) + 3 * classifier_flops(
-                    config, classifier_sample_size(before)
-                )
-                training += exit_flops(config, classifier_sample_size(before), exit)
-                before -= scored
-            elif exit in went:
-                training += exit_flops(config, arrived, exit)
-            training += factor * sum(exit_flops(config, before, layer) for layer in weights if below < layer <= exit)
-            below = exit
-        # A teacher is asked beside each exit, for the tokens that came to it.
-        training += teacher * sum(exit_flops(config, scored, layer) for layer in weights if layer < last)
-        return {"training": training, "trunk": trunk if batch.state is None else batch.flops}
-
 
 LOWER_LR = "training stopped, and a model in memory has its last good weights again; lower the learning rate"
+
+
+class _Loop:
+    """The state of the loop over one phase.
+
+    Args:
+        num_batches: batches of a training epoch.
+        val_tokens, seq_len: tokens of validation and of a sequence, for the first estimate of its FLOPs.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        model: ExitModel,
+        optimizer: torch.optim.Optimizer,
+        num_batches: int,
+        val_tokens: int,
+        seq_len: int,
+    ) -> None:
+        self.phase, self.model, self.optimizer = phase, model, optimizer
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.total_steps = phase.options.max_epochs * max(1, num_batches)
+        self.history = History(flops=dict(phase.spent))
+        self.best_loss, self.best = math.inf, snapshot(model)
+        self.start = time.perf_counter()
+        self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
+        self.over, self.loss = False, math.nan
+        # FLOPs of the next validation pass: those of the last one, and before the first an estimate.
+        limited = phase.options.max_flops is not None
+        self.validation = val_tokens * full_depth_flops(model.config, seq_len) if limited else 0.0
+
+    def restore(self, saved: Mapping[str, Any] | None) -> bool:
+        """Continues from what `state` gave; without it, sets the first learning rate and returns False."""
+        if saved is None:
+            self._set_lr()
+            return False
+        self.history = History(**saved["history"])
+        self.best_loss, self.best, self.validation = saved["best_loss"], saved["best"], saved["validation"]
+        self.epoch, self.total, self.tokens = saved["epoch"], saved["total"], saved["tokens"]
+        self.start -= self.history.seconds
+        return True
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """All but the best weights."""
+        return {
+            "history": asdict(self.history),
+            "best_loss": self.best_loss,
+            "validation": self.validation,
+            "epoch": epoch,
+            "total": self.total,
+            "tokens": self.tokens,
+        }
+
+    def save(self, saved: Checkpoint, epoch: int) -> None:
+        if saved.path is None:
+            return
+        self.history.seconds = time.perf_counter() - self.start
+        saved.save(**self.state(epoch), best=self.best)
+
+    def fraction_done(self) -> float:
+        """The share of the phase that is done, in [0, 1], by steps or by FLOPs, whichever is larger."""
+        limit = self.phase.options.max_flops
+        # The validation pass that ends the epoch is part of the budget.
+        spent = sum(self.history.flops.values()) + self.validation
+        return min(1.0, max(self.history.steps / self.total_steps, spent / limit if limit else 0.0))
+
+    def step(self) -> Step | None:
+        """Loss weights and layer dropout of the next step, if the phase has a curriculum."""
+        return self.phase.curriculum and self.phase.curriculum(self.history.steps, self.fraction_done())
+
+    def took_step(self, loss: float, scored: int, flops: Mapping[str, float]) -> None:
+        self.loss, self.total, self.tokens = loss, self.total + loss * scored, self.tokens + scored
+        for kind, count in flops.items():
+            self.history.flops[kind] = self.history.flops.get(kind, 0.0) + count
+        self.history.steps += 1
+        self._set_lr()
+
+    def add_row(self, metrics: Mapping[str, Any], flops: float) -> dict[str, float]:
+        """The row of the epoch that ended, with the metrics and FLOPs of its validation pass."""
+        history, self.validation = self.history, flops
+        history.flops["validation"] = history.flops.get("validation", 0.0) + flops
+        history.seconds = time.perf_counter() - self.start
+        row = {
+            "epoch": self.epoch,
+            "step": history.steps,
+            "train_loss": self.total / self.tokens,
+            "val_loss": metrics["loss"],
+            "val_ppl": metrics["ppl"],
+            "val_acc": metrics["acc"],
+            "flops": sum(history.flops.values()),
+            "seconds": history.seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        history.rows.append(row)
+        return row
+
+    def end_epoch(self, val_loss: float) -> None:
+        """Keeps the weights if they are the best so far, stops if patience has run out, or begins the next epoch."""
+        history, patience = self.history, self.phase.options.patience
+        if val_loss < self.best_loss:
+            self.best_loss, history.best_epoch = val_loss, self.epoch
+            self.best = snapshot(self.model)
+        elif patience is not None and self.epoch - history.best_epoch >= patience:
+            history.stopped_early = True
+        self.over = history.stopped_early or self.fraction_done() >= 1
+        if not self.over:
+            self.epoch, self.total, self.tokens = self.epoch + 1, 0.0, 0
+
+    def _set_lr(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * self.phase.options.lr_factor(self.fraction_done())
 
 
 def snapshot(model: ExitModel) -> dict[str, Tensor]:
@@ -438,27 +451,12 @@ def snapshot(model: ExitModel) -> dict[str, Tensor]:
 
 
 def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
-    """Tells a phase from others: its plan, the model's shape and what is frozen of it, x of a validation batch."""
-    # A mined threshold is found again, and on another machine not to the bit.
+    """A hash of what distinguishes a phase: its plan, the model's shape, the frozen weights, and a validation batch."""
+    # A mined threshold is computed again on resuming, and on another machine not to the last bit.
     config = replace(phase.config, routing_threshold=0.0)
     plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
     frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
     return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
-
-
-def pause_layers(at: int, first: int, exits: Iterable[int], skip: Iterable[int]) -> list[int]:
-    """The layers above `at` after which a forward pauses, the deepest exit the last of them.
-
-    It pauses at exits, at the end of the trunk below layer `first`, and before and after layers that may be skipped.
-    """
-    exits, skip = set(exits), set(skip)
-    pauses = exits | skip | {layer - 1 for layer in skip} | {first - 1}
-    return sorted(layer for layer in pauses if at < layer <= max(exits))
-
-
-def scored_selector(scored: Tensor) -> Callable[[Tensor], Tensor]:
-    """What takes the scored tokens (B, T) out of (B, T, ...): a view where that is all, since indexing copies."""
-    return (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
 
 
 def train(

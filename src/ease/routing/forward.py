@@ -106,7 +106,7 @@ def routed_forward(
     Args:
         layout: positions and segments; by default one segment a row without padding.
         last: the layer at which the run ends (the model's last by default).
-        read: called with the logits (n, V) of tokens that leave and their indices (n,) into `ids.flatten()`; its results
+        read: called with the logits (n, V) of leaving tokens and their indices (n,) into `ids.flatten()`; its results
             (n, ...) are concatenated in `ExitStep.read`. The logits of all tokens never exist at the same time.
         required: (B, T) tokens whose prediction the caller needs; the head at layer `last` is evaluated for no others.
         cache: keys and values of the tokens before `ids`, from `model.new_cache`.
@@ -264,14 +264,14 @@ def route(
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])
-    exits = torch.zeros_like(ids)
+    left_at = torch.zeros_like(ids)
     confidences = head.new_zeros(ids.shape)
     for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         if step.read is not None:
             logits[step.left] = step.read.to(logits)
             confidences[step.left] = step.confidence[step.leaves].to(confidences)
-        exits[step.left] = step.layer
-    return Routed(logits, exits, confidences)
+        left_at[step.left] = step.layer
+    return Routed(logits, left_at, confidences)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Discriminative fine-tuning: every layer learns at a rate of its own, the lower the slower.
+"""Discriminative fine-tuning: each layer has its own learning rate, lower layers a lower one.
 
-Howard and Ruder 2018 (ULMFiT, arXiv:1801.06146), section 3.2: the rate of a layer is that of the layer above it divided
-by 2.6. Their slanted triangular schedule is, here, a warmup; layers are not unfrozen one by one.
+Howard and Ruder 2018 (ULMFiT, arXiv:1801.06146), section 3.2: the rate of a layer is that of the layer above divided by
+2.6. Their slanted triangular schedule is a warmup here, and layers are not unfrozen one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ease.errors import EaseError
 from ease.interface import ExitModel
 from ease.policy import Policy
 from ease.training.config import PhaseOptions, TrainingConfig
-from ease.training.phases import Data, Phase
+from ease.training.phases import Data, Phase, SinglePhase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,35 +23,23 @@ class DiscriminativeConfig(PhaseOptions):
     name: ClassVar = "discriminative"
 
     num_layers: int = 4
-    """Layers of the model; a checkpoint brings its own."""
+    """Layers of a new model; a checkpoint has its own depth."""
     decay: float = 1 / 2.6
-    """Learning rate of a layer as a share of that of the layer above it; the last one's and the head's is lr."""
+    """Learning rate of a layer as a share of that of the layer above; the last layer and the head learn at `lr`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.decay <= 1:
             raise EaseError(f"decay must lie in (0, 1], got {self.decay}: 1 gives every layer the same rate")
 
-    def strategy(self) -> Discriminative:
-        return Discriminative(self)
-
-
-@dataclass
-class Discriminative:
-    """The strategy: one phase."""
-
-    config: DiscriminativeConfig
-    done: bool = False
-
     def policy(self) -> Policy:
-        """Every token runs every layer."""
         return Policy()
 
-    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
-        if self.done:
-            return None
-        self.done = True
+    def phase(self, model: ExitModel, data: Data) -> Phase:
         last = model.num_layers
-        scales = {layer: self.config.decay ** (last - layer) for layer in range(1, last + 1)}
+        scales = {layer: self.decay ** (last - layer) for layer in range(1, last + 1)}
         config = TrainingConfig(layer_weights={last: 1.0}, layer_lr_scales=scales)
-        return Phase("discriminative", config, data.train, data.val, self.config)
+        return Phase("discriminative", config, data.train, data.val, self)
+
+    def strategy(self) -> SinglePhase:
+        return SinglePhase(self)

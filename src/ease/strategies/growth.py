@@ -1,10 +1,10 @@
-"""Progressive growth: a shallow model is trained, new layers are put on top of it, and all learn on.
+"""Progressive growth: a shallow model is trained, new layers are added on top, and all layers continue to learn.
 
-Nothing is frozen, every token trains in every phase, the loss is on the last layer, and one schedule goes through all
-phases: most of the FLOPs of a deep model's first steps are spent on layers that have nothing to learn from yet. New
-layers hand their input through at first, or start as copies of those below (Gong et al. 2019, Efficient Training of
-BERT by Progressively Stacking, ICML). By choice the last layers of earlier phases keep a loss, so that tokens may
-leave there.
+Nothing is frozen, every token is trained on in every phase, the loss is on the last layer, and one schedule spans all
+phases. The gain is in the first steps: in a deep model most of their FLOPs go to layers whose input is not useful yet.
+New layers start as the identity, or as copies of the layers below (progressive stacking, Gong et al. 2019, Efficient
+Training of BERT by Progressively Stacking, ICML). By choice the last layers of earlier phases keep a loss, so that
+tokens may leave there.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ease.training.phases import Data, Phase
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig(PhaseOptions):
-    """Two or more phases; the limits on epochs and FLOPs and the schedule are those of all together."""
+    """Two or more phases; the limits on epochs and FLOPs and the schedule span all of them."""
 
     name: ClassVar = "growth"
 
     layers: tuple[int, ...] = (2, 4)
     """Depth of the model in each phase."""
     shares: tuple[float, ...] = ()
-    """Share of the limits that each phase takes, 1 in all (in proportion to its depth by default)."""
+    """Share of the limits for each phase; they sum to 1 (by default in proportion to depth)."""
     grow_init: Literal["identity", "copy"] = "identity"
-    """How new layers start."""
+    """New layers start as the identity or as copies of trained layers."""
     exit_weight: float = 0.0
-    """Weight, below 1, of the losses at the last layers of earlier phases together; above 0 tokens may leave there."""
+    """Total weight, in [0, 1), of the losses at the last layers of earlier phases; above 0 tokens may leave there."""
     routing_threshold: float = 0.9
     """Confidence in [0, 1] at which a token leaves, at each of these exits."""
 
@@ -46,7 +46,7 @@ class GrowthConfig(PhaseOptions):
             raise EaseError(f"shares must be one above 0 per phase and sum to 1, got {list(shares)}")
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
         if not 0 <= self.exit_weight < 1:
-            raise EaseError(f"exit_weight must lie in [0, 1), got {self.exit_weight}: the last layer needs some")
+            raise EaseError(f"exit_weight must lie in [0, 1), got {self.exit_weight}: the last layer needs a weight")
         self.training(1)
         self.options(1)
 
@@ -56,14 +56,14 @@ class GrowthConfig(PhaseOptions):
         return self.layers[0]
 
     def training(self, phase: int) -> TrainingConfig:
-        """Loss and routing of a phase, counted from 0."""
+        """Loss and routing of phase number `phase`, counted from 0."""
         exits = self.layers[:phase] if self.exit_weight else ()
         weights = {exit: self.exit_weight / len(exits) for exit in exits}
         weights[self.layers[phase]] = 1 - sum(weights.values())
         return TrainingConfig(None, (self.routing_threshold,) * len(exits), exits, weights)
 
     def options(self, phase: int) -> PhaseOptions:
-        """How a phase learns, counted from 0."""
+        """Optimizer settings and limits of phase number `phase`, counted from 0."""
         shares = self.shares or [depth / sum(self.layers) for depth in self.layers]
         return self.part(shares[phase], after=sum(shares[:phase]))
 
@@ -73,13 +73,13 @@ class GrowthConfig(PhaseOptions):
 
 @dataclass
 class Growth:
-    """The strategy."""
+    """The strategy. Its state is the number of phases done."""
 
     config: GrowthConfig
     done: int = 0
 
     def policy(self) -> Policy:
-        """The last layers of the phases before the last, where they have a loss."""
+        """Exits at the last layers of earlier phases, if they have a loss."""
         return self.config.training(len(self.config.layers) - 1).policy
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:

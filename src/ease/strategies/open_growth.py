@@ -1,9 +1,9 @@
-"""Growth with everything open: the shallow loss on all tokens, the deep one on hard tokens alone.
+"""Open growth: the shallow loss on all tokens and the deep loss on hard tokens, with all layers learning.
 
-Phase 1 trains the shallow brick on all tokens. Phase 2 grows it and freezes nothing: of every batch's tokens only the
-share that the shallow exit is least sure of runs the new layers and is scored at the last one, while the shallow loss
-goes on for all. So the brick keeps learning, and in every step it is asked anew what is hard. Without a phase 1 this
-holds from the start.
+Phase 1 trains the shallow brick on all tokens. Phase 2 grows it and freezes nothing: in every batch only the share of
+the tokens with the lowest confidence at the shallow exit runs the new layers and is scored at the last one, while the
+shallow loss continues on all tokens. The brick keeps learning, so every step selects its hard tokens anew. Without a
+phase 1 the model is trained this way from the start.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ease.errors import EaseError, check_choice
-from ease.evaluation.scoring import score
+from ease.evaluation.shares import policy_for_shares
 from ease.interface import Batches, ExitModel
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.training.config import PhaseOptions, TrainingConfig, create_standard_config
-from ease.training.mining import Quantile, check_ratio
+from ease.training.mining import check_ratio
 from ease.training.phases import Data, Phase
+from ease.training.selection import LeastConfident
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenGrowthConfig(PhaseOptions):
-    """Two phases; the limits on epochs and FLOPs are those of both together."""
+    """Two phases; the limits on epochs and FLOPs span both."""
 
     name: ClassVar = "open-growth"
 
@@ -32,11 +33,11 @@ class OpenGrowthConfig(PhaseOptions):
     deep_layers: int = 4
     """Layers after growth."""
     hard_ratio: float = 0.5
-    """Hard tokens as a share of a batch; the threshold found sends as many on at inference."""
+    """Hard tokens as a share of a batch; at inference the same share continues past the exit."""
     shallow_weight: float = 0.5
-    """Weight of the shallow loss in phase 2, above 0 and below 1; the deep loss has the rest."""
+    """Weight of the shallow loss in phase 2, in (0, 1); the deep loss has the remaining weight."""
     first_share: float = 0.5
-    """Share of the limits that phase 1 takes; 0: there is none, and a new model has all its layers from the start."""
+    """Share of the limits for phase 1; 0 for no phase 1 and a new model with all layers from the start."""
     grow_init: Literal["identity", "copy"] = "identity"
     """How new layers start."""
     deep_lr: float | None = None
@@ -51,9 +52,11 @@ class OpenGrowthConfig(PhaseOptions):
         check_ratio(self.hard_ratio)
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
         if not 0 < self.shallow_weight < 1:
-            raise EaseError(f"shallow_weight must lie between 0 and 1, got {self.shallow_weight}: both losses count")
+            raise EaseError(
+                f"shallow_weight must lie in (0, 1), got {self.shallow_weight}: both losses need a weight"
+            )
         if not 0 <= self.first_share < 1:
-            raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs some of the limits")
+            raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs a share")
         self.second()
 
     @property
@@ -71,26 +74,26 @@ class OpenGrowthConfig(PhaseOptions):
 
 @dataclass
 class OpenGrowth:
-    """The strategy. Its state is the threshold found last."""
+    """The strategy. Its state is the number of phases done and the policy found last."""
 
     config: OpenGrowthConfig
     done: int = 0
     found: Policy = field(default_factory=Policy)
 
     def policy(self) -> Policy:
-        """The shallow exit, and the threshold under which the hard share of the validation tokens goes on."""
+        """The shallow exit, with the threshold under which the hard share of the validation tokens continues."""
         return self.found
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
         assert isinstance(model, StandardTransformer)
         c = self.config
-        if self.done == 2:  # inference's threshold, found as `ease calibrate` would; no training FLOPs
+        if self.done == 2:  # the threshold for inference, as `ease calibrate` would choose it: no training FLOPs
             self.found, _ = self.route(model, data.val)
             return None
         depths = (c.shallow_layers,) if c.first_share else (c.shallow_layers, c.deep_layers)
         if model.num_layers not in depths:
-            wanted = " or ".join(map(str, depths))
-            raise EaseError(f"open growth starts from {wanted} layers but the model has {model.num_layers}")
+            expected = " or ".join(map(str, depths))
+            raise EaseError(f"open growth starts from {expected} layers but the model has {model.num_layers}")
         self.done += 1
         if self.done == 1:
             options = c.part(c.first_share)
@@ -98,14 +101,10 @@ class OpenGrowth:
         if model.num_layers < c.deep_layers:
             model.grow(c.deep_layers, c.grow_init)
         weights = {c.shallow_layers: c.shallow_weight, c.deep_layers: 1 - c.shallow_weight}
-        config = TrainingConfig(layer_weights=weights, going_on={c.shallow_layers: c.hard_ratio})
+        config = TrainingConfig(layer_weights=weights, selection=LeastConfident({c.shallow_layers: c.hard_ratio}))
         route = lambda model: self.route(model, data.val)  # noqa: E731
         return Phase("phase 2", config, data.train, data.val, c.second(), route=route)
 
     def route(self, model: ExitModel, val: Batches) -> tuple[Policy, float]:
-        """The policy that sends the hard share of the validation tokens on, and the FLOPs of finding it."""
-        c, quantile = self.config, Quantile()
-        shallow = score(model, val, last=c.shallow_layers)
-        quantile.add(shallow.confidences)
-        threshold = quantile(c.hard_ratio) if c.hard_ratio < 1 else 1.0
-        return Policy((c.shallow_layers,), (threshold,)), shallow.flops
+        """The policy under which the hard share of the validation tokens continues, and its FLOPs."""
+        return policy_for_shares(model, val, (self.config.shallow_layers,), (self.config.hard_ratio,))

@@ -1,4 +1,4 @@
-"""The plain strategies: one phase on all tokens, at full depth or with a loss at every exit."""
+"""Strategies of a single phase on all tokens: the standard one, and deep supervision."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import ClassVar, Literal
 from ease.errors import EaseError
 from ease.interface import ExitModel
 from ease.policy import Policy
-from ease.training.config import PhaseOptions, TrainingConfig, create_deep_supervision_config, create_standard_config
-from ease.training.phases import Data, Phase
+from ease.training.config import (
+    PhaseOptions,
+    TrainingConfig,
+    create_deep_supervision_config,
+    create_standard_config,
+)
+from ease.training.phases import Data, Phase, SinglePhase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +28,31 @@ class StandardConfig(PhaseOptions):
     """Layers of the model."""
 
     def training(self) -> TrainingConfig:
+        """The loss and the routing of the phase."""
         return create_standard_config(self.num_layers)
 
-    def strategy(self) -> OnePhase:
-        return OnePhase(self, self.training())
+    def policy(self) -> Policy:
+        return self.training().policy
+
+    def phase(self, model: ExitModel, data: Data) -> Phase:
+        if model.num_layers != self.num_layers:
+            raise EaseError(
+                f"num_layers is {self.num_layers} but the model has {model.num_layers}: set it to the model's"
+            )
+        return Phase("training", self.training(), data.train, data.val, self)
+
+    def strategy(self) -> SinglePhase:
+        return SinglePhase(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSupervisionConfig(StandardConfig):
-    """The loss on every layer, so that every layer can be an exit."""
+    """The loss on every layer (Lee et al. 2015, arXiv:1409.5185), so that every layer can be an exit."""
 
     name: ClassVar = "deep-supervision"
 
     weighting: Literal["uniform", "depth"] = "uniform"
-    """Weights of the losses: all equal, or in proportion to depth."""
+    """Weights of the losses: all equal, or proportional to the layer's number."""
     exit_layer: int | Sequence[int] = 1
     """The exit, or several from shallow to deep."""
     routing_threshold: float | Sequence[float] = 0.0
@@ -49,25 +65,3 @@ class DeepSupervisionConfig(StandardConfig):
     def training(self) -> TrainingConfig:
         weights = create_deep_supervision_config(self.num_layers, self.weighting).weights
         return TrainingConfig(None, self.routing_threshold, self.exit_layer, weights)
-
-
-@dataclass
-class OnePhase:
-    """The strategy whose plan is one phase."""
-
-    options: PhaseOptions
-    config: TrainingConfig
-    done: bool = False
-
-    def policy(self) -> Policy:
-        return self.config.policy
-
-    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
-        if self.done:
-            return None
-        self.done = True
-        if model.num_layers != max(self.config.weights):
-            raise EaseError(
-                f"num_layers is {max(self.config.weights)} but the model has {model.num_layers}: set it to the model's"
-            )
-        return Phase("training", self.config, data.train, data.val, self.options)

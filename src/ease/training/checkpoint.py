@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,55 @@ class Checkpoint:
             self.path,
             {"identity": self.identity, "weights": weights, "trained_exits": exits, "random": random, **state},
         )
+
+
+class Interrupts:
+    """Whether an interrupt (Ctrl-C, or SIGTERM where it is handled as one) waits for a safe moment."""
+
+    def __init__(self) -> None:
+        self.pending = self._allowed = False
+
+    def handle(self, *_: object) -> None:
+        """The signal handler: raises where interrupts are allowed, and at the second signal anywhere."""
+        if self._allowed or self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    def raise_pending(self) -> None:
+        """Raises `KeyboardInterrupt` if one is pending."""
+        if self.pending:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Inside, an interrupt is raised at once."""
+        self.raise_pending()
+        self._allowed = True
+        try:
+            yield
+        finally:
+            self._allowed = False
+
+
+@contextmanager
+def deferred_interrupts(enabled: bool) -> Iterator[Interrupts]:
+    """Defers interrupts inside, so that none arrives between the parts of a step; the last is raised at the end.
+
+    Only the main thread can handle signals. In another one, or if not `enabled`, interrupts are raised at once.
+    """
+    interrupts = Interrupts()
+    handled = []
+    if enabled and threading.current_thread() is threading.main_thread():
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handled = [sig for sig in signals if signal.getsignal(sig) is signal.default_int_handler]
+    try:
+        for sig in handled:
+            signal.signal(sig, interrupts.handle)
+        yield interrupts
+        interrupts.raise_pending()
+    finally:
+        for sig in handled:
+            signal.signal(sig, signal.default_int_handler)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

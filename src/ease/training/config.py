@@ -14,6 +14,7 @@ from typing import Literal
 from ease.errors import EaseError, check_choice, check_least
 from ease.policy import Policy
 from ease.training.losses import CrossEntropy, Objective
+from ease.training.selection import AllTokens, TokenSelection
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,8 @@ class TrainingConfig:
         exit_layer: the exit, or a sequence of exits from shallow to deep.
         layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
         objective: what a token's loss is at the exits below the last one; there it is always cross entropy.
-        going_on: exit -> share in (0, 1] of the tokens of a batch that arrive there. In training only so many, those
-            that the exit is least sure of (at least one token, no gradient through the choice), run the layers
-            above it and are scored there. A token that has no teacher for that reason learns from the text.
-        classifier_weight: above 0, it is the exit's own classifier that says in training how sure the exit is, without
-            its head. It learns along, with this weight on its loss, from an eighth of the tokens. Every token is then
-            scored where it leaves, with the weight of that layer's loss, and the mean is over all tokens.
+        selection: which tokens continue past an exit in training; all by default. A token that leaves has no teacher,
+            so it learns from the text.
         layer_lr_scales: layer -> what the learning rate is multiplied by, above 0, in the layer's block and in its
             exit's norm and adapter; layer 1's holds for the embedding too. The shared head learns at 1, also where it
             is the embedding, and so do layers that are not named.
@@ -63,8 +60,7 @@ class TrainingConfig:
     exit_layer: int | Sequence[int] = 1
     layer_weights: Mapping[int, float] | None = None
     objective: Objective = field(default=CrossEntropy())
-    going_on: Mapping[int, float] = field(default_factory=dict)
-    classifier_weight: float = 0.0
+    selection: TokenSelection = field(default=AllTokens())
     layer_lr_scales: Mapping[int, float] = field(default_factory=dict)
     _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
@@ -85,28 +81,12 @@ class TrainingConfig:
             raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
         object.__setattr__(self, "_weights", weights)
         deepest = max(self.weights)
-        for exit, share in self.going_on.items():
-            if not 1 <= exit < deepest:
-                raise EaseError(f"going_on names exit {exit}: choose one below layer {deepest}, the last with a loss")
-            if not 0 < share <= 1:
-                raise EaseError(f"the share of tokens going on at exit {exit} must lie in (0, 1], got {share}")
-        if not (self.classifier_weight >= 0 and math.isfinite(self.classifier_weight)):
-            raise EaseError(f"classifier_weight must be finite and not below 0, got {self.classifier_weight}")
-        if self.classifier_weight and 1 in self.going_on.values():
-            raise EaseError("where all go on there is nothing to choose for a classifier: give shares below 1")
-        if self.classifier_weight and not self.going_on:
-            raise EaseError("classifier_weight is for exits that going_on names: name one, or leave the weight at 0")
-        if self.classifier_weight and self.objective.teacher:
-            raise EaseError(
-                "where classifiers choose, a token that leaves has no teacher: give the objective cross entropy, or "
-                "leave classifier_weight at 0"
-            )
+        self.selection.check(deepest, self.objective)
         for layer, scale in self.layer_lr_scales.items():
             if layer < 1 or not (scale > 0 and math.isfinite(scale)):
                 raise EaseError(
                     f"layer_lr_scales has {scale} for layer {layer}: layers are counted from 1 and scales lie above 0"
                 )
-        object.__setattr__(self, "going_on", dict(sorted(self.going_on.items())))
         Policy.of(self.exit_layer, self.routing_threshold)
 
     @property
@@ -131,10 +111,10 @@ class TrainingConfig:
                 f"layer_lr_scales names layer {max(self.layer_lr_scales)} but the model has {num_layers}: "
                 "leave it out or use a deeper model"
             )
-        if min(self.going_on, default=first) < first:
+        if min(self.selection.keep, default=first) < first:
             raise EaseError(
-                f"going_on chooses at exit {min(self.going_on)}, and everyone runs in the frozen trunk below layer "
-                f"{first}: choose from there up, or mine the tokens (ease.MinedBatches)"
+                f"the selection chooses at exit {min(self.selection.keep)}, in the frozen trunk below layer {first}, "
+                "which runs all tokens: choose an exit from there up, or mine the tokens (ease.MinedBatches)"
             )
         self.policy.check(num_layers)
 
@@ -144,7 +124,9 @@ class TrainingConfig:
         pairs = zip(self.policy.exits, self.policy.thresholds, strict=True)
         lines += [f"a token leaves after layer {e} when its confidence is at least {t:g}" for e, t in pairs]
         lines += [] if self.policy.exits else ["no routing: every token runs every layer"]
-        lines += [f"training sends on the {s:.0%} that exit {e} is least sure of" for e, s in self.going_on.items()]
+        lines += [
+            f"in training the least confident {s:.0%} continue past exit {e}" for e, s in self.selection.keep.items()
+        ]
         return "\n".join(lines)
 
 

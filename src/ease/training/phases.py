@@ -1,10 +1,14 @@
-"""What a strategy hands out and a trainer executes: a phase, the batches it reads, and who is told how it goes."""
+"""Phases and strategies: what a strategy yields and the trainer executes.
+
+The trainer depends on these types only. A strategy is an object with `next_phase` and `policy`; its configuration is a
+dataclass that creates it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ease.errors import EaseError
 from ease.interface import Batches, ExitModel
@@ -12,46 +16,47 @@ from ease.policy import Policy
 from ease.progress import Progress
 from ease.training.config import PhaseOptions, TrainingConfig
 
-if TYPE_CHECKING:
-    pass
-
 
 class Data(NamedTuple):
-    """What a strategy trains and validates on. The test split is not in here, so no strategy can see it."""
+    """Training and validation batches. The test split is not part of it, so no strategy can use it."""
 
     train: Batches
     val: Batches
     progress: Callable[[str], Progress] = lambda name: Progress()
-    """Makes, from its name, what is told of the progress of anything that takes a while between phases."""
+    """Creates the progress callback of a named piece of work between phases, such as mining."""
 
 
 class Step(NamedTuple):
-    """What one optimizer step is made of, where a phase changes it on the way."""
+    """Loss weights and layer dropout of one optimizer step."""
 
     weights: Mapping[int, float]
     """Layer -> weight of its loss."""
     skip: Mapping[int, float] = {}
-    """Layer -> chance in [0, 1] that a sequence skips it (layer dropout)."""
+    """Layer -> probability in [0, 1] that a sequence skips it (layer dropout)."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training round of a strategy: which layers learn, from which tokens, until when.
+    """One training round: which layers learn, from which tokens, and when it ends.
 
     Args:
-        config: where the loss is, and the routing under which validation runs.
+        name: shown with its progress and metrics.
+        config: the losses, and the routing under which validation runs.
         train, val: re-iterable batches.
-        options: how it learns, and when it ends.
-        first: the first layer that learns; everything below is the frozen trunk. One more than the model has layers
-            means that no layer learns.
-        exits: exits in the frozen trunk that learn all the same.
-        freeze_head: whether a phase with a trunk freezes the shared head too, so that no exit moves.
+        options: optimizer settings and limits.
+        first: the first layer that learns; the layers below are the frozen trunk. With the number of layers plus one,
+            no layer learns.
+        exits: exits in the frozen trunk that learn nevertheless.
+        freeze_head: whether the shared head is frozen together with a trunk, so that no exit changes.
         restore_best: whether the weights of the best epoch are restored at the end.
-        spent: FLOPs of what was done to prepare the phase, by kind.
-        step: what a step is made of, from the steps done and the share of the phase that is done; by default always
-            what `config` says.
-        route: where that moves with the model, finds who leaves where in validation, and says what finding it cost in
-            FLOPs; by default the policy of `config`.
+        spent: FLOPs of preparing the phase, by kind.
+        curriculum: the step to take, from the number of steps taken and the share of the phase that is done. By default
+            every step follows `config`. Loss curricula and progressive layer dropping are written this way.
+        route: the validation policy of the model as it is now, and the FLOPs of finding it; by default the policy of
+            `config`.
+
+    Raises:
+        EaseError: a loss lies in the frozen trunk, where nothing learns.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Phase:
     freeze_head: bool = True
     restore_best: bool = True
     spent: Mapping[str, float] = field(default_factory=dict)
-    step: Callable[[int, float], Step] | None = None
+    curriculum: Callable[[int, float], Step] | None = None
     route: Callable[[ExitModel], tuple[Policy, float]] | None = None
 
     def __post_init__(self) -> None:
@@ -77,35 +82,70 @@ class Phase:
 
 
 class Strategy(Protocol):
-    """The plan that yields phases."""
+    """A plan that yields phases one by one."""
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
-        """The next phase, given the model as the phase before left it; None when done."""
+        """The next phase, given the model as the previous phase left it; None when training is done."""
 
     def policy(self) -> Policy:
-        """Who leaves where, once training is done."""
+        """The routing policy after training."""
+
+
+class StrategyConfig(Protocol):
+    """The configuration of a strategy, as `ease.strategies` lists it."""
+
+    @property
+    def num_layers(self) -> int | None:
+        """Depth of the model when training starts; None if the strategy needs a finished model."""
+
+    def strategy(self) -> Strategy:
+        """A new strategy with this configuration."""
+
+
+class SinglePhaseConfig(Protocol):
+    """The configuration of a strategy with one phase."""
+
+    def policy(self) -> Policy:
+        """The routing policy after training."""
+
+    def phase(self, model: ExitModel, data: Data) -> Phase:
+        """The phase."""
+
+
+@dataclass
+class SinglePhase:
+    """The strategy with one phase, which its configuration describes."""
+
+    config: SinglePhaseConfig
+    done: bool = False
+
+    def policy(self) -> Policy:
+        return self.config.policy()
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        if self.done:
+            return None
+        self.done = True
+        return self.config.phase(model, data)
 
 
 @dataclass
 class History:
-    """What happened in one call of `fit`."""
+    """The record of one phase."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: step, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr."""
     flops: dict[str, float] = field(default_factory=dict)
-    """By kind: training, trunk, validation, and what preparing the phase cost."""
+    """FLOPs by kind: training, trunk, validation, and those of preparing the phase."""
     best_epoch: int = 0
+    """The epoch with the lowest validation loss, counted from 1."""
     stopped_early: bool = False
+    """Whether patience ended the phase."""
     steps: int = 0
+    """Optimizer steps taken."""
     seconds: float = 0.0
+    """Wall-clock time."""
 
     def column(self, name: str) -> list[float]:
+        """One value per epoch."""
         return [row[name] for row in self.rows]
-
-
-class StrategyConfig(Protocol):
-    """What `ease.STRATEGIES` lists: a dataclass that knows the depth to start with and makes its strategy."""
-
-    @property
-    def num_layers(self) -> int | None: ...  # None: it starts from a finished model
-    def strategy(self) -> Strategy: ...
