@@ -1,4 +1,4 @@
-"""ASHEM: one layer on all tokens, then a second one on the half it is unsure of (docs/results.md has its figures)."""
+"""ASHEM: one layer on all tokens, then a second one on the hard half (measured in docs/research/results.md)."""
 
 from ease import ASHEMConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig
