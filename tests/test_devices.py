@@ -1,4 +1,4 @@
-"""The device that was asked for, or one sentence; and the machine as a report names it."""
+"""Devices and dtypes by name, and the description of the machine in reports."""
 
 from __future__ import annotations
 

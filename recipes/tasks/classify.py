@@ -19,7 +19,7 @@ from ease.errors import exit_on_error
 from ease.evaluation.tasks import cheapest_policy, classification_metrics
 from ease.progress import PrintProgress
 from ease.runs.store import save_model
-from ease.storage import run_folder, write_json
+from ease.storage import output_folder, write_json
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -47,7 +47,7 @@ def main(
         out: the run's folder.
         overwrite: replace the folder if it holds a run already.
     """
-    with run_folder(out, overwrite) as folder:
+    with output_folder(out, overwrite) as folder:
         task = load_classification(data, tokenizer, seq_len=seq_len)
         learn = ExampleBatches(task.train, batch_size, shuffle=True, bucket=True, seed=seed)
         val, test = ExampleBatches(task.val, batch_size), ExampleBatches(task.test, batch_size)

@@ -19,7 +19,7 @@ from ease.errors import exit_on_error
 from ease.evaluation.tasks import cheapest_policy, completion_metrics
 from ease.progress import PrintProgress
 from ease.runs.store import save_model
-from ease.storage import run_folder, write_json
+from ease.storage import output_folder, write_json
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -49,7 +49,7 @@ def main(
         max_new_tokens: tokens that are written after a prompt at most, where ROUGE-L is measured.
         overwrite: replace the folder if it holds a run already.
     """
-    with run_folder(out, overwrite) as folder:
+    with output_folder(out, overwrite) as folder:
         task = load_completion(data, tokenizer, seq_len=seq_len)
         learn = ExampleBatches(task.train, batch_size, shuffle=True, bucket=True, seed=seed)
         val = ExampleBatches(task.val, batch_size)

@@ -1,4 +1,7 @@
-"""The machine: which device to work on, and what to call it beside a figure that depends on it."""
+"""Devices and number formats by name, and a description of the machine for reports.
+
+A time means nothing without the machine it was measured on, so reports show both.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,37 @@ from ease.errors import EaseError
 
 
 def choose_device(name: str) -> str:
+    """The torch device for a name.
+
+    Args:
+        name: "auto" (CUDA, then MPS, then CPU), or a torch device such as "cpu" or "cuda:1".
+
+    Raises:
+        EaseError: this machine has no such device.
+    """
     if name != "auto":
         try:
-            torch.zeros(1, device=name).item()  # which a device without memory, "meta", cannot answer
+            torch.zeros(1, device=name).item()  # "meta" can allocate but holds no values
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise EaseError(f"no device {name!r} on this machine: use auto, cpu, cuda or mps") from error
         return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point type by its name in torch, or as it is; None, or "auto", leaves it open."""
+    """The floating-point type for a name.
+
+    Args:
+        name: its name in torch such as "bfloat16", or the type itself; "auto" and None leave the choice open.
+
+    Returns:
+        The type, or None for an open choice.
+
+    Raises:
+        EaseError: torch has no floating-point type of that name.
+    """
     if name is None or name == "auto":
         return None
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
@@ -33,12 +56,12 @@ def choose_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Describes the machine for a report: device, CPU, cores, threads and versions, as plain values fit for JSON."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,

@@ -1,4 +1,8 @@
-"""ease.storage."""
+"""Output folders that appear whole or not at all, JSON files, and fingerprints of what they hold.
+
+A folder is written under a hidden name beside its place and renamed at the end, so that a run or checkpoint that exists
+is complete, and overwriting one never costs the old one before the new one is there.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,149 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.interface import ExitModel
 
+CONFIG = "config.json"  # what a run folder and a checkpoint are recognized by
+
+CHECKPOINTS = "checkpoints"  # subfolder of an unfinished output folder, with what resuming it takes
+
+# ---------------------------------------------------------------------------------------------------------
+# Output folders
+
+
+@contextmanager
+def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False) -> Iterator[Path]:
+    """Gives a partial folder to write into, which becomes `out` if the block succeeds and is removed if it fails.
+
+    Args:
+        out: the folder to create.
+        overwrite: replace `out` if it is a run or a checkpoint.
+        resumable: give the partial folder a fixed name, lock it against other processes, and keep it after a failure
+            if it has checkpoints in its subfolder CHECKPOINTS. Success removes the checkpoints.
+
+    Yields:
+        The partial folder, `.NAME.partial` (with the process id, unless resumable) in the same parent folder.
+
+    Raises:
+        EaseError: `out` may not be overwritten, the disk is full or refuses to write, or another process uses the
+            partial folder.
+
+    Example:
+        >>> with output_folder(Path("runs/demo")) as folder:
+        ...     write_json(folder / "summary.json", summary)
+    """
+    from safetensors import SafetensorError
+
+    check_overwrite(out, overwrite)
+    partial = out.with_name(f".{out.name}.partial" + ("" if resumable else f"-{os.getpid()}"))
+    parent_is_new = not out.parent.exists()
+    try:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resumable)
+    except OSError as error:
+        raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
+    with _locked(partial):
+        try:
+            check_overwrite(out, overwrite)  # another process may have finished since
+            yield partial
+            check_overwrite(out, overwrite)
+            old = out.with_name(f".{out.name}.old-{os.getpid()}")
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # not before, or a kill in between would cost the run
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise EaseError(
+                f"{out} could not be written ({error}): free disk space, or choose another folder"
+            ) from error
+        except KeyboardInterrupt:
+            if has_checkpoints(partial):
+                raise KeyboardInterrupt(f"run the same command again to resume ({partial})") from None
+            raise
+        finally:
+            if not has_checkpoints(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            if parent_is_new and not out.exists():
+                with suppress(OSError):
+                    out.parent.rmdir()
+
+
+def check_overwrite(out: Path, overwrite: bool) -> None:
+    """Raises EaseError if `out` exists, unless `overwrite` is set and it is a run, a checkpoint or an empty folder."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise EaseError(f"{out} exists already: choose another folder, or overwrite it (--overwrite)")
+    if not is_run_or_checkpoint(out) and (not out.is_dir() or any(out.iterdir())):
+        raise EaseError(f"{out} is not a run folder or a checkpoint and is not overwritten: choose another folder")
+
+
+def is_run_or_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a run or a checkpoint.
+
+    The keys of its config.json decide, since files of that name belong to many other programs.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ({"format", "model"} <= config.keys() or "model_type" in config)
+
+
+def has_checkpoints(partial: Path) -> bool:
+    """Whether a partial folder has checkpoints to resume from."""
+    return any((partial / CHECKPOINTS).rglob("*.safetensors"))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a folder. The system releases it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks on folders
+        yield
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise EaseError(f"another process has just finished its work in {folder}: run the command again") from None
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EaseError(
+                    f"another process is at work in {folder}: wait until it ends, or choose another --out"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON in UTF-8, with NaN as null."""
+    path.write_text(json.dumps(json_safe(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def json_safe(value: Any) -> Any:
+    """The value with tuples as lists and NaN as None, since JSON has no NaN; infinities stay."""
+    if isinstance(value, dict):
+        return {key: json_safe(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fingerprints
+
 
 def digest(*parts: object) -> str:
-    """SHA-256 of tensors by their bytes and of all else by its `repr`."""
+    """SHA-256 over the parts: tensors by their bytes, everything else by its `stable_repr`."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -32,132 +176,12 @@ def digest(*parts: object) -> str:
 
 
 def stable_repr(value: object) -> str:
-    """Its `repr` without addresses, which are others in the next process."""
+    """The `repr` of a value without memory addresses, which differ between processes."""
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
-FORMAT = 1
-
-CONFIG, WEIGHTS, POLICY = "config.json", "model.safetensors", "policy.json"
-
-CHECKPOINTS, PLAN = "checkpoints", "plan.json"
-
-
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Refuses to write over what is there, unless it is a run or a checkpoint and `overwrite` is set."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise EaseError(f"{out} exists already: choose another folder, or overwrite it (--overwrite)")
-    if not holds_model(out) and (not out.is_dir() or any(out.iterdir())):
-        raise EaseError(f"{out} is no run folder and no checkpoint, so it is not overwritten: choose another")
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether the folder is a run or a checkpoint, by what its config.json says; many things have a config.json."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and ({"format", "model"} <= config.keys() or "model_type" in config)
-
-
-@contextmanager
-def run_folder(out: Path, overwrite: bool = False, *, resumable: bool = False) -> Iterator[Path]:
-    """A folder to write into; it becomes `out` when the block ends well and is gone when it does not.
-
-    Args:
-        resumable: the folder has the same name every time, is held against other processes, and stays if the block
-            does not end well and left checkpoints in its CHECKPOINTS; they are removed when it does.
-
-    Raises:
-        EaseError: `out` may not be overwritten or cannot be written, for want of room or right; another process is at
-            work in the folder.
-    """
-    from safetensors import SafetensorError
-
-    check_folder(out, overwrite)
-    partial = out.with_name(f".{out.name}.partial" + ("" if resumable else f"-{os.getpid()}"))
-    alone = not out.parent.exists()
-    try:
-        if not resumable:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=resumable)
-    except OSError as error:
-        raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
-    with _held(partial):
-        try:
-            check_folder(out, overwrite)  # another process may have ended just now
-            yield partial
-            check_folder(out, overwrite)
-            old = out.with_name(f".{out.name}.old-{os.getpid()}")
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # not before, or a kill in between would cost the run
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            raise EaseError(f"{out} could not be written ({error}): make room, or choose another folder") from error
-        except KeyboardInterrupt:
-            if _has_checkpoints(partial):
-                raise KeyboardInterrupt(f"the same command goes on ({partial})") from None
-            raise
-        finally:
-            if not _has_checkpoints(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-            if alone and not out.exists():
-                with suppress(OSError):
-                    out.parent.rmdir()
-
-
-def _has_checkpoints(folder: Path) -> bool:
-    return any((folder / CHECKPOINTS).rglob("*.safetensors"))
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process holds. The system lets go of it when a process dies, however it dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks on folders
-        yield
-        return
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        raise EaseError(f"another process has just ended its work in {folder}: run again") from None
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EaseError(
-                    f"another process is at work in {folder}: wait until it has ended, or choose another --out"
-                ) from None
-        yield
-    finally:
-        os.close(held)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """What is not a number is null: JSON has no NaN."""
-    path.write_text(json.dumps(_told(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _told(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _told(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-# ---------------------------------------------------------------------------------------------------------
-# A calibrated policy belongs to the weights it was chosen on
-
-
 def fingerprint(model: ExitModel) -> str:
-    """SHA-256 over the model's tensors in the order of their names: name, shape, and values as 32-bit floats."""
+    """SHA-256 over a model's tensors in the order of their names: name, shape, and values as 32-bit floats."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -166,10 +190,19 @@ def fingerprint(model: ExitModel) -> str:
 
 
 def check_fingerprint(model: ExitModel, calibration: Mapping[str, Any], file: Path) -> None:
-    """Refuses thresholds that were calibrated on other weights than the model's."""
-    ours, theirs = fingerprint(model), calibration.get("fingerprint")
-    if ours != theirs:
+    """Raises EaseError if a calibration belongs to other weights than the model's.
+
+    Thresholds chosen on one set of weights promise nothing on another.
+
+    Args:
+        model: the model.
+        calibration: its record, with the "fingerprint" of the weights it was chosen on.
+        file: where the record was read, for the message.
+    """
+    actual = fingerprint(model)
+    calibrated = calibration.get("fingerprint")
+    if actual != calibrated:
         raise EaseError(
-            f"the thresholds in {file} were calibrated on other weights (fingerprint {str(theirs)[:12]}, and the model "
-            f"has {ours[:12]}): load the weights as they were stored, or remove the file and calibrate again"
+            f"the thresholds in {file} were calibrated on other weights (fingerprint {str(calibrated)[:12]}, and the "
+            f"model has {actual[:12]}): load the weights as they were stored, or remove the file and calibrate again"
         )

@@ -28,12 +28,12 @@ import ease
 from ease import Data, EaseError, PhaseConfig, StandardTransformer, TokenBatches, Trainer, train
 from ease.cli.main import main
 from ease.cli.recipes import load_recipe
+from ease.data.batches import Example, ExampleBatches
 from ease.data.streaming import load_stream
-from ease.data.tasks import Example, ExampleBatches
 from ease.progress import Progress
 from ease.runs.config import RunConfig
 from ease.runs.runner import run
-from ease.storage import CHECKPOINTS, run_folder
+from ease.storage import CHECKPOINTS, output_folder
 from ease.training import checkpoint as resume
 from ease.training.checkpoint import Checkpoint
 from ease.training.phases import History
@@ -130,7 +130,7 @@ def check(setting: Setting, folder: Path, lives: list[Killer]) -> None:
 SHORT = {"lr": 3e-3, "max_epochs": 3, "schedule": "cosine", "warmup": 0.1}
 STRATEGIES: dict[str, Any] = {
     "ashem": ease.ASHEMConfig(phase1_max_epochs=3, phase2_max_epochs=3, phase2_lr=3e-3, schedule="cosine"),
-    "ashem, as the seed did": ease.ASHEMConfig(phase1_max_epochs=2, phase2_max_epochs=2, protocol="seed"),
+    "ashem, as the seed did": ease.ASHEMConfig(phase1_max_epochs=2, phase2_max_epochs=2, protocol="original"),
     "n-stage": ease.StagedConfig(
         tuple(PhaseConfig(layers=n, ratio=r, supervise="every", **SHORT) for n, r in ((1, 1.0), (2, 0.5), (3, 0.3))),
         trunk_budget=3000,  # so that some of the trunk's states are kept and some are not
@@ -466,7 +466,7 @@ def test_the_command_goes_on_after_a_real_kill_and_an_interrupt(
     code, told = stopped(args, 19, signal.SIGINT)
     assert code == 130
     assert told.startswith(f"ease: going on with the unfinished run in {tmp_path / '.again.partial'}\n")
-    assert told.endswith(f"ease: interrupted; the same command goes on ({tmp_path / '.again.partial'})\n")
+    assert told.endswith(f"ease: interrupted; run the same command again to resume ({tmp_path / '.again.partial'})\n")
     capsys.readouterr()
     assert main(args) == 0
     assert capsys.readouterr().err.count("going on with the unfinished run") == 1
@@ -522,9 +522,9 @@ def test_an_unfinished_run_of_another_plan_is_not_reused_and_not_lost(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
 def test_a_folder_that_is_being_written_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with run_folder(out, resumable=True) as folder:
+    with output_folder(out, resumable=True) as folder:
         (folder / "here").touch()
-        with pytest.raises(EaseError, match="another process is at work in"), run_folder(out, resumable=True):
+        with pytest.raises(EaseError, match="another process is at work in"), output_folder(out, resumable=True):
             pass
         assert (folder / "here").exists()
     assert sorted(p.name for p in out.iterdir()) == ["here"]

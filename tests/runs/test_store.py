@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import route
 from ease.runs.store import load_model, save_model
-from ease.storage import run_folder, write_json
 
 
 @pytest.fixture
@@ -44,42 +42,6 @@ def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, option
     assert torch.equal(route(model, ids, 1, 0.03).exits, route(back, ids).exits)
     assert back.trained_exits == {1, 3}
     assert config["run"] == {"seed": 3}
-
-
-def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt), run_folder(out) as folder:  # noqa: PT012
-        (folder / "metrics.jsonl").write_text("half")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    with run_folder(out) as folder:
-        (folder / "config.json").write_text("{}")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_an_existing_folder_is_refused_unless_it_is_a_run_to_overwrite(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with run_folder(out) as folder:
-        (folder / "config.json").write_text('{"format": 1, "model": {}}')
-    with pytest.raises(EaseError, match="--overwrite"), run_folder(out):
-        pass
-    with pytest.raises(RuntimeError), run_folder(out, overwrite=True):
-        raise RuntimeError
-    kept = json.loads((out / "config.json").read_text())
-    assert kept["format"] == 1, "a run that failed must not cost the one before"
-    with run_folder(out, overwrite=True) as folder:
-        (folder / "config.json").write_text('{"format": 2, "model": {}}')
-    assert json.loads((out / "config.json").read_text())["format"] == 2
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "a.jpg").touch()
-    with pytest.raises(EaseError, match="not a run folder"), run_folder(photos, overwrite=True):
-        pass
-    assert (photos / "a.jpg").exists()
-    (photos / "config.json").write_text('{"theme": "dark"}')  # many things have a config.json
-    with pytest.raises(EaseError, match="not a run folder"), run_folder(photos, overwrite=True):
-        pass
-    assert (photos / "a.jpg").exists()
 
 
 @pytest.mark.parametrize(
@@ -119,11 +81,3 @@ def test_a_policy_comes_back_with_its_measure(policy: Policy, tiny: Callable[...
     model.policy = policy
     ease.save_pretrained(model, tmp_path / "export")
     assert ease.from_pretrained(tmp_path / "export").policy == policy
-
-
-def test_nan_is_written_as_null_and_infinity_stays(tmp_path: Path) -> None:
-    """JSON has no NaN, and a threshold may be infinite."""
-    write_json(tmp_path / "figures.json", {"auroc": {1: math.nan, 2: (0.5, math.nan)}, "threshold": math.inf})
-    text = (tmp_path / "figures.json").read_text()
-    assert "NaN" not in text
-    assert json.loads(text) == {"auroc": {"1": None, "2": [0.5, None]}, "threshold": math.inf}

@@ -29,7 +29,7 @@ from ease.errors import EaseError, require
 from ease.hf.config import read_config, write_config
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
-from ease.storage import check_fingerprint, run_folder, write_json
+from ease.storage import check_fingerprint, output_folder, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -341,7 +341,7 @@ def save_pretrained(
     hub = require("huggingface_hub", "hf")
     stock, exits = _split(model)
     policy = model.policy
-    with run_folder(Path(folder), overwrite) as partial:
+    with output_folder(Path(folder), overwrite) as partial:
         token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
         config = write_config(model.config, token_ids, next(model.parameters()).dtype)
         # What config.json has no word for, so that the very same shape comes back.

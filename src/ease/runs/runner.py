@@ -27,7 +27,7 @@ from ease.runs.lines import train_strategy
 from ease.runs.metrics import decoding_metrics, run_metrics
 from ease.runs.reopen import load_start
 from ease.runs.store import can_resume, save_model
-from ease.storage import fingerprint, run_folder, write_json
+from ease.storage import fingerprint, output_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.version import __version__
 
@@ -62,7 +62,7 @@ def run(
     device = choose_device(config.device)
     if config.start is not None and Path(config.start).exists() and Path(config.start).resolve() == out.resolve():
         raise EaseError(f"{out} is the model to start from: choose another --out")
-    with run_folder(out, overwrite, resumable=True) as folder:
+    with output_folder(out, overwrite, resumable=True) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
         limit = None if start is None else start.config.max_positions

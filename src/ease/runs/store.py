@@ -31,16 +31,18 @@ from ease.policy import Policy
 from ease.storage import (
     CHECKPOINTS,
     CONFIG,
-    FORMAT,
-    PLAN,
-    POLICY,
-    WEIGHTS,
-    _has_checkpoints,
     check_fingerprint,
     fingerprint,
+    has_checkpoints,
     stable_repr,
     write_json,
 )
+
+FORMAT = 1
+
+WEIGHTS, POLICY = "model.safetensors", "policy.json"
+
+PLAN = "plan.json"  # in the folder of checkpoints: the identity of the run that they belong to
 
 
 def can_resume(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
@@ -57,7 +59,7 @@ def can_resume(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bo
         EaseError: the folder holds checkpoints of another run and `overwrite` is not set.
     """
     checkpoints, identity = folder / CHECKPOINTS, json.loads(json.dumps(identity, default=stable_repr))
-    expected, resumable = _flat(identity), _has_checkpoints(folder)
+    expected, resumable = _flat(identity), has_checkpoints(folder)
     if resumable:
         try:
             found = _flat(json.loads((checkpoints / PLAN).read_text(encoding="utf-8")))
