@@ -1,7 +1,8 @@
-"""How fast the ways to decode are, side by side in one process.
+"""Benchmark of the decoding modes, side by side in one process.
 
-On a machine with other work a time says little by itself. So the calls take turns, round by round, and what counts is
-a round's ratio of full decoding's time to another's: its median over the rounds, and its range.
+On a machine with other load a single time means little. The calls therefore alternate, round by round, and the result
+is the ratio of full decoding's time to that of each other mode within a round: its median over the rounds, and its
+range.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Call = Callable[[], Generation | Tensor]
 
 
 def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]:
-    """The ways to continue prompts (B, T) by `steps` tokens, greedily; full decoding is the first.
+    """Calls that continue prompts (B, T) greedily by `steps` tokens, one per decoding mode; full decoding comes first.
 
-    Routed is by the model's own policy, where it has one. Exact finds its draft exit on the way ("auto"), and is shown
-    with each exit of the policy (or, without one, each that was trained) as well.
+    Routed decoding uses `model.policy` and is left out if that has no exits. Exact decoding is included with
+    `draft_exit="auto"`, and with each exit of the policy (without one, each trained exit).
     """
     policy = model.policy
     calls: dict[str, Call] = {"full": lambda: generate(model, ids, steps)}
@@ -41,17 +42,21 @@ def in_turns(
     progress: Callable[[float], object] = lambda done: None,
     clock: Callable[[Any], float] | None = None,
 ) -> tuple[dict[Any, list[float]], dict[Any, Any]]:
-    """The seconds of every call in every round, and what each gave last.
+    """Runs calls alternately and times them.
 
     Args:
-        rounds: timed calls of each; one more before them, since a first call allocates.
-        progress: told the share that is done.
-        clock: reads the seconds off what a call gave; its wall-clock by default.
+        calls: by name.
+        rounds: timed runs of each call, after one that is not timed because it allocates.
+        progress: receives the share of the runs done so far.
+        clock: returns the seconds of a call from its result; by default its wall-clock time.
+
+    Returns:
+        The seconds of every timed run by name, and the last result by name.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     answers: dict[Any, Any] = {}
     for turn in range(rounds + 1):
-        # The order turns round by round, so that none always runs in another's wake.
+        # The order is reversed every other round, so that no call always runs after the same one.
         for place, name in enumerate(list(calls)[:: -1 if turn % 2 else 1], 1):
             start = time.perf_counter()
             answers[name] = calls[name]()

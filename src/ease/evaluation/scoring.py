@@ -1,13 +1,15 @@
-"""Scoring: what a policy does to every token, and what that adds up to.
+"""Per-token scores of a model under a policy, and the metrics computed from them.
 
-`score` makes one really routed run and keeps a few numbers per token; every figure that ease shows (perplexity,
-accuracy, hard-token perplexity, shares, costs, reliability) is a sum over those.
+`score` runs the routed forward once and keeps a few numbers per token. Every metric that ease reports (perplexity,
+accuracy, hard-token perplexity, exit shares, costs, reliability) is computed from these, so that all of them describe
+the same run.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,46 +22,58 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.interface import IGNORE, Batch, ExitModel, eval_mode
 from ease.policy import Policy
-from ease.routing.forward import routed_forward, stop_flops
+from ease.routing.forward import routed_forward
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry per scored token, in the order of the batches; N tokens."""
+    """Loss, correctness, exit, and confidence of N scored tokens, in the order of the batches.
+
+    Attributes:
+        losses: (N,) cross entropy in nats.
+        correct: (N,) true where the most likely token is the target.
+        exits: (N,) the exit that each token took.
+        confidences: (N,) the confidence of that exit.
+        num_layers: the layer at which the run ended.
+        flops: FLOPs of the whole pass, including every head evaluation.
+        seconds: wall-clock time of the whole pass.
+        processed: tokens that the model ran on, scored or not; `flops` and `seconds` are for all of them.
+    """
 
     losses: Tensor
-    """(N,) cross entropy in nats."""
     correct: Tensor
-    """(N,) true where the likeliest token is the target."""
     exits: Tensor
-    """(N,) the exit whose prediction counted."""
     confidences: Tensor
-    """(N,) its confidence."""
     num_layers: int
-    """The layer at which the run ended, the measure of compute_cost unless told otherwise."""
     flops: float
-    """Of the whole pass, every head evaluation included."""
     seconds: float
-    """Wall-clock of the whole pass."""
     processed: int
-    """Tokens that ran, scored or not; flops and seconds are theirs."""
 
-    def figures(self, hard: Tensor | None = None, depth: int | None = None) -> dict[str, Any]:
-        """The figures of a report.
+    def metrics(self, hard: Tensor | None = None, depth: int | None = None) -> dict[str, Any]:
+        """Metrics over all scored tokens, as values fit for JSON.
 
         Args:
             hard: (N,) true for hard tokens; adds their perplexity and accuracy, and the easy tokens' perplexity.
-            depth: layers that compute_cost is a share of; the model's own by default. Models of different depth
-                in one table need one measure.
+            depth: number of layers that `compute_cost` is a share of (`num_layers` by default). Use one depth for all
+                models of a table.
+
+        Returns:
+            loss (nats), ppl, acc, shallow_ratio (share of tokens that left early), compute_cost (mean layers run as a
+            share of `depth`), exit_shares (by exit), flops_per_token, seconds, and tokens; with `hard` also hard_ppl,
+            hard_acc, and easy_ppl.
+
+        Example:
+            >>> scores = ease.score(model, data.val, ease.Policy(exits=(2,), thresholds=(0.9,)))
+            >>> scores.metrics()["ppl"], scores.metrics()["exit_shares"]
         """
         layers = sorted(set(self.exits.tolist()) | {self.num_layers})
         shares = {layer: (self.exits == layer).float().mean().item() for layer in layers}
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "loss": self.losses.mean().item(),
             "ppl": perplexity(self.losses),
             "acc": self.correct.float().mean().item(),
             "shallow_ratio": 1 - shares[self.num_layers],
-            # The seed's formula, for any number of exits: layers run over layers there are.
+            # The original recipe's formula, for any number of exits: layers run over layers in the model.
             "compute_cost": sum(share * layer for layer, share in shares.items()) / (depth or self.num_layers),
             "exit_shares": shares,
             "flops_per_token": self.flops / self.processed,
@@ -67,15 +81,25 @@ class Scores:
             "tokens": self.losses.numel(),
         }
         if hard is not None:
-            figures |= {
+            metrics |= {
                 "hard_ppl": perplexity(self.losses[hard]),
                 "hard_acc": self.correct[hard].float().mean().item(),
                 "easy_ppl": perplexity(self.losses[~hard]),
             }
-        return figures
+        return metrics
+
+    def figures(self, hard: Tensor | None = None, depth: int | None = None) -> dict[str, Any]:
+        """Deprecated name of `metrics`."""
+        warnings.warn("Scores.figures is deprecated: use Scores.metrics", DeprecationWarning, stacklevel=2)
+        return self.metrics(hard, depth)
 
     def reliability(self, bins: int = 10) -> dict[str, Any]:
-        """Confidence against accuracy in equal bins, and the expected calibration error (Guo et al. 2017)."""
+        """Confidence and accuracy in bins of equal width, and the expected calibration error (Guo et al. 2017).
+
+        Returns:
+            ece, the mean of |confidence - accuracy| over the bins, weighted by their tokens, and bins, one row per bin
+            that has a token.
+        """
         index = (self.confidences * bins).long().clamp(max=bins - 1)
         rows: list[dict[str, float]] = []
         for b in range(bins):
@@ -95,7 +119,7 @@ class Scores:
 
 
 def perplexity(losses: Tensor) -> float:
-    """exp(mean loss); infinite where that overflows, NaN where there is no token."""
+    """exp of the mean of losses (N,) in nats; infinite where that overflows, NaN without a token."""
     if not losses.numel():
         return math.nan
     mean = losses.double().mean().item()
@@ -111,49 +135,65 @@ def score(
     last: int | None = None,
     device: torch.device | str | None = None,
 ) -> Scores:
-    """Runs the model over batches of (x, y) or `Batch` and scores every token with a target other than -100.
+    """Runs a model over batches and scores every token whose target is not -100.
 
     Args:
-        policy: who leaves where; without one every token runs to the end.
-        last: the layer at which the run ends (the model's last by default): scores that exit alone.
-        device: where the model is; its parameters' device by default.
+        model: the model; it is put in eval mode for the call.
+        batches: an iterable of (x, y) or `Batch`, x and y integers (B, T).
+        policy: exits, thresholds, and confidence measure; by default every token runs to the end.
+        last: the layer at which the run ends (the model's last by default). `last=k` without a policy scores exit k.
+        device: device of the model; that of its parameters by default.
+
+    Returns:
+        The scores of all tokens, in the order of the batches.
+
+    Raises:
+        EaseError: no token to score, x and y of different shapes, a target outside the outputs, or a policy with exits
+            that the model does not have.
+
+    Example:
+        >>> routed = ease.score(model, data.val, ease.Policy(exits=(2,), thresholds=(0.9,)))
+        >>> routed.metrics()["ppl"], (routed.exits == 2).float().mean()
     """
     policy = policy or Policy()
     policy.check(model.num_layers)
-    device, end = next(model.parameters()).device if device is None else device, last or model.num_layers
+    if device is None:
+        device = next(model.parameters()).device
     parts: list[Tensor] = []
-    flops, processed, start = 0.0, 0, time.perf_counter()
+    flops = 0.0
+    processed = 0
+    start = time.perf_counter()
     with eval_mode(model):
         for item in batches:
             batch = Batch(*item)
             if batch.x.shape != batch.y.shape:
                 raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
             batch = batch._replace(active=None, y=batch.y.long()).to(device)
-            x, y, layout = batch.x, batch.y, batch.layout
-            model.check_ids(y[y != IGNORE], model.config.outputs)
-            columns = torch.zeros(*y.shape, 4, device=device)  # loss, correct, exit, confidence
-            for stop in routed_forward(model, x, policy, layout=layout, last=last, read=partial(_read, y.flatten())):
-                flops += stop_flops(model, stop, policy, end, layout)
-                if stop.read is not None:
-                    confidence = stop.confidence[stop.leaves]
-                    exits = torch.full_like(confidence, stop.layer)
-                    row = torch.cat([stop.read, torch.stack([exits, confidence], 1)], 1)
-                    columns[stop.left] = row.float()
+            model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
+            read = partial(_loss_and_correct, batch.y.flatten())
+            columns = torch.zeros(*batch.y.shape, 4, device=device)  # loss, correct, exit, confidence
+            for step in routed_forward(model, batch.x, policy, layout=batch.layout, last=last, read=read):
+                flops += step.flops
+                if step.read is not None:
+                    confidence = step.confidence[step.leaves]
+                    exits = torch.full_like(confidence, step.layer)
+                    row = torch.cat([step.read, torch.stack([exits, confidence], 1)], 1)
+                    columns[step.left] = row.float()
             processed += int(batch.running.sum())
             parts.append(columns[batch.scored].cpu())
     seconds = time.perf_counter() - start
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
     losses, correct, exits, confidences = torch.cat(parts).unbind(1)
-    return Scores(losses, correct > 0, exits.long(), confidences, end, flops, seconds, processed)
+    return Scores(losses, correct > 0, exits.long(), confidences, last or model.num_layers, flops, seconds, processed)
 
 
-def _read(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:
-    """(n, 2): cross entropy of logits (n, V) against their targets, and 1 where the likeliest token is it."""
+def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:
+    """(n, 2): cross entropy of logits (n, V) with targets[places], and 1 where the most likely token is the target."""
     target = targets[places]
     losses = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
-    if logits.dtype.itemsize < 4:  # in half precision logits tie, and only the first of them would be written
+    if logits.dtype.itemsize < 4:  # in half precision logits tie, and the first of them is the prediction
         correct = logits.argmax(-1) == target
-    else:  # no logit above the target's: a tenth of argmax's time on a CPU
+    else:  # no logit is above the target's: a tenth of argmax's time on a CPU
         correct = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1) >= logits.amax(-1)
     return torch.stack([losses, correct.to(losses)], 1)

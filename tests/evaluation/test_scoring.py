@@ -1,4 +1,4 @@
-"""Scores against brute force: every figure recomputed from the logits that a routed forward gives."""
+"""Scores against brute force: every metric recomputed from the logits of a routed forward."""
 
 import math
 from collections.abc import Callable
@@ -17,16 +17,16 @@ Make = Callable[..., StandardTransformer]
 
 @pytest.fixture
 def batches(text: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Batches of unlike sizes, some tokens of which are not scored."""
-    made = []
+    """Batches of different sizes, in which some tokens are not scored."""
+    batches = []
     for start, (B, T) in enumerate([(3, 17), (1, 40), (5, 8)], 3):
         ids = text[300 * start :][: B * T + 1].long()
-        made.append((ids[:-1].view(B, T), ids[1:].view(B, T).masked_fill(torch.rand(B, T) < 0.2, -100)))
-    return made
+        batches.append((ids[:-1].view(B, T), ids[1:].view(B, T).masked_fill(torch.rand(B, T) < 0.2, -100)))
+    return batches
 
 
 @pytest.mark.parametrize("exits", [(), (1,), (1, 2), (1, 2, 3)])
-def test_figures_equal_brute_force(
+def test_metrics_equal_brute_force(
     exits: tuple[int, ...],
     batches: list[tuple[Tensor, Tensor]],
     tiny: Make,
@@ -34,47 +34,47 @@ def test_figures_equal_brute_force(
 ) -> None:
     L, model = 4, tiny(4, sharp=True)
     policy = even_policy(model, batches[0][0], exits) if exits else Policy()
-    losses, hits, left, sure = [], [], [], []
+    losses, correct, exits_taken, confidences = [], [], [], []
     for x, y in batches:
-        result = route(model, x, policy.exits, policy.thresholds)
+        result = route(model, x, policy=policy)
         for b, t in (y != -100).nonzero().tolist():
             logits = result.logits[b, t]
             losses.append(-logits.double().log_softmax(0)[y[b, t]].item())
-            hits.append(int(logits.argmax() == y[b, t]))
-            left.append(int(result.exits[b, t]))
-            sure.append(logits.softmax(0).max().item())
+            correct.append(int(logits.argmax() == y[b, t]))
+            exits_taken.append(int(result.exits[b, t]))
+            confidences.append(logits.softmax(0).max().item())
     n = len(losses)
 
     scores = score(model, batches, policy)
     hard = torch.rand(n) < 0.5
-    figures = scores.figures(hard)
+    metrics = scores.metrics(hard)
     assert scores.losses.tolist() == pytest.approx(losses, abs=1e-5)
-    assert scores.correct.tolist() == hits
-    assert scores.exits.tolist() == left
-    assert scores.confidences.tolist() == pytest.approx(sure, abs=1e-6)
-    assert figures["tokens"] == n < scores.processed == sum(x.numel() for x, _ in batches)
-    assert figures["loss"] == pytest.approx(sum(losses) / n, rel=1e-5)
-    assert figures["ppl"] == pytest.approx(math.exp(sum(losses) / n), rel=1e-5)
-    assert figures["acc"] == pytest.approx(sum(hits) / n)
-    assert figures["shallow_ratio"] == pytest.approx(sum(e < L for e in left) / n, abs=1e-6)
-    shares = {layer: left.count(layer) / n for layer in (*exits, L)}
-    assert figures["exit_shares"] == pytest.approx({k: v for k, v in shares.items() if v or k == L})
-    # The seed's formula, here for N exits: layers that ran over layers there are.
-    assert figures["compute_cost"] == pytest.approx(sum(left) / (n * L))
+    assert scores.correct.tolist() == correct
+    assert scores.exits.tolist() == exits_taken
+    assert scores.confidences.tolist() == pytest.approx(confidences, abs=1e-6)
+    assert metrics["tokens"] == n < scores.processed == sum(x.numel() for x, _ in batches)
+    assert metrics["loss"] == pytest.approx(sum(losses) / n, rel=1e-5)
+    assert metrics["ppl"] == pytest.approx(math.exp(sum(losses) / n), rel=1e-5)
+    assert metrics["acc"] == pytest.approx(sum(correct) / n)
+    assert metrics["shallow_ratio"] == pytest.approx(sum(e < L for e in exits_taken) / n, abs=1e-6)
+    shares = {layer: exits_taken.count(layer) / n for layer in (*exits, L)}
+    assert metrics["exit_shares"] == pytest.approx({k: v for k, v in shares.items() if v or k == L})
+    # The original recipe's formula, for N exits: layers run over layers in the model.
+    assert metrics["compute_cost"] == pytest.approx(sum(exits_taken) / (n * L))
     if len(exits) == 1:
-        shallow = left.count(exits[0])
-        assert figures["compute_cost"] == pytest.approx((shallow * exits[0] + (n - shallow) * L) / (n * L))
+        shallow = exits_taken.count(exits[0])
+        assert metrics["compute_cost"] == pytest.approx((shallow * exits[0] + (n - shallow) * L) / (n * L))
     for name, inside in (("hard", hard.tolist()), ("easy", (~hard).tolist())):
-        mine = [loss for loss, i in zip(losses, inside) if i]
-        assert figures[f"{name}_ppl"] == pytest.approx(math.exp(sum(mine) / len(mine)), rel=1e-5)
-    assert figures["hard_acc"] == pytest.approx(sum(h for h, i in zip(hits, hard) if i) / int(hard.sum()))
-    assert "hard_ppl" not in scores.figures()
-    # Beside a deeper model, costs are shares of its depth.
-    assert scores.figures(depth=8)["compute_cost"] == pytest.approx(sum(left) / (n * 8))
-    assert figures["seconds"] > 0
+        selected = [loss for loss, i in zip(losses, inside) if i]
+        assert metrics[f"{name}_ppl"] == pytest.approx(math.exp(sum(selected) / len(selected)), rel=1e-5)
+    assert metrics["hard_acc"] == pytest.approx(sum(h for h, i in zip(correct, hard) if i) / int(hard.sum()))
+    assert "hard_ppl" not in scores.metrics()
+    # In a table with a deeper model, costs are shares of its depth.
+    assert scores.metrics(depth=8)["compute_cost"] == pytest.approx(sum(exits_taken) / (n * 8))
+    assert metrics["seconds"] > 0
 
 
-def test_one_exit_alone(batches: list[tuple[Tensor, Tensor]], tiny: Make) -> None:
+def test_scores_of_one_exit(batches: list[tuple[Tensor, Tensor]], tiny: Make) -> None:
     model = tiny(3, sharp=True)
     scores = score(model, batches, last=2)
     assert (scores.exits == 2).all()
@@ -82,11 +82,11 @@ def test_one_exit_alone(batches: list[tuple[Tensor, Tensor]], tiny: Make) -> Non
     logits = model.logits(model.forward_to_layer(x, 2), 2).flatten(0, 1)
     expected = F.cross_entropy(logits, y.flatten(), reduction="none")[y.flatten() != -100]
     torch.testing.assert_close(scores.losses[: len(expected)], expected, atol=1e-5, rtol=1e-5)
-    # An exit at or above the end is no exit.
+    # An exit at or above `last` is ignored.
     assert (score(model, batches, Policy((1, 2), (1.0, 0.5)), last=2).exits == 2).all()
 
 
-def test_scoring_leaves_the_model_as_it_was(batches: list[tuple[Tensor, Tensor]], tiny: Make) -> None:
+def test_scoring_restores_the_modes_of_all_modules(batches: list[tuple[Tensor, Tensor]], tiny: Make) -> None:
     model = tiny(2, dropout=0.5)
     model.train()
     model.layers[0].eval()
@@ -96,14 +96,14 @@ def test_scoring_leaves_the_model_as_it_was(batches: list[tuple[Tensor, Tensor]]
     assert [module.training for module in model.modules()] == modes
 
 
-def test_without_a_token_to_score(tiny: Make) -> None:
+def test_no_token_to_score(tiny: Make) -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
     for batches in ([], [(ids, torch.full_like(ids, -100))]):
         with pytest.raises(EaseError, match="there is no token to score: give at least one batch"):
             score(tiny(1), batches)
 
 
-def test_a_policy_beyond_the_model_is_refused(tiny: Make) -> None:
+def test_a_policy_with_an_exit_that_does_not_exist(tiny: Make) -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(EaseError, match="choose a lower exit"):
         score(tiny(2), [(ids, ids)], Policy((2,), (0.5,)))
@@ -113,10 +113,10 @@ def test_a_broken_model_scores_nan(tiny: Make) -> None:
     model, ids = tiny(2), torch.zeros(1, 3, dtype=torch.long)
     with torch.no_grad():
         model.exit_norms[1].weight.fill_(torch.nan)
-    assert math.isnan(score(model, [(ids, ids)]).figures()["loss"])
+    assert math.isnan(score(model, [(ids, ids)]).metrics()["loss"])
 
 
-def test_confidences_are_those_of_the_exit(tiny: Make, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_confidences_equal_compute_confidence_at_the_exit(tiny: Make, batches: list[tuple[Tensor, Tensor]]) -> None:
     model = tiny(2, sharp=True)
     x, y = batches[1]
     expected = compute_confidence(model, model.forward_to_layer(x, 1), 1)[y != -100]
@@ -132,28 +132,34 @@ def scores(**columns: Any) -> Scores:
 def test_reliability_by_hand() -> None:
     confidences = torch.tensor([0.05, 0.55, 0.55, 0.95, 1.0])
     correct = torch.tensor([False, True, False, True, True])
-    found = scores(confidences=confidences, correct=correct).reliability()
-    assert [round(row["low"], 1) for row in found["bins"]] == [0.0, 0.5, 0.9]
-    assert [row["share"] for row in found["bins"]] == pytest.approx([0.2, 0.4, 0.4])
-    assert [row["accuracy"] for row in found["bins"]] == pytest.approx([0, 0.5, 1])
-    assert [row["confidence"] for row in found["bins"]] == pytest.approx([0.05, 0.55, 0.975])
-    assert found["ece"] == pytest.approx(0.2 * 0.05 + 0.4 * 0.05 + 0.4 * 0.025)
+    result = scores(confidences=confidences, correct=correct).reliability()
+    assert [round(row["low"], 1) for row in result["bins"]] == [0.0, 0.5, 0.9]
+    assert [row["share"] for row in result["bins"]] == pytest.approx([0.2, 0.4, 0.4])
+    assert [row["accuracy"] for row in result["bins"]] == pytest.approx([0, 0.5, 1])
+    assert [row["confidence"] for row in result["bins"]] == pytest.approx([0.05, 0.55, 0.975])
+    assert result["ece"] == pytest.approx(0.2 * 0.05 + 0.4 * 0.05 + 0.4 * 0.025)
 
 
-def test_perplexity_of_nothing_and_of_too_much() -> None:
+def test_perplexity_without_tokens_and_on_overflow() -> None:
     assert math.isnan(perplexity(torch.zeros(0)))
     assert perplexity(torch.full((3,), 1e4)) == math.inf
     assert perplexity(torch.full((3,), 2.0)) == pytest.approx(math.exp(2))
     hard = torch.tensor([True, True])
-    figures = scores(confidences=torch.ones(2)).figures(hard)
-    assert math.isnan(figures["easy_ppl"])
-    assert figures["hard_ppl"] == 1
+    metrics = scores(confidences=torch.ones(2)).metrics(hard)
+    assert math.isnan(metrics["easy_ppl"])
+    assert metrics["hard_ppl"] == 1
+
+
+def test_figures_is_a_deprecated_name_of_metrics() -> None:
+    made, hard = scores(confidences=torch.ones(2)), torch.tensor([True, False])
+    with pytest.warns(DeprecationWarning, match=r"use Scores\.metrics"):
+        assert made.figures(hard, 3) == made.metrics(hard, 3)
 
 
 def test_scores_on_real_text_beat_chance(trained: StandardTransformer, text_data: Callable[..., Data]) -> None:
-    figures = score(trained, text_data(1, 2).train).figures()
-    assert figures["ppl"] < 60
-    assert figures["acc"] > 0.1
+    metrics = score(trained, text_data(1, 2).train).metrics()
+    assert metrics["ppl"] < 60
+    assert metrics["acc"] > 0.1
 
 
 def test_compute_confidence_is_per_token(trained: StandardTransformer, batches: list[tuple[Tensor, Tensor]]) -> None:

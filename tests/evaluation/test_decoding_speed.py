@@ -1,4 +1,4 @@
-"""The ways to decode, side by side: what is called how often, and that a row's figures are those of its calls."""
+"""The decoding benchmark: order and number of the calls, and the metrics of each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ease.evaluation.decoding_speed import Call, side_by_side, ways
 Make = Callable[..., StandardTransformer]
 
 
-def test_calls_take_turns_and_the_first_of_each_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_alternate_and_the_first_of_each_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, done, now = [], [], [0.0]
     monkeypatch.setattr("ease.evaluation.decoding_speed.time.perf_counter", lambda: now[0])
 
@@ -37,15 +37,15 @@ def test_calls_take_turns_and_the_first_of_each_is_not_timed(monkeypatch: pytest
     assert [row["way"] for row in rows] == ["a", "b", "c"]
     assert [row["same_tokens"] for row in rows] == [1.0, 0.5, 1.0]
     assert [row["tokens_per_second"] for row in rows] == [4 / 3, 4 / 2, 4 / 4]
-    # Of each round, the first's time over the other's; then their median and range.
+    # The time of the first call over that of each, by round; then the median and range.
     assert [(row["low"], row["ratio"], row["high"]) for row in rows] == [(1, 1, 1), (1.5, 2, 4), (0.5, 0.75, 1)]
     assert all(row["batch"] == 1 and row["layers_per_token"] is None for row in rows)
 
 
-def test_the_figures_are_those_of_real_decoding(tiny: Make, even_policy: Callable[..., Policy]) -> None:
+def test_metrics_equal_those_of_separate_calls(tiny: Make, even_policy: Callable[..., Policy]) -> None:
     model, ids = tiny(2, sharp=True).double(), torch.randint(256, (3, 12))
     policy = even_policy(model, ids, (1,))
-    model.exit_layer, model.routing_threshold = policy.exits, policy.thresholds
+    model.policy = policy
     before = torch.get_rng_state()
     rows = {row["way"]: row for row in side_by_side(ways(model, ids, 20), 1)}
     assert torch.equal(torch.get_rng_state(), before), "greedy decoding draws nothing"
@@ -54,14 +54,14 @@ def test_the_figures_are_those_of_real_decoding(tiny: Make, even_policy: Callabl
     drafted = generate(model, ids, 20, "exact", draft_exit=1)
     assert rows["routed, own policy"]["layers_per_token"] == routed.stats["layers_per_token"] < 2
     assert rows["routed, own policy"]["same_tokens"] == pytest.approx((routed.tokens == full.tokens).double().mean())
-    assert 0 < rows["routed, own policy"]["same_tokens"] < 1, "a policy under which nothing changes shows little"
+    assert 0 < rows["routed, own policy"]["same_tokens"] < 1, "the policy must change some tokens"
     assert rows["exact, exit 1"]["acceptance"] == drafted.stats["acceptance"] > 0
     assert rows["exact, exit 1"]["same_tokens"] == rows["exact, auto"]["same_tokens"] == 1.0
     assert rows["full"]["layers_per_token"] == 2
     assert {row["batch"] for row in rows.values()} == {3}
 
 
-def test_without_a_policy_the_trained_exits_draft_and_nothing_is_routed(tiny: Make) -> None:
+def test_without_a_policy_only_trained_exits_draft(tiny: Make) -> None:
     model = tiny(3)
     model.trained_exits = {1, 2, 3}
     calls = ways(model, torch.ones(2, 4, dtype=torch.long), 3)
