@@ -217,8 +217,8 @@ def experiment(settings: Settings, status: Status) -> dict[str, Any]:
             "hard_tokens": count,
             "hard_ratio": count / len(hard),
             # In terms of the final model's layers, every token leaves at the exit of phase 1.
-            "phase_1": alone.figures(hard, depth=ashem.phase2_layers) | {"shallow_ratio": 1.0},
-            "final": routed.figures(hard),
+            "phase_1": alone.metrics(hard, depth=ashem.phase2_layers) | {"shallow_ratio": 1.0},
+            "final": routed.metrics(hard),
         }
 
     in_sample, held_out = figures(val, "validation"), figures(test, "test")
@@ -264,7 +264,7 @@ def hard_ppl_as_trained(model: StandardTransformer, phase: Phase, device: torch.
 
 
 def in_sample_table(summary: Mapping[str, Any]) -> str:
-    """The figures that the original recipe reports, each labelled in-sample."""
+    """The figures that the original recipe reports, each labeled in-sample."""
     found = summary["in_sample"]
     one, final, before = found["phase_1"], found["final"], found["phase_1"]["hard_ppl"]
 
@@ -422,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EaseError as error:
         print(f"colab2.py: {error}", file=sys.stderr)
         return 2
-    print("", in_sample_table(summary), held_out_table(summary), conclusion(summary), sep="\n\n", end="\n\n")
+    print(f"\n{in_sample_table(summary)}\n\n{held_out_table(summary)}\n\n{conclusion(summary)}\n")
     print(f"Written to {Path(out) / 'summary.json'}")
     return 0
 

@@ -63,7 +63,7 @@ def test_the_wikitext_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     sizes = "TOKENIZER, DIM, SEQ_LEN, BATCH_SIZE = 'bpe:300', 16, 16, 4"
     slices = "EPOCH_BATCHES, VAL_BATCHES, TEST_BATCHES = 6, 2, 4"
-    printed, outputs = execute("wikitext2.ipynb", f"BUDGET = 2e8\n{sizes}\n{slices}")
+    printed, outputs = execute("wikitext2.ipynb", f"BUDGET, RATES = 2e8, (1e-2, 2e-2)\n{sizes}\n{slices}")
 
     standard = [f"standard, {layers}" for layers in ("1 layer", "2 layers", "3 layers")]
     lines = [*standard, "phase 1", "phase 1 continued", "ASHEM", "growth 1-2", "growth 1-2-3"]
@@ -77,7 +77,7 @@ def test_the_wikitext_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "image/png" in outputs[cell][-1].data
 
     sweep = [row.split() for row in printed["sweep"].splitlines()[1:]]
-    assert len(sweep) == 11
+    assert len(sweep) == 11, printed["sweep"]
     continuing = [float(row[1].rstrip("%")) for row in sweep]
     assert continuing == sorted(continuing)
     assert (continuing[0], continuing[-1]) == (0.0, 100.0)
