@@ -1,4 +1,4 @@
-"""Checkpoints of every family compute what transformers computes, both ways; what does not fit is refused by name."""
+"""Checkpoints of every family: the same results as transformers, both ways; what does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ease
-from ease.data.tokenizers import load_tokenizer as read_tokenizer
+from ease.data.tokenizers import load_tokenizer as load_tokenizer_file
 from ease.data.tokenizers import train_tokenizer
 from ease.errors import EaseError
 from ease.hf.checkpoint import load_tokenizer
@@ -88,9 +88,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def mine(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+def llama(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A stock Llama to damage."""
-    return Path(shutil.copytree(checkpoint(), tmp_path / "mine"))
+    return Path(shutil.copytree(checkpoint(), tmp_path / "llama"))
 
 
 def edit(folder: Path, **changes: Any) -> Path:
@@ -164,7 +164,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own(checkpoint: Callable
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         got = model(x).float()
-    # Both round at every step, though not at the same ones: the mean error is held to transformers' own.
+    # Both round at every step, but not at the same steps, so the mean error is compared with transformers' own.
     assert (got - exact).abs().mean() < 1.25 * (stock - exact).abs().mean()
 
 
@@ -176,41 +176,41 @@ def test_shards_load_as_one_file_does(checkpoint: Callable[..., Path], tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True))
 
 
-def test_the_dtype_is_the_stored_one_unless_another_is_asked_for(tmp_path: Path) -> None:
+def test_the_dtype_is_the_stored_one_unless_given(tmp_path: Path) -> None:
     stock_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     assert next(ease.from_pretrained(tmp_path).parameters()).dtype == torch.bfloat16
     assert next(ease.from_pretrained(tmp_path, dtype=torch.float64).parameters()).dtype == torch.float64
 
 
-def test_what_a_config_leaves_out_means_what_transformers_takes_it_to_mean(tmp_path: Path) -> None:
+def test_defaults_of_every_family_are_those_of_transformers(tmp_path: Path) -> None:
     shape = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     for family in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
         given = {"model_type": family, "num_attention_heads": 32, **shape}
         given |= {"smollm3": {"no_rope_layers": [1] * 3}, "mistral": {"sliding_window": None}}.get(family, {})
         (tmp_path / "config.json").write_text(json.dumps(given | {"hidden_size": 128}))
         stock = transformers.AutoConfig.from_pretrained(tmp_path)
-        ours = read_config(json.loads((tmp_path / "config.json").read_text()))
-        assert ours.kv_heads == stock.num_key_value_heads, family
-        assert ours.head_size == (getattr(stock, "head_dim", None) or 4), family
-        assert ours.norm_eps == stock.rms_norm_eps, family
-        assert ours.rope_theta == stock.rope_parameters["rope_theta"], family
-        assert ours.tie_embeddings == stock.tie_word_embeddings, family
-        assert ours.max_positions == stock.max_position_embeddings, family
+        native = read_config(json.loads((tmp_path / "config.json").read_text()))
+        assert native.kv_heads == stock.num_key_value_heads, family
+        assert native.head_size == (getattr(stock, "head_dim", None) or 4), family
+        assert native.norm_eps == stock.rms_norm_eps, family
+        assert native.rope_theta == stock.rope_parameters["rope_theta"], family
+        assert native.tie_embeddings == stock.tie_word_embeddings, family
+        assert native.max_positions == stock.max_position_embeddings, family
 
 
-def test_old_and_new_ways_to_write_rope_are_one(mine: Path) -> None:
+def test_old_and_new_forms_of_rope_settings_are_equal(llama: Path) -> None:
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-    new = ease.from_pretrained(edit(mine, rope_parameters=LLAMA3)).config
-    old = ease.from_pretrained(edit(mine, rope_parameters=..., rope_theta=500.0, rope_scaling=scaling)).config
+    new = ease.from_pretrained(edit(llama, rope_parameters=LLAMA3)).config
+    old = ease.from_pretrained(edit(llama, rope_parameters=..., rope_theta=500.0, rope_scaling=scaling)).config
     older = {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
-    assert new == old == ease.from_pretrained(edit(mine, rope_scaling=older)).config
+    assert new == old == ease.from_pretrained(edit(llama, rope_scaling=older)).config
     assert new.rope_scaling is not None
 
 
-def test_tensors_that_older_checkpoints_store_needlessly_are_passed_over(mine: Path) -> None:
-    tensors = load_file(mine / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, mine / "model.safetensors")
-    close(ease.from_pretrained(mine)(ids()), stock_logits(mine, ids()))
+def test_rotary_frequencies_of_older_checkpoints_are_ignored(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, llama / "model.safetensors")
+    close(ease.from_pretrained(llama)(ids()), stock_logits(llama, ids()))
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_in_two_versions(
@@ -232,7 +232,7 @@ import sys, torch, ease, safetensors.torch
 def kib(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 dtype = getattr(torch, sys.argv[2])
-ease.from_pretrained(sys.argv[3])  # what is imported on the way is not the weights'
+ease.from_pretrained(sys.argv[3])  # imports must not count as weights
 before = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 model = ease.from_pretrained(sys.argv[1], dtype=dtype)
@@ -256,7 +256,7 @@ def test_loading_holds_the_weights_once_and_little_more(tmp_path: Path, checkpoi
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What ease writes
+# Saving
 
 
 def own_model(**options: Any) -> DeepSupervisionTransformer:
@@ -277,7 +277,7 @@ def own_model(**options: Any) -> DeepSupervisionTransformer:
         {"qk_norm": True, "head_dim": 10, "max_positions": 77},
     ],
 )
-def test_a_model_of_ones_own_goes_to_transformers_and_comes_back_bit_identical(
+def test_a_native_model_loads_in_transformers_and_comes_back_bit_identical(
     tmp_path: Path, options: dict[str, Any], even_policy: Callable[..., Policy]
 ) -> None:
     model, x = own_model(**options), ids()
@@ -302,7 +302,7 @@ def test_a_model_of_ones_own_goes_to_transformers_and_comes_back_bit_identical(
     ]
 
 
-def test_whatever_belongs_to_an_exit_is_carried_by_its_prefix(tmp_path: Path) -> None:
+def test_parameters_of_exits_are_saved_by_their_prefix(tmp_path: Path) -> None:
     model, x = own_model(), ids()
     model.add_adapters([1, 2], 8)
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_biases_and_norms_at_once_have_no_stock_family(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tokenizer_goes_along_with_its_special_tokens(tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_with_its_special_tokens(tmp_path: Path) -> None:
     text = "def f(x):\n    return x  # <eos> is text here\n"
     tokenizer = train_tokenizer("byte", [text])
     model = StandardTransformer(tokenizer.get_vocab_size(), 32, 2, 4).eval()
@@ -338,7 +338,7 @@ def test_the_tokenizer_goes_along_with_its_special_tokens(tmp_path: Path) -> Non
     ease.save_pretrained(model, tmp_path / "other", tokenizer=tokenizer, eos=tokenizer.token_to_id("x"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "other").eos_token == "x"
 
-    # From folder to folder everything goes as it is.
+    # From folder to folder all files are copied unchanged.
     (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
     ease.save_pretrained(ease.from_pretrained(tmp_path / "out"), tmp_path / "two", tokenizer=tmp_path / "out")
     for name in (
@@ -354,8 +354,8 @@ def test_the_tokenizer_goes_along_with_its_special_tokens(tmp_path: Path) -> Non
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer("byte", [])
     ease.save_pretrained(StandardTransformer(200, 32, 2, 4), tmp_path / "out", tokenizer=tokenizer)
-    assert read_tokenizer(tmp_path / "out" / "tokenizer.json")
-    with pytest.raises(EaseError, match="ids up to 257 and the model's embedding 200 rows"):
+    assert load_tokenizer_file(tmp_path / "out" / "tokenizer.json")
+    with pytest.raises(EaseError, match="ids up to 257, but the model's embedding has 200 rows"):
         load_tokenizer(tmp_path / "out")
 
 
@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_replaced_only_when_told_to(tmp_path: Path) -> None:
+def test_a_checkpoint_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     ease.save_pretrained(own_model(), tmp_path / "out")
     with pytest.raises(EaseError, match="exists already"):
         ease.save_pretrained(own_model(), tmp_path / "out")
@@ -425,9 +425,9 @@ def test_a_checkpoint_is_replaced_only_when_told_to(tmp_path: Path) -> None:
         ({"model_type": "qwen2"}, "lacks model.layers.0.self_attn.k_proj.bias"),
     ],
 )
-def test_what_the_model_cannot_hold_exactly_is_refused_by_name(mine: Path, changes: dict[str, Any], says: str) -> None:
+def test_what_the_model_cannot_hold_exactly_is_refused_by_name(llama: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(EaseError, match=says) as caught:
-        ease.from_pretrained(edit(mine, **changes))
+        ease.from_pretrained(edit(llama, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -471,8 +471,8 @@ def point_index(folder: Path, shard: object) -> None:
         (lambda f: edit_policy(f, format=9), "format 9"),
         (lambda f: edit_policy(f, exits=...), "is damaged"),
         (lambda f: edit_policy(f, calibration=[1]), "is damaged"),
-        (lambda f: point_index(f, 3), "names no shards beside it"),
-        (lambda f: point_index(f, "../other/model.safetensors"), "names no shards beside it"),
+        (lambda f: point_index(f, 3), "does not name shards in its own folder"),
+        (lambda f: point_index(f, "../other/model.safetensors"), "does not name shards in its own folder"),
         (
             lambda f: edit_policy(f, exits=[1, 7]),
             "exit_layer 7",
@@ -483,14 +483,14 @@ def point_index(folder: Path, shard: object) -> None:
         ),
     ],
 )
-def test_a_damaged_folder_is_told_in_one_sentence(mine: Path, damage: Callable[[Path], Any], says: str) -> None:
-    damage(mine)
+def test_a_damaged_folder_is_reported_in_one_sentence(llama: Path, damage: Callable[[Path], Any], says: str) -> None:
+    damage(llama)
     with pytest.raises(EaseError, match=says) as caught:
-        ease.from_pretrained(mine)
+        ease.from_pretrained(llama)
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_neither_disk_nor_hub_gives_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_unknown_to_disk_and_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, says in (("./no/such", "there is no folder"), ("no-such-org/no-such-model", "check the name and the")):
         with pytest.raises(EaseError, match=says) as caught:
@@ -498,16 +498,16 @@ def test_a_name_that_neither_disk_nor_hub_gives_is_told_in_one_sentence(monkeypa
         assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_tokenizer_is_told(mine: Path) -> None:
+def test_a_folder_without_tokenizer_is_reported(llama: Path) -> None:
     with pytest.raises(EaseError, match=r"has no tokenizer\.json: .*save_pretrained"):
-        load_tokenizer(mine)
+        load_tokenizer(llama)
 
 
-def test_a_name_is_a_dtype_and_a_missing_library_is_told(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert next(ease.from_pretrained(mine, dtype="float16").parameters()).dtype == torch.float16
+def test_dtypes_have_names_and_a_missing_library_is_reported(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(ease.from_pretrained(llama, dtype="float16").parameters()).dtype == torch.float16
     with pytest.raises(EaseError, match="no device 'tpu'"):
-        ease.from_pretrained(mine, device="tpu")
+        ease.from_pretrained(llama, device="tpu")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for make in (lambda: ease.from_pretrained("org/model"), lambda: ease.save_pretrained(own_model(), mine / "out")):
+    for make in (lambda: ease.from_pretrained("org/model"), lambda: ease.save_pretrained(own_model(), llama / "out")):
         with pytest.raises(EaseError, match=r"package huggingface_hub: pip install -e '\.\[hf\]'"):
             make()

@@ -1,12 +1,15 @@
-"""config.json of the Llama family and the native shape, translated both ways.
+"""Translation of config.json between the Llama family and the native `ModelConfig`.
 
-Every key is read, has a value that it must have, changes nothing in a forward pass, or is refused: a key that is
-passed over in silence is a model that computes something else than its makers meant.
+`FAMILIES` lists the model types. To add one that differs only in what its fields state, give it a line there; anything
+more needs a field of `ModelConfig` first. Every key of a config.json is translated, has the one value that the native
+model computes, does not affect a forward pass, or is refused: a key that is ignored silently would make a model that
+computes something else than the original.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,31 +17,61 @@ import torch
 from ease.errors import EaseError
 from ease.interface import ModelConfig
 
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# ---------------------------------------------------------------------------------------------------------
+# Families
 
-DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": None}
 
-# What a config.json of the family means by leaving a key out, as its class in transformers has it.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32_768,
-        "head_dim": 128,
-        "sliding_window": 4096,
-    },
-    "smollm3": {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32_768,
-        "rope_theta": 2_000_000.0,
-        "tie_word_embeddings": True,
-        "no_rope_layer_interval": 4,
-    },
+@dataclass(frozen=True)
+class Family:
+    """What a model type implies.
+
+    Args:
+        defaults: values of keys that config.json leaves out, as the family's class in transformers sets them.
+        qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys have a norm per head.
+        always_windowed: `sliding_window` applies without `use_sliding_window`.
+        any_head_dim: stock transformers accepts heads whose widths do not add up to the model's.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    always_windowed: bool = False
+    any_head_dim: bool = True
+
+
+# A model is exported as the first family that fits it.
+FAMILIES = {
+    "llama": Family({"max_position_embeddings": 2048}, any_head_dim=False),
+    "mistral": Family(
+        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}, always_windowed=True
+    ),
+    "qwen2": Family(
+        {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}, qkv_bias=True
+    ),
+    "qwen3": Family(
+        {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "head_dim": 128, "sliding_window": 4096},
+        qk_norm=True,
+    ),
+    "smollm3": Family(
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        }
+    ),
 }
 
-HANDLED = {
+# ---------------------------------------------------------------------------------------------------------
+# Keys
+
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": None}  # of every family
+
+TRANSLATED = {
     *SHAPE,
     "model_type",
     "num_key_value_heads",
@@ -57,8 +90,8 @@ HANDLED = {
     "no_rope_layer_interval",
 }
 
-# Keys that change what is computed, and the one value under which it is what the native model computes.
-MUST_BE: dict[str, Any] = {
+# Keys that change what is computed, with the one value that the native model computes.
+REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -70,7 +103,7 @@ MUST_BE: dict[str, Any] = {
     "add_cross_attention": False,
 }
 
-# Keys that change nothing in a forward pass.
+# Keys that do not affect a forward pass.
 HARMLESS = {
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -99,84 +132,95 @@ HARMLESS = {
     "use_cache",
 }
 
-ROPE_KEYS = {
+ROPE_KEYS = {  # rope_type -> the keys of its parameters
     "default": set[str](),
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The native shape that a checkpoint's config.json describes.
+    """Translates a checkpoint's config.json into the native shape.
+
+    Args:
+        raw: the content of config.json.
 
     Raises:
-        EaseError: naming the family, key or value that the native model cannot hold exactly.
+        EaseError: the native model cannot hold the checkpoint exactly; the message names the family, key or value.
     """
-    family = raw.get("model_type")
-    if family not in FAMILIES:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
         raise EaseError(
-            f"model_type {family!r} in config.json is none of {', '.join(FAMILIES)}: use a checkpoint of these "
-            "families (`ease export` makes one of a run)"
+            f"model_type {model_type!r} in config.json is not supported: use a checkpoint of {', '.join(FAMILIES)} "
+            "(`ease export` writes one from a run)"
         )
-    if unknown := sorted(raw.keys() - HANDLED - HARMLESS - MUST_BE.keys()):
+    family = FAMILIES[model_type]
+    if unknown := sorted(raw.keys() - TRANSLATED - HARMLESS - REQUIRED_VALUES.keys()):
         raise EaseError(
-            f"config.json has keys whose meaning ease does not know: {', '.join(unknown)}; use a checkpoint without "
-            "them, or take them out if they do not change what the model computes"
+            f"config.json has unknown keys ({', '.join(unknown)}): use a checkpoint without them, or remove them if "
+            "they do not change what the model computes"
         )
-    for key, value in MUST_BE.items():
+    for key, value in REQUIRED_VALUES.items():
         if raw.get(key) not in (None, value):
-            raise _unfit(f"{key} {raw[key]!r}")
+            raise _unsupported(f"{key} {raw[key]!r}")
     for key in SHAPE:
         if not isinstance(raw.get(key), int):
-            raise EaseError(f"config.json must give {key} as a whole number, got {raw.get(key)!r}")
+            raise EaseError(f"{key} in config.json must be an integer, got {raw.get(key)!r}")
 
-    c = {**DEFAULTS, **FAMILIES[family], **raw}
-    layers, heads, positions = c["num_hidden_layers"], c["num_attention_heads"], c["max_position_embeddings"]
-    windowed = family == "mistral" or c.get("use_sliding_window")
-    window = c.get("sliding_window") if windowed else None
-    if window is not None and window < positions:
-        raise _unfit(f"a sliding_window of {window} below max_position_embeddings ({positions})")
-    if others := sorted(set(c.get("layer_types") or ()) - {"full_attention"}):
-        raise _unfit(f"layer_types {', '.join(others)}")
-    interval = c.get("no_rope_layer_interval") or layers + 1
-    rotary = c.get("no_rope_layers") or [int(k % interval != 0) for k in range(1, layers + 1)]
+    values = {**DEFAULTS, **family.defaults, **raw}
+    num_layers = values["num_hidden_layers"]
+    num_heads = values["num_attention_heads"]
+    max_positions = values["max_position_embeddings"]
+    windowed = family.always_windowed or values.get("use_sliding_window")
+    window = values.get("sliding_window") if windowed else None
+    if window is not None and window < max_positions:
+        raise _unsupported(f"a sliding_window of {window} below max_position_embeddings ({max_positions})")
+    if layer_types := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
+        raise _unsupported(f"layer_types {', '.join(layer_types)}")
+    interval = values.get("no_rope_layer_interval") or num_layers + 1
+    rotary = values.get("no_rope_layers") or [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
     if not all(rotary):
-        raise _unfit("layers without rotary positions (no_rope_layers)")
+        raise _unsupported("layers without rotary positions (no_rope_layers)")
 
     return ModelConfig(
-        vocab_size=c["vocab_size"],
-        dim=c["hidden_size"],
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        hidden_dim=c["intermediate_size"],
-        norm_eps=c["rms_norm_eps"],
-        tie_embeddings=bool(c.get("tie_word_embeddings")),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        max_positions=positions,
-        **_read_rope(c),
+        vocab_size=values["vocab_size"],
+        dim=values["hidden_size"],
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
+        hidden_dim=values["intermediate_size"],
+        norm_eps=values["rms_norm_eps"],
+        tie_embeddings=bool(values.get("tie_word_embeddings")),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        max_positions=max_positions,
+        **_read_rope(values),
     )
 
 
-def _read_rope(c: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of the native shape, from `rope_parameters` (transformers 5)
-    or `rope_theta` and `rope_scaling` (before)."""
-    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KEYS:
-        raise _unfit(f"rope_type {kind!r}")
+def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The native `rope_theta` and `rope_scaling`.
+
+    transformers 5 writes both into `rope_parameters`, earlier versions write `rope_theta` and `rope_scaling`.
+    """
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_KEYS:
+        raise _unsupported(f"rope_type {rope_type!r}")
     if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise _unfit(f"partial_rotary_factor {rope['partial_rotary_factor']!r}")
-    known = ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        raise _unsupported(f"partial_rotary_factor {rope['partial_rotary_factor']!r}")
+    known = ROPE_KEYS[rope_type] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(rope.keys() - known):
-        raise _unfit(f"{', '.join(unknown)} in the parameters of rope_type {kind!r}")
-    theta = float(rope.get("rope_theta") or c["rope_theta"])
-    if kind == "default":
+        raise _unsupported(f"{', '.join(unknown)} in the parameters of rope_type {rope_type!r}")
+    theta = float(rope.get("rope_theta") or values["rope_theta"])
+    if rope_type == "default":
         return {"rope_theta": theta}
-    rope = {"original_max_position_embeddings": c["max_position_embeddings"]} | rope
-    if missing := sorted(ROPE_KEYS[kind] - rope.keys()):
-        raise EaseError(f"config.json leaves out {', '.join(missing)} of rope_type {kind!r}: add what is missing")
+    rope = {"original_max_position_embeddings": values["max_position_embeddings"]} | rope
+    if missing := sorted(ROPE_KEYS[rope_type] - rope.keys()):
+        raise EaseError(f"config.json lacks {', '.join(missing)} of rope_type {rope_type!r}: add the missing keys")
     scaling = {
         "factor": rope["factor"],
         "low_freq_factor": rope["low_freq_factor"],
@@ -186,19 +230,31 @@ def _read_rope(c: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _unfit(what: str) -> EaseError:
-    return EaseError(f"the model of config.json has {what}, which ease cannot hold exactly: use a checkpoint without")
+def _unsupported(feature: str) -> EaseError:
+    return EaseError(f"the model of config.json has {feature}, which ease cannot hold exactly: use another checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def write_config(config: ModelConfig, token_ids: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json under which stock transformers, 4 or 5, computes what a model of this shape does."""
+    """Translates a native shape into the config.json with which stock transformers, 4 or 5, computes the same.
+
+    Args:
+        config: the shape of the model.
+        token_ids: "bos_token_id", "eos_token_id" and "pad_token_id", as far as they are known.
+        dtype: dtype of the weights.
+
+    Returns:
+        The content of config.json.
+
+    Raises:
+        EaseError: no stock family has this shape.
+    """
     if config.num_labels is not None:
         raise EaseError("no stock model has a classification head at every exit: export a model that predicts tokens")
-    if config.qkv_bias and config.qk_norm:
-        raise EaseError("no stock model has both biases and norms on q and k: set qkv_bias or qk_norm to False")
-    # Stock Llama is alone in refusing heads whose widths do not add up to the model's.
-    plain = "mistral" if config.dim % config.num_heads else "llama"
-    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
+    family = _stock_family(config)
     scaling = config.rope_scaling
     return {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
@@ -230,3 +286,12 @@ def write_config(config: ModelConfig, token_ids: Mapping[str, Any], dtype: torch
         "pad_token_id": None,
         **token_ids,
     }
+
+
+def _stock_family(config: ModelConfig) -> str:
+    """The first family whose stock model can have this shape."""
+    for name, family in FAMILIES.items():
+        fits = (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
+        if fits and (family.any_head_dim or config.dim % config.num_heads == 0):
+            return name
+    raise EaseError("no stock model has both biases and norms on q and k: set qkv_bias or qk_norm to False")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError, require
-from ease.hf.checkpoint import NATIVE, checkpoint_folder, from_pretrained, read_json
+from ease.hf.checkpoint import NATIVE, from_pretrained
+from ease.hf.folder import CONFIG, checkpoint_folder, read_json
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
@@ -123,7 +124,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         Of the latter the arguments are `dtype` (a torch dtype, its name or "auto") and `device`.
         """
         folder = checkpoint_folder(pretrained_model_name_or_path)
-        raw = read_json(folder / "config.json")
+        raw = read_json(folder / CONFIG)
         if raw.get("model_type") == NATIVE:
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
             return loaded

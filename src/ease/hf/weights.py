@@ -1,0 +1,169 @@
+"""Weights of a checkpoint: stock names, safetensors files, and targets filled one tensor at a time.
+
+Tensors are read one by one, the largest first, and no file stays mapped. At its peak a load therefore holds the weights
+once, in the requested dtype, and one stored tensor. No pickle is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+from ease.hf.folder import read_json
+from ease.models import StandardTransformer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+STOCK_NAMES = {  # part of a native parameter's name -> the same part in a stock checkpoint
+    "embedding.": "model.embed_tokens.",
+    "output_head.": "lm_head.",
+    "layers.": "model.layers.",
+    ".attention_norm.": ".input_layernorm.",
+    ".attention.": ".self_attn.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+    ".ffn.": ".mlp.",
+}
+
+
+def stock_name(name: str, num_layers: int) -> str | None:
+    """The name of a native parameter in a stock checkpoint; None for parameters of an exit below the last."""
+    if name == f"exit_norms.{num_layers - 1}.weight":
+        return NORM
+    if name.startswith("exit_"):
+        return None
+    for native, stock in STOCK_NAMES.items():
+        name = name.replace(native, stock)
+    return name
+
+
+def split_parameters(model: StandardTransformer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters that a stock model has, under stock names, and those of exits, under native names."""
+    stock: dict[str, Tensor] = {}
+    exits: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        in_stock = stock_name(name, model.num_layers)
+        if in_stock is None:
+            exits[name] = parameter.detach()
+        else:
+            stock[in_stock] = parameter.detach()
+    return stock, exits
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names.
+
+    Raises:
+        EaseError: the folder has no weights, has pickled weights only, or its index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise EaseError(f"{folder / INDEX} does not name shards in its own folder (weight_map): fetch it again")
+        return sorted({folder / shard for shard in shards.values()})
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise EaseError(
+            f"{folder} has pickled weights only ({_first_names(pickled)}), which ease never opens: use safetensors"
+        )
+    raise EaseError(f"{folder} has no weights: it needs {WEIGHTS}, or {INDEX} and the shards it names")
+
+
+def locate_tensors(files: Iterable[Path]) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    return {name: file for file in files for name in _read(file, lambda opened: list(opened.keys()))}
+
+
+def stored_dtype(file: Path, name: str) -> torch.dtype | None:
+    """The dtype that a tensor is stored in; None if it is not a floating-point type."""
+    return DTYPES.get(_read(file, lambda opened: opened.get_slice(name).get_dtype()))
+
+
+def without_copies(stored: dict[str, Path], tied: bool) -> dict[str, Path]:
+    """The tensors that a model reads: without rotary frequencies (of some Llama 2 checkpoints) and a tied head's copy.
+
+    Args:
+        stored: tensor name -> file.
+        tied: whether the model uses the embedding as its head.
+
+    Raises:
+        EaseError: `tied`, and the stored head differs from the embedding.
+    """
+    if tied and HEAD in stored and EMBEDDING in stored:
+        both = [_read(stored[name], lambda opened, name=name: opened.get_tensor(name)) for name in (EMBEDDING, HEAD)]
+        if torch.equal(*both):
+            del stored[HEAD]
+        else:
+            raise EaseError(
+                f"config.json ties the head to the embedding, and {stored[HEAD]} has a different head: set "
+                "tie_word_embeddings to false"
+            )
+    return {name: file for name, file in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path) -> None:
+    """Copies every stored tensor into its target, converting the dtype on the way.
+
+    Args:
+        targets: tensor name -> the tensor to fill.
+        stored: tensor name -> file.
+        folder: the checkpoint, for messages.
+
+    Raises:
+        EaseError: a tensor is missing or unknown, or its shape or dtype does not fit.
+    """
+    if missing := sorted(targets.keys() - stored.keys()):
+        raise EaseError(f"{folder} lacks {_first_names(missing)}, which its configuration requires: fetch it again")
+    if unknown := sorted(stored.keys() - targets.keys()):
+        raise EaseError(f"{folder} holds {_first_names(unknown)}, unknown to ease: use a checkpoint without them")
+
+    # Largest first: the stored tensor exists beside its target, and the last pairs are norms.
+    for name in sorted(targets, key=lambda name: -targets[name].numel()):
+        target = targets[name]
+
+        def copy(opened: Any, name: str = name, target: Tensor = target) -> None:
+            view = opened.get_slice(name)
+            if (shape := tuple(view.get_shape())) != tuple(target.shape):
+                raise EaseError(
+                    f"{name} in {stored[name]} has shape {shape}, but config.json requires {tuple(target.shape)}: "
+                    "fetch the checkpoint again"
+                )
+            if view.get_dtype() not in DTYPES:
+                raise EaseError(f"{name} in {stored[name]} is stored as {view.get_dtype()}: use a checkpoint in floats")
+            target.copy_(opened.get_tensor(name))
+
+        _read(stored[name], copy)
+
+
+def _read(file: Path, get: Any) -> Any:
+    """The result of `get(opened file)`. The file is opened anew for each call, since mapped pages count as memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return get(opened)
+    except FileNotFoundError as error:
+        raise EaseError(f"{file} is missing: fetch the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise EaseError(f"{file} is damaged ({error}): fetch the checkpoint again") from error
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
