@@ -10,6 +10,7 @@ HELP = "write a run's model as a stock transformers checkpoint"
 
 
 def main(args: list[str]) -> None:
+    """Write a run's model and tokenizer as a checkpoint folder."""
     import tyro
 
     from ease.data.tokenizers import load_tokenizer
@@ -26,11 +27,11 @@ def main(args: list[str]) -> None:
         """Write a run's model and tokenizer as a folder that stock transformers loads.
 
         Args:
-            run: the run's folder.
-            folder: where to write; exits and policy lie in its subfolder ease/.
-            tokenizer: a checkpoint whose tokenizer files and special tokens go along, chat template included (the
-                run's own tokenizer by default).
-            overwrite: replace the folder if it holds a checkpoint or a run already.
+            run: the run folder.
+            folder: the folder to write; exits and policy are in its subfolder ease/.
+            tokenizer: checkpoint whose tokenizer files, special tokens and chat template to copy (the run's own
+                tokenizer by default).
+            overwrite: replace the folder if it holds a checkpoint or a run.
         """
         return run, folder, tokenizer, overwrite
 
@@ -49,4 +50,4 @@ def main(args: list[str]) -> None:
         calibration=config["calibration"],
         overwrite=overwrite,
     )
-    print(f"The checkpoint: {folder}")
+    print(f"Checkpoint: {folder}")

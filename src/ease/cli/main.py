@@ -1,13 +1,16 @@
 """Entry point of the `ease` command."""
 
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ease.cli import calibrate, eval, export, generate, report, reproduce, run, tune
 from ease.errors import EaseError
+from ease.version import __version__
 
 # Every command is a module with USAGE, HELP and main(args). None imports torch before it runs, so help is quick.
 COMMANDS = {
@@ -20,6 +23,8 @@ COMMANDS = {
     "export": export,
     "reproduce": reproduce,
 }
+
+CLOSED_PIPE = 128 + 13  # exit status of a program that SIGPIPE ended
 
 
 def usage() -> str:
@@ -38,17 +43,35 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 2 and one sentence on stderr for bad input, 130 if interrupted."""
+    """Run a command.
+
+    Args:
+        argv: arguments without the program's name (those of the process by default).
+
+    Returns:
+        The exit status: 0; 2 after one sentence on stderr for bad input; 130 after an interrupt; 141 if the reader of
+        the output closed its pipe.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():  # SIGTERM, too, saves before it ends the process
+    if threading.current_thread() is threading.main_thread():  # SIGTERM saves as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()  # a closed pipe raises here and not at the end of the process
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still in the buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _run(args: list[str]) -> int:
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(usage())
         elif args[0] == "--version":
-            import ease
-
-            print(f"ease {ease.__version__}")
+            print(f"ease {__version__}")
         elif args[0] in COMMANDS:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: print(f"ease: note: {message}", file=sys.stderr)
@@ -63,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ease: cannot use {error.filename} ({error.strerror}): check the path and the disk", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:  # its message says what was saved
+    except KeyboardInterrupt as stop:  # its message names what was saved
         print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
     return 0

@@ -9,12 +9,13 @@ HELP = "write the report of one run, or of several side by side"
 
 
 def main(args: list[str]) -> None:
+    """Write the report of the given runs."""
     import tyro
 
-    from ease.report.page import write_report
+    from ease.report import write_report
 
     def report_(run: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> tuple[list[Path], Path | None]:
-        """Write the report of one run, or of several side by side.
+        """Write the report of one run or of several side by side.
 
         Args:
             run: run folders.
@@ -26,4 +27,4 @@ def main(args: list[str]) -> None:
     if not folders:
         raise EaseError("no run given: ease report RUN [RUN ...]")
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    print(f"The report: {write_report(folders, out or default)}")
+    print(f"Report: {write_report(folders, out or default)}")

@@ -12,42 +12,43 @@ HELP = "reproduce the paper's tables and figures (needs a checkout)"
 
 
 def main(args: list[str]) -> None:
+    """Run a tier of the experiments from the checkout that holds this package."""
     import tyro
 
     @dataclass(frozen=True)
     class Arguments:
-        """Train what is missing of a tier of the paper's experiments, and write its tables and figures.
+        """Train the missing lines of a tier of the paper's experiments and write its tables and figures.
 
-        Tiers: smoke (everything, at a size that says nothing), 1 (every strategy against plain models at equal training
-        FLOPs), 2 (ASHEM taken apart), 3 (tier 1's tables on what is given with --data and --model). What is trained is
-        kept under OUT/TIER: the same command goes on where it was stopped. Tables say which lines are missing.
+        Tiers: smoke (all code at a size without meaning), 1 (every strategy against standard models at equal training
+        FLOPs), 2 (ablation of ASHEM), 3 (the tables of tier 1 on your --data and --model). Trained lines are stored
+        in OUT/TIER, and the same command resumes where it was stopped. Tables name the lines that are missing.
         """
 
         tier: tyro.conf.Positional[str]
         """smoke, 1, 2 or 3."""
         data: str | None = None
         """stdlib (by default), a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or
-        hf:NAME/CONFIG. For tier 3 a folder with train.jsonl, of texts with labels or of prompts with completions;
-        .jsonl or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any text."""
+        hf:NAME/CONFIG. For tier 3: a folder with train.jsonl (texts with labels, or prompts with completions); .jsonl
+        or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any text."""
         model: str | None = None
         """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
         scales: str = ""
-        """Sizes of model and data, with commas between them (those of the tier by default; for 3 tiny, s or l)."""
+        """Sizes of model and data, separated by commas (those of the tier by default; for tier 3 tiny, s or l)."""
         seeds: str = "0,1,2"
-        """With commas between them; the first one tries learning rates."""
+        """Random seeds, separated by commas; the first one is also used to choose learning rates."""
         budget: float | None = None
-        """Minutes after which no line is begun any more."""
+        """Minutes after which no further line is started."""
         jobs: int = 1
-        """Lines trained at a time, each on one thread."""
+        """Lines trained in parallel, each on one thread."""
         device: str = "cpu"
-        """cpu, cuda, mps or auto. The sizes that fit a laptop are faster on a CPU."""
+        """cpu, cuda, mps or auto; sizes that fit a laptop are faster on a CPU."""
         out: Path = Path("results/reproduce")
-        """Where everything is kept."""
+        """Folder of all results."""
 
     given = tyro.cli(Arguments, args=args, prog="ease reproduce")
     root = Path(__file__).resolve().parents[3]
     if not (root / "experiments" / "reproduce.py").is_file():
-        raise EaseError("the experiments do not come with the package: clone the repository and run ease from there")
+        raise EaseError("the experiments are not part of the package: clone the repository and run ease from there")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     reproduce = importlib.import_module("experiments.reproduce")
@@ -55,12 +56,12 @@ def main(args: list[str]) -> None:
     try:
         seeds = tuple(map(int, given.seeds.split(",")))
     except ValueError:
-        raise EaseError(f"seeds are numbers with commas between them, as in 0,1,2; got {given.seeds!r}") from None
+        raise EaseError(f"seeds must be integers separated by commas, such as 0,1,2; got {given.seeds!r}") from None
     try:
         settings = running.Settings(given.out, seeds, given.jobs, given.budget, given.device)
         scales = tuple(filter(None, given.scales.split(",")))
         missing = reproduce.reproduce(given.tier, given.data, scales, settings, given.model)
     except KeyboardInterrupt:
-        raise EaseError("interrupted: what was trained is kept, and the same command goes on") from None
+        raise EaseError("interrupted: trained lines are stored, and the same command resumes") from None
     if missing:
-        print(f"Not done yet, the same command goes on: {'; '.join(missing)}")
+        print(f"Incomplete; the same command resumes: {'; '.join(missing)}")

@@ -1,29 +1,33 @@
-"""`ease tune`: add exits to a finished model whose backbone does not change."""
+"""`ease tune`: add exits to a trained model; its backbone does not change."""
 
 from ease.cli import run
 from ease.errors import EaseError
 
 USAGE = "CHECKPOINT --exits 8,16 [--data D] [--out DIR]"
-HELP = "give exits to a finished model; its backbone does not change"
+HELP = "add exits to a trained model; its backbone does not change"
 
 
 OPTIONS = """\
 usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
 
-  CHECKPOINT    a Llama-family checkpoint (a folder, or a name on the Hugging Face hub) or the folder of a run
-  --exits       layers after which a token may leave (at a third and two thirds of the depth by default)
-  --data        text to learn from: a folder with train.txt and valid.txt, a text file, stdlib, hf:NAME/CONFIG
-  --adapter     none or mlp: what learns beside each exit's norm
+  CHECKPOINT    Llama-family checkpoint (a folder, or a name on the Hugging Face
+                hub), or a run folder
+  --exits       layers after which a token may exit (by default at a third and
+                at two thirds of the depth)
+  --data        training text: a folder with train.txt and valid.txt, a text
+                file, stdlib, hf:NAME/CONFIG
+  --adapter     none or mlp: what is trained in addition to each exit's norm
   --objective   cross-entropy, distillation or both
-  --tokens      all, hard or kept: the tokens that the exits learn from
+  --tokens      all, hard or kept: the tokens that the exits are trained on
 
-The backbone stays as it is, bit for bit. `ease run tune --help` shows every option; those of the strategy may be
-given without their prefix here. Interrupted, the same command goes on.
+The backbone does not change by a single bit. `ease run tune --help` shows every
+option; the options of the strategy may be given without their prefix here. A
+tuning that was interrupted resumes with the same command.
 """
 
 
 def main(args: list[str]) -> None:
-    """`ease run tune` with a checkpoint to start from and the strategy's options under short names."""
+    """Execute `ease run tune` with a checkpoint to start from and short names for the strategy's options."""
     from dataclasses import fields
 
     from ease.strategies.exit_tuning import TuneConfig
@@ -34,7 +38,9 @@ def main(args: list[str]) -> None:
     if args[0].startswith("-"):
         raise EaseError("name the checkpoint first: ease tune CHECKPOINT --exits 8,16")
     rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith("--exits=") else [arg])]
-    rest = run.spell_out(rest, {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)})
+    rest = run.expand_options(
+        rest, {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)}
+    )
     if "--strategy.exits" in rest:
         at = rest.index("--strategy.exits") + 1
         rest[at : at + 1] = rest[at].split(",") if at < len(rest) else []

@@ -69,29 +69,36 @@ def in_turns(
 def side_by_side(
     calls: Mapping[str, Call], rounds: int, progress: Callable[[float], object] = lambda done: None
 ) -> list[dict[str, Any]]:
-    """A row of figures a call: wall-clock speed beside the first call's, and whether its tokens are the first one's.
+    """Compare speed and tokens of every call with those of the first call.
+
+    The speed of a call is the median speed of the first call times the call's ratio, so that both columns come from the
+    same rounds and always agree.
 
     Args:
-        calls: by name, each gives its `Generation`, or its tokens (B, N) alone where another library made them.
-        rounds, progress: as in `in_turns`.
+        calls: name -> call that returns a `Generation`, or the tokens (B, N) if another library generated them.
+        rounds: timed rounds, as in `in_turns`.
+        progress: receives the share that is done, as in `in_turns`.
 
     Returns:
-        Rows with way, batch, tokens_per_second, ratio (above 1 is faster than the first) with low and high,
-        same_tokens, and of a `Generation` layers_per_token, acceptance and draft_exit (those of its last round).
+        One row per call with way, batch, tokens_per_second, ratio (the median over the rounds; above 1 is faster than
+        the first call) with low and high (its range), same_tokens, and for a `Generation` layers_per_token, acceptance
+        and draft_exit of its last round.
     """
     seconds, answers = in_turns(calls, rounds, progress)
     first = next(iter(calls))
     tokens = {name: a.tokens if isinstance(a, Generation) else a.cpu() for name, a in answers.items()}
+    first_speed = tokens[first].numel() / statistics.median(seconds[first])
     rows = []
     for name, answer in answers.items():
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
+        ratio = statistics.median(ratios)
         stats = answer.stats if isinstance(answer, Generation) else {}
         rows.append(
             {
                 "way": name,
                 "batch": len(tokens[name]),
-                "tokens_per_second": tokens[name].numel() / statistics.median(seconds[name]),
-                "ratio": statistics.median(ratios),
+                "tokens_per_second": first_speed * ratio,
+                "ratio": ratio,
                 "low": min(ratios),
                 "high": max(ratios),
                 "same_tokens": (tokens[name] == tokens[first]).float().mean().item(),

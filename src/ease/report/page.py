@@ -1,13 +1,11 @@
-"""The report of a run: one HTML file that opens offline, and the same table for a terminal.
+"""The report of one run or of several as a single HTML file that opens offline.
 
-Notable in it:
-
-- The file holds all it needs: the runs' figures as JSON, one style sheet, one script. Its content security
-  policy forbids every request.
-- What a run's files say (names, notes, token texts) enters the page as JSON only and is shown as text, so
-  nothing in it can become markup.
-- The verdict is worded here, not in the page: the terminal and the report say the same sentence.
-- Figures that are absent show as a dash; a report never fills a gap.
+- The file contains everything it needs: the metrics of the runs as JSON, one style sheet, one script. Its content
+  security policy forbids all requests.
+- Strings from a run's files (names, notes, token texts) enter the page only as JSON and are shown as text, so that they
+  cannot become markup.
+- The verdict is computed here and not in the page, so that terminal and report show the same sentence.
+- Missing metrics are shown as a dash.
 """
 
 from __future__ import annotations
@@ -19,61 +17,55 @@ import re
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ease.errors import EaseError
 from ease.report.formats import SPLITS
-from ease.report.tables import decoding
-from ease.report.verdict import (
-    verdict,
-)
+from ease.report.seeds import seed_groups
+from ease.report.tables import decoding_sentence
+from ease.report.verdict import verdict
 
-if TYPE_CHECKING:
-    pass
-
-# The page's script, in the order its parts build on each other.
+# Parts of the page's script; each builds on those before.
 SCRIPTS = ("ui.js", "charts.js", "sections.js", "decoding.js", "explorer.js", "page.js")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The page
-
-
 def write_report(runs: list[Path], out: Path) -> Path:
-    """Write the report of one run, or of several side by side, as one HTML file that opens offline.
+    """Write the report of one run or of several side by side as a single HTML file that opens offline.
+
+    Runs that differ only in their random seed are also summarized as mean and 95% t interval.
 
     Args:
-        runs: run folders; each holds a `summary.json` and may hold an `explorer.json`.
-        out: the file to write; its folder is made where it is missing.
+        runs: run folders, each with a summary.json and perhaps an explorer.json.
+        out: the file to write; its folder is created if necessary.
 
     Returns:
         `out`.
 
     Raises:
-        EaseError: no folders given, a folder is no run folder or its files are damaged, or `out`
-            cannot be written.
+        EaseError: no folder is given, a folder is not a run folder or its files are damaged, or `out` cannot be
+            written.
     """
     if not runs:
-        raise EaseError("No run folder was given: name at least one folder that holds a summary.json.")
+        raise EaseError("No run folder was given: name at least one folder with a summary.json.")
     loaded = [_load(Path(run)) for run in runs]
     names = [run["summary"].get("name") or run["folder"] for run in loaded]
     for run, name in zip(loaded, names, strict=True):
-        # Runs that share a name (seeds of one recipe, say) are told apart by their folders.
+        # Runs that share a name, such as several seeds of one recipe, are distinguished by their folders.
         run["label"] = name if names.count(name) == 1 else f"{name} ({run['folder']})"
     title = loaded[0]["label"] if len(loaded) == 1 else f"{len(loaded)} runs compared"
     assets = files("ease.report") / "assets"
     read = {name: (assets / name).read_text("utf-8") for name in ("page.html", "style.css", *SCRIPTS)}
-    # One pass over the placeholders, so that text a run brought in is never searched for one.
+    # One pass over the placeholders, so that text from a run is never searched for placeholders.
     parts = {
         "TITLE": html.escape(str(title)),
         "STYLE": read["style.css"],
-        "DATA": _embedded({"title": str(title), "runs": loaded}),
+        "DATA": _embedded({"title": str(title), "runs": loaded, "seeds": seed_groups(loaded)}),
         "SCRIPT": "\n".join(read[name] for name in SCRIPTS),
     }
     page = re.sub("|".join(f"@@{name}@@" for name in parts), lambda hit: parts[hit[0].strip("@")], read["page.html"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate in a name is the one thing UTF-8 cannot hold.
+        # UTF-8 cannot encode a lone surrogate in a name.
         out.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
         raise EaseError(f"The report cannot be written to {out} ({error.strerror}): name another file.") from error
@@ -83,28 +75,28 @@ def write_report(runs: list[Path], out: Path) -> Path:
 def _load(folder: Path) -> dict[str, Any]:
     summary = _read(folder / "summary.json")
     if summary is None:
-        raise EaseError(f"{folder} is not a run folder: it holds no summary.json.")
+        raise EaseError(f"{folder} is not a run folder: it has no summary.json.")
     if summary.get("format") != 1:
         raise EaseError(
             f"{folder / 'summary.json'} has format {summary.get('format')!r} and this version of ease reads "
             "format 1: use the version that wrote it."
         )
     lines = summary.get("lines")
-    sound = isinstance(lines, list) and all(
+    valid = isinstance(lines, list) and all(
         isinstance(line, dict)
         and isinstance(line.get("name"), str)
         and all(isinstance(line.get(split), dict | None) for split in SPLITS)
         for line in lines
     )
-    if not sound or not lines:
+    if not valid or not lines:
         raise EaseError(f"{folder / 'summary.json'} is damaged (its lines cannot be read): run it again.")
     explorer = _read(folder / "explorer.json")
-    told = {"verdict": asdict(verdict(summary)), "decoding": decoding(summary)}
-    return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, **told}
+    sentences = {"verdict": asdict(verdict(summary)), "decoding": decoding_sentence(summary)}
+    return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, **sentences}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no file."""
+    """The object in a JSON file, or None if there is no file."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -112,18 +104,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise EaseError(f"{path} is damaged or cannot be read: run it again.") from error
     if not isinstance(value, dict):
-        raise EaseError(f"{path} is damaged (it holds no JSON object): run it again.")
+        raise EaseError(f"{path} is damaged (it is not a JSON object): run it again.")
     return value
 
 
 def _embedded(value: object) -> str:
-    """JSON that no HTML parser can mistake for markup, in plain ASCII."""
+    """JSON in plain ASCII that an HTML parser cannot mistake for markup."""
     text = json.dumps(_plain(value), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _plain(value: Any) -> Any:
-    """Figures to six digits, and None for those that are not finite, which JSON cannot say."""
+    """Floats rounded to six digits, and None for those that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,82 +1,119 @@
-"""ease.report.tables."""
+"""Tables for a terminal of 80 columns: the lines of a run, decoding speed, and evaluations at several thresholds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ease.report.formats import SPLITS, format_flops, format_ppl, format_share, leaving_early, number
-from ease.report.verdict import (
-    EVEN_SPEED,
+from ease.report.formats import (
+    SPLITS,
+    format_flops,
+    format_ppl,
+    format_share,
+    leaving_early,
+    number,
+    plural,
 )
+from ease.report.verdict import EVEN_SPEED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The terminal
-
-
 def text_table(summary: dict[str, Any]) -> Table:
-    """The lines of a run as a table for the terminal, one row a line, measured on the test split.
+    """The lines of a run as a table for the terminal, one row per line, measured on the test split.
 
-    Columns: perplexity, accuracy, hard-token perplexity, share of tokens leaving before the last exit,
-    compute by formula (share of full depth), FLOPs per token and training FLOPs. A dash stands for a
-    figure that was not recorded.
+    Columns: perplexity, accuracy, hard-token perplexity, share of tokens that exit before the last layer, layers run
+    per token as a share of full depth, FLOPs per token, and training FLOPs. A metric that was not recorded is a dash.
 
     Args:
-        summary: what a run's `summary.json` holds.
+        summary: content of a run's summary.json.
+
+    Returns:
+        A rich table at most 80 columns wide; long names wrap.
     """
     from rich.markup import escape
-    from rich.table import Table
 
-    figures = "test" if any(number(line, "test", "ppl") for line in summary["lines"]) else "val"
+    split = "test" if any(number(line, "test", "ppl") for line in summary["lines"]) else "val"
     title = f"{summary.get('name') or 'run'}: {summary.get('strategy') or ''}".rstrip(": ")
     head = number(summary, "head_in_layers")
-    cost = "" if head is None else f"; one head costs as much as {head:.2g} layers, and FLOPs have every head in them"
-    table = Table(title=escape(title), caption=f"measured on {SPLITS[figures]}{cost}")
-    table.add_column("line")
-    for column in ("ppl", "acc", "hard ppl", "leaving early", "compute", "FLOPs/token", "training FLOPs"):
-        table.add_column(column, justify="right")
+    cost = (
+        "" if head is None else f"; one head costs as much as {plural(head, 'layer', '.2g')} and is included in FLOPs"
+    )
+    table = _table(title, f"measured on {SPLITS[split]}{cost}", "line")
+    for column in ("ppl", "acc", "hard\nppl", "exit\nearly", "layers\nrun", "FLOPs\n/token", "training\nFLOPs"):
+        table.add_column(column, justify="right", no_wrap=True)
     for line in summary["lines"]:
-        row = [
-            format_ppl(number(line, figures, "ppl")),
-            format_share(number(line, figures, "acc")),
-            format_ppl(number(line, figures, "hard_ppl")),
-            format_share(leaving_early(line, figures)),
-            format_share(number(line, figures, "compute_cost")),
-            format_flops(number(line, figures, "flops_per_token")),
+        table.add_row(
+            escape(line["name"]),
+            format_ppl(number(line, split, "ppl")),
+            format_share(number(line, split, "acc")),
+            format_ppl(number(line, split, "hard_ppl")),
+            format_share(leaving_early(line, split)),
+            format_share(number(line, split, "compute_cost")),
+            format_flops(number(line, split, "flops_per_token")),
             format_flops(number(line, "train_flops")),
-        ]
-        table.add_row(escape(line["name"]), *row)
+        )
+    return table
+
+
+def evaluation_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Evaluations of one run at several thresholds as a table for the terminal.
+
+    Args:
+        name: name of the run.
+        rows: metrics as `ease.runs.reopen.evaluate` returns them.
+
+    Returns:
+        A rich table at most 80 columns wide; long lists of thresholds wrap.
+    """
+    from rich.markup import escape
+
+    table = _table(name, f"measured on the {rows[0]['split']}", "threshold")
+    for column in ("ppl", "acc", "exit\nearly", "layers\nrun", "FLOPs\n/token", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            escape(", ".join(f"{t:.4g}" for t in row["thresholds"]) or "no routing"),
+            format_ppl(number(row, "ppl")),
+            format_share(number(row, "acc")),
+            format_share(number(row, "shallow_ratio")),
+            format_share(number(row, "compute_cost")),
+            format_flops(number(row, "flops_per_token")),
+            f"{row['seconds']:.2f}",
+        )
     return table
 
 
 def decoding_table(summary: dict[str, Any]) -> Table | None:
-    """The ways to decode, side by side, as a table for the terminal; None where they were not measured.
+    """Decoding speed in every mode as a table for the terminal.
 
     Args:
-        summary: what a run's `summary.json` holds.
+        summary: content of a run's summary.json.
+
+    Returns:
+        A rich table at most 80 columns wide, or None if decoding was not timed.
     """
     from rich.markup import escape
-    from rich.table import Table
 
-    rows = _ways(summary)
+    rows = _decoding_rows(summary)
     if not rows:
         return None
-    told, about = summary["generation"], summary.get("machine") or {}
-    where = f"median of {told.get('rounds')} rounds on {about.get('cpu')}, {about.get('threads')} thread(s)"
-    table = Table(title=escape(f"{told.get('line')}, {told.get('new_tokens')} new tokens a row"), caption=escape(where))
-    table.add_column("way")
-    for column in ("rows", "tokens/s", "times full", "layers/token", "same tokens", "drafts accepted"):
-        table.add_column(column, justify="right")
+    decoding, machine = summary["generation"], summary.get("machine") or {}
+    threads, rounds = plural(machine.get("threads"), "thread"), plural(decoding.get("rounds"), "round")
+    where = f"times full: median and range of {rounds} on {machine.get('cpu')}, {threads}"
+    table = _table(f"{decoding.get('line')}, {plural(decoding.get('new_tokens'), 'new token')} per row", where, "mode")
+    for column in ("rows", "tokens/s", "times\nfull", "range", "layers\n/token", "same\ntokens", "drafts\naccepted"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        speed, ratio, layers = (number(row, key) for key in ("tokens_per_second", "ratio", "layers_per_token"))
+        speed, layers = number(row, "tokens_per_second"), number(row, "layers_per_token")
+        ratio, low, high = (number(row, key) for key in ("ratio", "low", "high"))
         table.add_row(
             escape(str(row.get("way"))),
             str(row.get("batch")),
             "–" if speed is None else f"{speed:.0f}",
             "–" if ratio is None else f"{ratio:.2f}",
+            "–" if low is None or high is None else f"{low:.2f}–{high:.2f}",
             "–" if layers is None else f"{layers:.2f}",
             format_share(number(row, "same_tokens")),
             format_share(number(row, "acceptance")),
@@ -84,25 +121,43 @@ def decoding_table(summary: dict[str, Any]) -> Table | None:
     return table
 
 
-def decoding(summary: dict[str, Any]) -> str | None:
-    """How routed and exact decoding compare with full, in words; None where they were not measured.
+def decoding_sentence(summary: dict[str, Any]) -> str | None:
+    """Decoding speed of routed and exact decoding compared with full decoding, in one sentence.
+
+    A speed counts as even if it differs from full decoding by less than 3%, or if its range over the rounds contains 1.
 
     Args:
-        summary: what a run's `summary.json` holds.
+        summary: content of a run's summary.json.
+
+    Returns:
+        The sentence, or None if decoding was not timed.
     """
-    said: dict[Any, list[str]] = {}
-    for row in _ways(summary):
-        way, ratio = str(row.get("way")).split(",")[0], number(row, "ratio")
-        # Exact decoding stands for itself as it comes: with the draft exit that it finds on the way.
-        if ratio is None or way == "full" or (way == "exact" and row.get("way") != "exact, auto"):
+    parts: dict[Any, list[str]] = {}
+    for row in _decoding_rows(summary):
+        mode, ratio = str(row.get("way")).split(",")[0], number(row, "ratio")
+        # Exact decoding is represented by its default, which finds the draft exit during decoding.
+        if ratio is None or mode == "full" or (mode == "exact" and row.get("way") != "exact, auto"):
             continue
-        mark = "even" if abs(ratio - 1) < EVEN_SPEED else "faster" if ratio > 1 else "slower"
-        said.setdefault(row.get("batch"), []).append(f"{way} at {ratio:.2f} times ({mark})")
-    each = [f"with {n} row{'' if n == 1 else 's'}, {' and '.join(parts)}" for n, parts in said.items()]
-    return f"Speed beside full decoding: {'; '.join(each)}." if each else None
+        low, high = number(row, "low"), number(row, "high")
+        even = abs(ratio - 1) < EVEN_SPEED or (low is not None and high is not None and low <= 1 <= high)
+        mark = "even" if even else "faster" if ratio > 1 else "slower"
+        parts.setdefault(row.get("batch"), []).append(f"{mode} at {ratio:.2f} times ({mark})")
+    batches = [f"with {plural(n, 'row')}, {' and '.join(speeds)}" for n, speeds in parts.items()]
+    return f"Speed compared with full decoding: {'; '.join(batches)}." if batches else None
 
 
-def _ways(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    told = summary.get("generation")
-    rows = told.get("rows") if isinstance(told, dict) else None
+def _table(title: str, caption: str, first: str) -> Table:
+    """An empty table that fits 80 columns: no frame, and only the first column wraps."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column(first, overflow="fold", vertical="bottom")
+    return table
+
+
+def _decoding_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    decoding = summary.get("generation")
+    rows = decoding.get("rows") if isinstance(decoding, dict) else None
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []

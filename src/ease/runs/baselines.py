@@ -16,6 +16,7 @@ from ease.data.batches import TokenBatches
 from ease.evaluation.scoring import score
 from ease.evaluation.shares import matched_thresholds
 from ease.policy import Policy
+from ease.report.formats import plural
 from ease.report.verdict import UNROUTED
 from ease.runs.context import RunContext
 from ease.runs.lines import StrategyLines, TrainedLine
@@ -24,11 +25,6 @@ from ease.strategies.growth import GrowthConfig
 from ease.trainer import Trainer, train
 from ease.training.config import PhaseOptions, TrainingConfig, create_deep_supervision_config, create_standard_config
 from ease.training.phases import Data, Phase
-
-
-def layers_text(count: int) -> str:
-    """A number of layers in words: "1 layer", "3 layers"."""
-    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def train_baselines(context: RunContext, trained: StrategyLines) -> Iterator[TrainedLine]:
@@ -52,12 +48,12 @@ def train_baselines(context: RunContext, trained: StrategyLines) -> Iterator[Tra
         for layers in context.config.compare_layers or (depth,):
             config = create_standard_config(layers)
             if not _is_strategy(trained, config, layers):
-                name = f"standard, {layers_text(layers)}"
+                name = f"standard, {plural(layers, 'layer')}"
                 yield _train_new(context, f"standard-{layers}", name, layers, config, trained.options, budget)
     if "deep-supervision" in compare:
         config = create_deep_supervision_config(depth)
         if not _is_strategy(trained, config, depth):
-            name = f"deep-supervision, {layers_text(depth)}"
+            name = f"deep-supervision, {plural(depth, 'layer')}"
             line = _train_new(context, "deep-supervision", name, depth, config, trained.options, budget)
             if final.policy.exits:
                 # The same exits, and the same share of tokens continuing past each (on validation).
@@ -152,7 +148,7 @@ def _train_growth(context: RunContext, trained: StrategyLines) -> TrainedLine:
         max_flops=final.total_flops,
     )
     model = context.new_model(layers[0])
-    name = f"growth, {layers[0]} to {layers_text(layers[1])}"
+    name = f"growth, {layers[0]} to {plural(layers[1], 'layer')}"
     data = Data(context.batches("train"), context.batches("val"), context.progress)
     progress = lambda phase: context.progress_of(name, f"{name}, {phase.name}")  # noqa: E731
     folder = context.folder / CHECKPOINTS / "growth"
