@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ease import DeepSupervisionTransformer, EaseError, ModelConfig, StandardTransformer, route
+from ease import Policy, DeepSupervisionTransformer, EaseError, ModelConfig, StandardTransformer, route
 
 Make = Callable[..., StandardTransformer]
 
@@ -57,8 +57,8 @@ def test_both_faces_hold_the_same_weights() -> None:
     plain.load_state_dict(deep.state_dict())
     ids = torch.randint(50, (2, 5))
     assert torch.equal(deep(ids), plain(ids))
-    assert (deep.exit_layer, deep.routing_threshold) == ((1, 2), (0.5, 0.25))
-    assert (plain.exit_layer, plain.routing_threshold) == (1, 0.0)
+    assert deep.policy == Policy((1, 2), (0.5, 0.25))
+    assert plain.policy == Policy()
 
 
 def test_route_follows_the_model_s_own_policy_and_forward_does_not() -> None:
@@ -129,10 +129,10 @@ def test_layers_and_exits_that_do_not_exist_are_refused(tiny: Make) -> None:
     model = tiny(2)
     state = model.embed(torch.zeros(1, 2, dtype=torch.long))
     for first, last in ((0, 1), (1, 3), (2, 1), (3, 3)):
-        with pytest.raises(EaseError, match=r"asked of a model with layers 1\.\.2"):
+        with pytest.raises(EaseError, match=r"the model has layers 1\.\.2, got"):
             model.run(state, first, last)
     for k in (0, -1, 3):
-        with pytest.raises(EaseError, match=r"asked of a model with exits 1\.\.2"):
+        with pytest.raises(EaseError, match=r"the model has exits 1\.\.2, got"):
             model.logits(state, k)
 
 

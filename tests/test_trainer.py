@@ -36,7 +36,7 @@ from ease.interface import re_iterable
 from ease.progress import Progress, ProgressBatches
 from ease.training.losses import CrossEntropy, Distillation
 from ease.training.phases import Step
-from ease.training.selection import classifier_loss
+from ease.training.selection import LearnedGate, LeastConfident, classifier_loss
 
 Make = Callable[..., StandardTransformer]
 Pair = tuple[Tensor, Tensor]
@@ -225,9 +225,9 @@ def by_hand(
         state = model.run(state, layer, layer, layout=batch.layout, active=active)
         ran.append(active)
         parts.append((layer, state, active & batch.scored))
-        if layer in config.going_on:
+        if layer in config.selection.keep:
             confidence = model.logits(state, layer).softmax(-1).amax(-1).masked_fill(~active, 2.0).flatten()
-            count = max(1, round(config.going_on[layer] * int(active.sum())))
+            count = max(1, round(config.selection.keep[layer] * int(active.sum())))
             active = torch.zeros_like(active)
             active.view(-1)[confidence.argsort()[:count]] = True
     goal = model.logits(state, layer).detach().log_softmax(-1)
@@ -248,9 +248,9 @@ SHARES: list[dict[int, float]] = [{1: 0.5}, {2: 0.3}, {1: 0.6, 3: 0.4}]
 
 @pytest.mark.parametrize("kind", ["plain", "active", "layout", "ignored"])
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("going_on", SHARES)
+@pytest.mark.parametrize("keep", SHARES)
 def test_only_the_least_sure_go_on_and_are_scored_above(
-    going_on: dict[int, float], teacher: bool, kind: str, tiny: Make
+    keep: dict[int, float], teacher: bool, kind: str, tiny: Make
 ) -> None:
     """The loss, its gradients and the work done are those of a forward by hand."""
     model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11, ignored=0.3 if kind == "ignored" else 0.0)
@@ -258,44 +258,44 @@ def test_only_the_least_sure_go_on_and_are_scored_above(
     if kind == "layout":
         batch = batch._replace(layout=Layout.from_attention_mask(torch.arange(11) >= torch.tensor([[0], [4], [9]])))
     objective = Distillation() if teacher else CrossEntropy()
-    config = TrainingConfig(layer_weights={1: 0.2, 3: 0.3, 4: 0.5}, going_on=going_on, objective=objective)
+    config = TrainingConfig(layer_weights={1: 0.2, 3: 0.3, 4: 0.5}, selection=LeastConfident(keep), objective=objective)
     expected, ran = by_hand(model, batch, config, teacher)
     learning = [p for name, p in model.named_parameters() if name != "exit_norms.1.weight"]  # exit 2 has no loss
     gradients = torch.autograd.grad(expected, learning)
     asked: list[int] = []
     for layer in model.layers:
         layer.ffn.register_forward_hook(lambda m, i, out: asked.append(i[0].numel() // 32))
-    went: dict[int, Tensor] = {}
-    loss = Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout, went=went)
+    continued: dict[int, Tensor] = {}
+    loss = Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout, continued=continued)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     for p, gradient in zip(learning, gradients):
         torch.testing.assert_close(p.grad, gradient)
     assert asked == [int(active.sum()) for active in ran]
     assert asked[-1] < asked[0]
-    assert all(torch.equal(went[exit], ran[exit]) for exit in going_on)
+    assert all(torch.equal(continued[exit], ran[exit]) for exit in keep)
     with torch.no_grad():
         torch.testing.assert_close(Trainer(config, 256).compute_loss(model, *batch[:3], layout=batch.layout), expected)
 
 
 @pytest.mark.parametrize("kind", ["plain", "active", "ignored"])
-@pytest.mark.parametrize("going_on", SHARES)
+@pytest.mark.parametrize("keep", SHARES)
 def test_where_classifiers_choose_every_token_is_scored_once(
-    going_on: dict[int, float], kind: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+    keep: dict[int, float], kind: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokens that a classifier is surest of leave and are scored there; the head is asked for few of the others."""
     model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11, ignored=0.3 if kind == "ignored" else 0.0)
-    model.set_classifiers({exit: 3 * torch.randn(33) for exit in going_on})
+    model.set_classifiers({exit: 3 * torch.randn(33) for exit in keep})
     batch = Batch(x, y, torch.rand(3, 11) < 0.7 if kind == "active" else None)
     weights = {1: 0.2, 3: 0.3, 4: 0.5}
-    config = TrainingConfig(layer_weights=weights, going_on=going_on, classifier_weight=0.7)
+    config = TrainingConfig(layer_weights=weights, selection=LearnedGate(keep, 0.7))
     active, state = batch.running, model.embed(x)
     expected, taught = torch.zeros((), dtype=torch.float64), []
     for layer in range(1, 5):
         state, here = model.run(state, layer, layer, active=active), active & batch.scored
-        if layer in going_on:
-            sure = model.agreement(state, layer).masked_fill(~active, 2.0).flatten()
-            arrived, count = here, max(1, round(going_on[layer] * int(active.sum())))
+        if layer in keep:
+            sure = model.exit_confidence(state, layer).masked_fill(~active, 2.0).flatten()
+            arrived, count = here, max(1, round(keep[layer] * int(active.sum())))
             active = torch.zeros_like(active)
             active.view(-1)[sure.argsort()[:count]] = True
             here = here & ~active
@@ -307,11 +307,11 @@ def test_where_classifiers_choose_every_token_is_scored_once(
     logits, frozen = model.logits, torch.tensor(0.25, dtype=torch.float64)
     monkeypatch.setattr(model, "logits", lambda s, exit: lessons.append(len(s)) or logits(s, exit))
     monkeypatch.setattr(F, "binary_cross_entropy", lambda sure, chance, **_: frozen * len(chance))
-    went: dict[int, Tensor] = {}
-    loss = Trainer(config, 256).compute_loss(model, *batch[:3], went=went)
-    torch.testing.assert_close(loss, expected + 0.7 * 0.25 * len(going_on))
+    continued: dict[int, Tensor] = {}
+    loss = Trainer(config, 256).compute_loss(model, *batch[:3], continued=continued)
+    torch.testing.assert_close(loss, expected + 0.7 * 0.25 * len(keep))
     assert lessons == taught
-    assert torch.equal(went[max(going_on)], active)
+    assert torch.equal(continued[max(keep)], active)
 
 
 def test_a_classifier_of_broken_states_gives_a_loss_that_is_no_number(tiny: Make) -> None:
@@ -334,7 +334,7 @@ def test_a_classifier_learns_where_the_exit_is_right(tiny: Make) -> None:
         optimizer.zero_grad()
         classifier_loss(model, state, 1, targets).backward()
         optimizer.step()
-    told = model.agreement(state, 1).detach()
+    told = model.exit_confidence(state, 1).detach()
     assert told[right].mean() > 3 * told[~right].mean()
     assert model.output_head.weight.grad is None
     assert state.grad is not None
@@ -343,7 +343,7 @@ def test_a_classifier_learns_where_the_exit_is_right(tiny: Make) -> None:
 
 def test_a_share_goes_on_above_a_frozen_trunk(tiny: Make) -> None:
     model, (x, y) = tiny(4, sharp=True).double(), pair(3, 11)
-    config = TrainingConfig(layer_weights={2: 0.4, 4: 0.6}, going_on={2: 0.5})
+    config = TrainingConfig(layer_weights={2: 0.4, 4: 0.6}, selection=LeastConfident({2: 0.5}))
     expected, _ = by_hand(model, Batch(x, y), config)
     for state in (None, model.forward_to_layer(x, 1).detach()):
         torch.testing.assert_close(Trainer(config, 256).compute_loss(model, x, y, state=state, first=2), expected)
@@ -352,50 +352,50 @@ def test_a_share_goes_on_above_a_frozen_trunk(tiny: Make) -> None:
 
 
 def test_at_a_share_of_one_nothing_is_chosen(tiny: Make) -> None:
-    model, (x, y), went = tiny(3), pair(), {}
+    model, (x, y), continued = tiny(3), pair(), {}
     weights = {1: 0.5, 3: 0.5}
     plain = Trainer(TrainingConfig(layer_weights=weights), 256).compute_loss(model, x, y)
     calls: list[int] = []
     model.output_head.register_forward_hook(lambda *_: calls.append(1))
-    trainer = Trainer(TrainingConfig(layer_weights=weights, going_on={1: 1.0}), 256)
-    assert torch.equal(trainer.compute_loss(model, x, y, went=went), plain)
+    trainer = Trainer(TrainingConfig(layer_weights=weights, selection=LeastConfident({1: 1.0})), 256)
+    assert torch.equal(trainer.compute_loss(model, x, y, continued=continued), plain)
     assert not calls
-    assert not went
+    assert not continued
 
 
 @pytest.mark.parametrize(("tokens", "share", "going"), [((1, 1), 0.1, 1), ((2, 3), 0.01, 1), ((4, 5), 0.3, 6)])
 def test_ties_and_tiny_batches_send_on_as_many_as_asked_and_at_least_one(
     tokens: tuple[int, int], share: float, going: int, tiny: Make
 ) -> None:
-    model, (x, y), went = tiny(2), pair(*tokens), {}
+    model, (x, y), continued = tiny(2), pair(*tokens), {}
     with torch.no_grad():
         model.output_head.weight.zero_()  # every token is as unsure as any other
-    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: share})
-    loss = Trainer(config, 256).compute_loss(model, x, y, went=went)
-    assert int(went[1].sum()) == going
+    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, selection=LeastConfident({1: share}))
+    loss = Trainer(config, 256).compute_loss(model, x, y, continued=continued)
+    assert int(continued[1].sum()) == going
     assert loss.item() == pytest.approx(math.log(256))
 
 
 def test_a_share_goes_on_where_layers_are_dropped(tiny: Make) -> None:
     """Always skipping layer 2 gives the loss of the model without it, with the same choice at layer 1."""
     model, (x, y) = tiny(3, sharp=True), pair(3, 11)
-    skipped = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, going_on={1: 0.4}), 256)
+    skipped = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, selection=LeastConfident({1: 0.4})), 256)
     loss = skipped.compute_loss(model, x, y, step=Step({1: 0.5, 3: 0.5}, {2: 1.0}))
     without = tiny(3, sharp=True)
     del without.layers[1], without.exit_norms[1]
-    shorter = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.4}), 256)
+    shorter = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, selection=LeastConfident({1: 0.4})), 256)
     torch.testing.assert_close(loss, shorter.compute_loss(without, x, y))
 
 
 def test_a_choice_above_the_deepest_loss_of_a_step_is_not_made(tiny: Make) -> None:
-    model, (x, y), went = tiny(3), pair(), {}
-    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, going_on={1: 0.4}), 256)
-    trainer.compute_loss(model, x, y, step=Step({1: 1.0}), went=went)
-    assert not went
+    model, (x, y), continued = tiny(3), pair(), {}
+    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 3: 0.5}, selection=LeastConfident({1: 0.4})), 256)
+    trainer.compute_loss(model, x, y, step=Step({1: 1.0}), continued=continued)
+    assert not continued
 
 
 def test_a_share_of_whole_sequences_is_refused(tiny: Make) -> None:
-    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.4}), 3)
+    trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, selection=LeastConfident({1: 0.4})), 3)
     x, _ = pair()
     with pytest.raises(EaseError, match="this model decides once a sequence: leave it out"):
         trainer.compute_loss(tiny(2, num_labels=3), x, x % 3)
@@ -403,14 +403,14 @@ def test_a_share_of_whole_sequences_is_refused(tiny: Make) -> None:
 
 def test_a_history_counts_the_choices(tiny: Make, text_data: Callable[..., Data]) -> None:
     data, model = text_data(3, 1), tiny(2)
-    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, going_on={1: 0.25})
+    config = TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, selection=LeastConfident({1: 0.25}))
     phase = Phase("one", config, data.train, data.val, PhaseOptions(max_epochs=1))
     seen: list[float] = []
     inner = Trainer.compute_loss
 
     def noted(self: Trainer, model: Any, x: Tensor, y: Tensor, *args: Any, **options: Any) -> Tensor:
         loss = inner(self, model, x, y, *args, **options)
-        going = options["went"][1]
+        going = options["continued"][1]
         c, everyone = model.config, torch.ones_like(x, dtype=torch.bool)
         layers = run_flops(c, 1, everyone) + run_flops(c, 1, going)
         seen.append(3 * layers + 4 * head_flops(c, x.numel()) + 3 * head_flops(c, int(going.sum())))
@@ -746,7 +746,7 @@ def test_a_phase_may_find_its_routing_before_every_validation(tiny: Make) -> Non
         history = Trainer(config, 256).run(model, Phase("one", config, [batch], [batch], options, route=route))
     assert len(asked) == len(shown) == 2
     assert not torch.equal(*asked)
-    assert all(s.figures()["shallow_ratio"] == pytest.approx(0.5, abs=0.05) for s in shown)
+    assert all(s.metrics()["shallow_ratio"] == pytest.approx(0.5, abs=0.05) for s in shown)
     finding = run_flops(model.config, 1, torch.ones(4, 16, dtype=torch.bool)) + head_flops(model.config, 64)
     assert history.flops["validation"] == sum(s.flops for s in shown) + 2 * finding
 
@@ -801,7 +801,7 @@ def test_watched_batches_tell_how_far_they_are() -> None:
 
 
 def test_a_model_of_another_vocabulary_is_refused(tiny: Make) -> None:
-    with pytest.raises(EaseError, match="for 100 tokens and the model knows 256"):
+    with pytest.raises(EaseError, match="for 100 tokens and the model has 256"):
         Trainer(create_standard_config(2), 100).create_optimizer(tiny(2), 1e-3)
 
 

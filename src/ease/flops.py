@@ -1,9 +1,11 @@
-"""The one analytic count of what a configuration costs, in floating-point operations.
+"""Analytic FLOP counts of a model's parts.
 
-A product of (m, k) with (k, n) counts 2 m k n. Counted are the projections, attention over the pairs that a
-causal mask really lets through, the feed-forward and every head evaluation; norms, rotary turns and softmax are
-not, as is usual (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Learning a layer costs three times its
-forward (Kaplan et al.): one product each for the gradients of input and weight.
+A product of (m, k) with (k, n) counts 2 m k n. The count includes projections, attention over the query-key pairs that
+the causal mask admits, the feed-forward, and every head evaluation; as usual it excludes norms, rotary embeddings, and
+softmax (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Training a layer costs three times its forward: one product
+each for the gradients of input and weight.
+
+All other counts build on these: a routed forward's on `ExitStep.flops`, a training step's on `training/step.py`.
 """
 
 from __future__ import annotations
@@ -14,41 +16,41 @@ from ease.interface import Layout, ModelConfig
 
 
 def real_pairs(active: Tensor, layout: Layout | None = None) -> int:
-    """Query-key pairs that the active tokens (B, T) look at, each at itself and what stands before it."""
+    """Query-key pairs of the active tokens (B, T): each attends to itself and to the tokens before it."""
     if layout is None:
         return int((active * active.new_ones(active.shape[1]).cumsum(0)).sum())
     return int((layout.positions + 1)[active & layout.real].sum())
 
 
-def layer_flops(config: ModelConfig, tokens: int, asking: int, pairs: int) -> int:
-    """One layer's forward: `tokens` give keys and values, `asking` of them ask, over `pairs` pairs."""
+def layer_flops(config: ModelConfig, tokens: int, queries: int, pairs: int) -> int:
+    """One layer's forward: keys and values of `tokens` tokens, `queries` queries, `pairs` query-key pairs."""
     D, Q, KV = config.dim, config.num_heads * config.head_size, config.kv_heads * config.head_size
-    return 2 * (tokens * 2 * D * KV + asking * (2 * D * Q + 3 * D * config.ffn_size) + 2 * pairs * Q)
+    return 2 * (tokens * 2 * D * KV + queries * (2 * D * Q + 3 * D * config.ffn_size) + 2 * pairs * Q)
 
 
 def run_flops(config: ModelConfig, layers: int, active: Tensor, layout: Layout | None = None) -> int:
-    """The forward of `layers` layers over a batch whose active tokens are given (B, T)."""
+    """The forward of `layers` layers over a batch with active tokens (B, T)."""
     return layers * layer_flops(config, active.numel(), int(active.sum()), real_pairs(active, layout))
 
 
 def head_flops(config: ModelConfig, tokens: int) -> int:
-    """One head evaluated for `tokens` tokens."""
+    """The head, evaluated for `tokens` tokens."""
     return 2 * tokens * config.dim * config.outputs
 
 
 def exit_flops(config: ModelConfig, tokens: int, exit: int) -> int:
-    """Exit `exit` evaluated for `tokens` tokens: its adapter, if it has one, and the head."""
+    """Exit `exit`, evaluated for `tokens` tokens: its adapter, if it has one, and the head."""
     adapter = 4 * tokens * config.dim * config.adapter_dim if exit in config.adapter_exits else 0
     return head_flops(config, tokens) + adapter
 
 
 def classifier_flops(config: ModelConfig, tokens: int) -> int:
-    """An exit's classifier asked for `tokens` tokens."""
+    """An exit's classifier, evaluated for `tokens` tokens."""
     return 2 * tokens * config.dim
 
 
 def full_depth_flops(config: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs per token of a plain pass over sequences of `seq_len` tokens: every layer and one head."""
+    """Forward FLOPs per token of a pass without exits over sequences of `seq_len` tokens: all layers and one head."""
     pairs = seq_len * (seq_len + 1) // 2
     layers = config.num_layers * layer_flops(config, seq_len, seq_len, pairs)
     return (layers + head_flops(config, seq_len)) / seq_len

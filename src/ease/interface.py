@@ -1,14 +1,14 @@
-"""The one seam: what every model keeps and everything else stands on.
+"""The interface between models and everything else: `embed`, `run`, and `logits`.
 
-Training, mining, evaluation and routing see a model only through `embed`, `run` and `logits`. A model that
-keeps these three gets all of them; nothing outside `models.py` and `modules/` reaches into a layer.
+Training, mining, evaluation, and routing use a model through these three methods only. A model that implements them
+supports all of it; nothing outside `models.py` and `modules/` depends on the inside of a layer.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,12 +22,12 @@ from ease.policy import Policy
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token stands: the one mechanism behind padding, packed documents and offsets.
+    """Position and segment of each token: the mechanism for padding, packed documents, and offsets.
 
     Args:
         positions: (B, T) integers, the position of each token in its own segment.
-        segments: (B, T) integers, -1 for padding. A token attends to the tokens of its segment whose
-            position is not after its own.
+        segments: (B, T) integers, -1 for padding. A token attends to the tokens of its own segment up to its own
+            position.
     """
 
     positions: Tensor
@@ -44,11 +44,11 @@ class Layout:
 
     @property
     def real(self) -> Tensor:
-        """(B, T) true where a token is no padding."""
+        """(B, T) true where a token is not padding."""
         return self.segments >= 0
 
     def visible(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """(N, T): which tokens of its row the token at (rows[i], cols[i]) attends to."""
+        """(N, T) true for the tokens of its row that the token at (rows[i], cols[i]) attends to."""
         segment, position = self.segments[rows, cols], self.positions[rows, cols]
         same = self.segments[rows] == segment[:, None]
         return same & (self.positions[rows] <= position[:, None])
@@ -56,15 +56,19 @@ class Layout:
 
 IGNORE = -100
 
-"""A target that is not scored."""
+"""Target of a token that is not scored."""
 
 
 class Batch(NamedTuple):
-    """x and y (B, T) integers; y is -100 where a token is not scored.
+    """A batch of token ids and targets.
 
-    `active` (B, T) marks the tokens that still run in the layers that learn; only they are scored. `state`
-    (B, T, D) is what the frozen trunk made of x; `flops` is what making it cost just now. `layout` tells padding and
-    packed documents; padding is never scored.
+    Attributes:
+        x: (B, T) token ids.
+        y: (B, T) targets; -100 where a token is not scored.
+        active: (B, T) true for the tokens that run in the layers that learn; only they are scored.
+        state: (B, T, D) output of the frozen trunk for x.
+        flops: FLOPs of computing `state` for this batch.
+        layout: padding and packed documents; padding is never scored.
     """
 
     x: Tensor
@@ -86,15 +90,22 @@ class Batch(NamedTuple):
 
     @property
     def scored(self) -> Tensor:
-        """(B, T) true for tokens that count: those that run and have a target."""
+        """(B, T) true for tokens that are scored: those that run and have a target."""
         return (self.y != IGNORE) & self.running
 
 
 class ExitModel(nn.Module, ABC):
-    """A decoder whose every layer can be an exit.
+    """A decoder in which every layer can be an exit.
 
-    Shapes: ids (B, T) integers; a state (B, T, D) is what flows between layers; logits (..., V). Layers are
-    numbered from 1 and ranges include both ends.
+    Shapes: ids (B, T) integers; states between layers (B, T, D); logits (..., V). Layers are numbered from 1, and
+    ranges include both ends.
+
+    Attributes:
+        config: shape of the model.
+        num_layers: number of layers.
+        output_head: the head that all exits share.
+        policy: where `ease.route` and routed generation let tokens leave.
+        trained_exits: exits that a loss has trained.
     """
 
     config: ModelConfig
@@ -104,8 +115,8 @@ class ExitModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = Policy()  # where `ease.route` and routed generation let tokens leave; by default nowhere
-        self.trained_exits: set[int] = set()  # exits that a loss has trained; the trainer keeps it
+        self.policy = Policy()
+        self.trained_exits: set[int] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("exit_layer", "routing_threshold", "policy_options"):  # until version 0.1 these held the policy
@@ -132,35 +143,36 @@ class ExitModel(nn.Module, ABC):
         active: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Applies layers first..last to the active tokens; the others keep their state.
+        """Applies layers first..last to the active tokens; inactive tokens keep their state.
 
         Args:
             state: (B, T, D).
             layout: positions and segments; by default positions count up and there is one segment.
-            active: (B, T), true for tokens still on their way; by default all. Padding is never active.
-                Every token gives keys and values; only active ones ask, mix and pass the feed-forward.
-            cache: what the rows have read before, from `new_cache`; positions then follow from it. The run that
-                starts at layer 1 gives the tokens their places in it.
+            active: (B, T), true for tokens that have not left; by default all. Padding is never active. Every token has
+                keys and values; queries, attention output, and feed-forward are computed for active tokens only.
+            cache: keys and values of earlier tokens, from `new_cache`, which also determines positions. The run that
+                starts at layer 1 assigns the tokens their places in the cache.
         """
 
     @abstractmethod
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
-        """The state (..., D) as exit `exit` hands it to the shared head."""
+        """The state (..., D) normalized by exit `exit`, as input of the shared head."""
 
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
-        """State (..., D) -> how sure the exit's classifier is (...), in [0, 1].
+        """State (..., D) -> output (...) of the exit's classifier, in [0, 1].
 
-        What it foretells is what it was taught: that the exit agrees with the last one (`learn_agreement`), or the
-        probability that it gives what comes (`TrainingConfig.classifier_weight`).
+        It estimates what the classifier was trained on: whether the exit agrees with the last one
+        (`ease.learn_agreement`), or the probability that the exit gives to the target
+        (`ease.training.selection.LearnedGate`).
         """
-        raise EaseError("this model has no classifier at its exits: use another measure of confidence")
+        raise EaseError("this model has no classifiers at its exits: use another measure of confidence")
 
     def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
-        """The parameters that belong to layer `layer`: its own, its exit's, and for layer 1 the embedding's.
+        """The parameters of layer `layer` and its exit; for layer 1, those of the embedding too.
 
-        The shared head belongs to none, and neither does an embedding that is tied to it.
+        The shared head, and an embedding tied to it, belong to no layer.
         """
-        raise EaseError("this model does not say which parameters are a layer's: leave out layer_lr_scales")
+        raise EaseError("this model does not implement parameters_of: leave out layer_lr_scales")
 
     @abstractmethod
     def freeze_below(
@@ -168,8 +180,11 @@ class ExitModel(nn.Module, ABC):
     ) -> None:
         """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.
 
-        `exits` names exits below `first` that learn all the same; the classifiers of exits learn only where they are
-        named.
+        Args:
+            first: the first layer that learns; 1 freezes nothing but classifiers.
+            head: whether the shared head is frozen if there are layers below `first`.
+            exits: exits below `first` that learn nevertheless.
+            classifiers: exits whose classifier learns.
         """
 
     def logits(self, state: Tensor, exit: int) -> Tensor:
@@ -186,7 +201,7 @@ class ExitModel(nn.Module, ABC):
         return self.run(self.embed(ids), 1, layer)
 
     def forward_all_layers(self, ids: Tensor) -> list[Tensor]:
-        """ids (B, T) -> logits (B, T, V) of every exit, the first layer's first."""
+        """ids (B, T) -> logits (B, T, V) of every exit, from shallow to deep."""
         state, logits = self.embed(ids), []
         for layer in range(1, self.num_layers + 1):
             state = self.run(state, layer, layer)
@@ -194,25 +209,25 @@ class ExitModel(nn.Module, ABC):
         return logits
 
     def check_ids(self, ids: Tensor, vocab_size: int) -> None:
-        """Refuses token ids that the model has no embedding for."""
+        """Raises `EaseError` for ids outside 0..vocab_size - 1."""
         if not ids.numel():
             return
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= vocab_size:
             raise EaseError(
                 f"token ids must lie in 0..{vocab_size - 1}, got {low}..{high}: "
-                "use the tokenizer that the model was made with, or a larger vocab_size"
+                "use the tokenizer that the model was trained with, or a larger vocab_size"
             )
 
 
 def learnable(module: nn.Module) -> bool:
-    """True if any parameter of `module` learns."""
+    """Whether any parameter of `module` is trained."""
     return any(p.requires_grad for p in module.parameters())
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again after."""
+    """Evaluation mode inside; afterwards every module has its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -223,17 +238,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode where something learns, evaluation mode (no dropout) in what is frozen."""
+    """Training mode for modules with trainable parameters, evaluation mode (no dropout) for frozen ones."""
     for module in model.modules():
         module.training = learnable(module)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. What is left None follows from the rest."""
+    """The shape of a model. Fields that are None follow from the other fields."""
 
     vocab_size: int
-    """Tokens that the embedding and the head know."""
+    """Size of the vocabulary."""
     dim: int = 64
     """Width D of the state."""
     num_layers: int = 3
@@ -249,7 +264,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary angles."""
     norm_eps: float = 1e-5
-    """Added under the root of every RMSNorm."""
+    """Epsilon of every RMSNorm."""
     dropout: float = 0.0
     """Share of a branch's outputs zeroed in training."""
     tie_embeddings: bool = False
@@ -265,11 +280,11 @@ class ModelConfig:
     adapter_dim: int = 0
     """Units of an adapter."""
     classifier_exits: tuple[int, ...] = ()
-    """Exits below the last one that know, without the head, how likely they agree with it (`ease.learn_agreement`)."""
+    """Exits below the last one that have a classifier, which gives a confidence without the head."""
     num_labels: int | None = None
-    """Classes of a model that classifies sequences: the head's rows, and one decision a sequence (None: tokens)."""
+    """Number of classes of a sequence classifier, which makes one decision per sequence (None: a language model)."""
     max_positions: int | None = None
-    """Positions that the model was trained for (None: not known). Nothing is computed from it; it is passed on."""
+    """Number of positions that the model was trained for (None: unknown). It limits requests, not computation."""
 
     def __post_init__(self) -> None:
         scaling: object = self.rope_scaling
@@ -346,9 +361,9 @@ class RopeScaling:
 
 
 class Batches(Protocol):
-    """A re-iterable of (x, y), (x, y, active) or `Batch`; one iteration is one epoch.
+    """A re-iterable of (x, y), (x, y, active), or `Batch`; one iteration is one epoch.
 
-    Where epochs differ and training is to be resumed, they have `state_dict` and `load_state_dict`, too.
+    If epochs differ and training is to be resumable, it also has `state_dict` and `load_state_dict`.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -356,7 +371,15 @@ class Batches(Protocol):
 
 
 def re_iterable(batches: Any) -> Any:
-    """Hands batches through; refuses an iterator, which would be empty in the second epoch."""
+    """Returns `batches`; raises `EaseError` for an iterator, which would be empty in the second epoch."""
     if hasattr(batches, "__next__"):  # and not `iter(batches)`, which would begin an epoch
         raise EaseError("batches are a one-shot iterator: pass a list, or an object whose __iter__ starts anew")
     return batches
+
+
+def running_batches(batches: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
+    """The batches as `Batch` on a device, without those in which no token runs."""
+    for item in batches:
+        batch = Batch(*item).to(device)
+        if bool(batch.running.any()):
+            yield batch

@@ -1,9 +1,9 @@
-"""The decoder whose every layer can be an exit, under two faces, and how it grows.
+"""The native decoder, in which every layer can be an exit, and its growth.
 
 - A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
   biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`hf.py`).
 - Exit k is `exit_norms[k - 1]` and then the one shared `output_head`.
-- Nothing outside this file and `modules/` reaches into a layer.
+- Nothing outside this file and `modules/` depends on the inside of a layer.
 """
 
 from __future__ import annotations
@@ -21,15 +21,24 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.interface import ExitModel, Layout, ModelConfig
-from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, packed, rotary
+from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, rotary
 from ease.policy import Policy
 
 
 class StandardTransformer(ExitModel):
-    """A decoder that runs at full depth.
+    """A decoder without routing. Every layer has an exit norm nevertheless, so weights fit both model classes.
 
-    Every layer has an exit norm all the same, so weights move freely between the two faces.
-    `options` are the further fields of `ModelConfig`.
+    Args:
+        vocab_size: size of the vocabulary.
+        dim: width D of the state.
+        num_layers: number of layers.
+        num_heads: number of query heads.
+        options: further fields of `ModelConfig`.
+
+    Example:
+        >>> model = ease.StandardTransformer(vocab_size=256, dim=64, num_layers=4)
+        >>> model(ids).shape  # ids (B, T)
+        torch.Size([B, T, 256])
     """
 
     def __init__(self, vocab_size: int, dim: int = 64, num_layers: int = 3, num_heads: int = 4, **options: Any) -> None:
@@ -65,7 +74,7 @@ class StandardTransformer(ExitModel):
         cache: Cache | None = None,
     ) -> Tensor:
         if not 1 <= first <= last <= self.num_layers:
-            raise EaseError(f"layers {first}..{last} asked of a model with layers 1..{self.num_layers}")
+            raise EaseError(f"the model has layers 1..{self.num_layers}, got {first}..{last}")
         c = self.config
         if cache is not None:
             return self._run_cached(state, first, last, layout, active, cache)
@@ -90,33 +99,43 @@ class StandardTransformer(ExitModel):
         return plan.finish(x, state, first, last)
 
     def new_cache(self, rows: int, capacity: int, key: object = None) -> Cache:
-        """Room for `capacity` tokens in each of `rows` rows; `key` says what for."""
+        """A cache for `capacity` tokens in each of `rows` rows.
+
+        Args:
+            key: the mode and policy that the cache belongs to; `Cache.check` refuses any other.
+        """
         c, like = self.config, self.embedding.weight
 
         def turns(places: int) -> tuple[Tensor, Tensor]:
             positions = torch.arange(places, device=like.device)[None]
             return rotary(positions, c.head_size, c.rope_theta, like.dtype, c.rope_scaling)
 
-        return Cache([packed(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
+        return Cache([decoding_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:
-            raise EaseError(f"exit {exit} asked of a model with exits 1..{self.num_layers}")
+            raise EaseError(f"the model has exits 1..{self.num_layers}, got {exit}")
         normed: Tensor = self.exit_norms[exit - 1](state)
         return self.exit_adapters[str(exit)](normed) if str(exit) in self.exit_adapters else normed
 
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
             raise EaseError(f"exit {exit} has no classifier: train one (ease.learn_agreement), or use another measure")
-        # On the exit's norm alone: an adapter in front of the head would cost more than the classifier.
+        # From the exit's norm only: an adapter in front of the head would cost more than the classifier.
         normed = self.exit_norms[exit - 1](state)
         classifier: Any = self.exit_classifiers[str(exit)]
-        kind = torch.promote_types(normed.dtype, torch.float32)  # in half precision many tokens would be equally sure
+        kind = torch.promote_types(
+            normed.dtype, torch.float32
+        )  # in half precision many tokens would have the same confidence
         odds = F.linear(normed.to(kind), classifier.weight.to(kind), classifier.bias.to(kind))
         return odds.squeeze(-1).sigmoid()
 
     def set_classifiers(self, weights: Mapping[int, Tensor]) -> None:
-        """Gives exits below the last one a classifier each, from weights (D + 1,), the last of them the bias."""
+        """Adds a classifier to exits below the last one.
+
+        Args:
+            weights: exit -> (D + 1,), of which the last is the bias.
+        """
         self.config = replace(self.config, classifier_exits=tuple(sorted({*self.config.classifier_exits, *weights})))
         for exit, weight in weights.items():
             made = nn.Linear(self.config.dim, 1)
@@ -124,10 +143,10 @@ class StandardTransformer(ExitModel):
             self.exit_classifiers[str(exit)] = made.to(self.embedding.weight).train(self.training)
 
     def add_adapters(self, exits: Sequence[int], dim: int) -> None:
-        """Gives exits below the last one an adapter of `dim` units, which changes nothing until it has learned."""
+        """Adds an adapter of `dim` hidden units to exits below the last one; it starts as the identity."""
         if self.config.adapter_exits and self.config.adapter_dim != dim:
             raise EaseError(
-                f"the model has adapters of {self.config.adapter_dim} units: give new ones as many, got {dim}"
+                f"the model has adapters of {self.config.adapter_dim} units: give new ones the same number, got {dim}"
             )
         every = tuple(sorted({*self.config.adapter_exits, *exits}))
         self.config = replace(self.config, adapter_exits=every, adapter_dim=dim)
@@ -135,12 +154,17 @@ class StandardTransformer(ExitModel):
             self.exit_adapters[str(exit)] = Adapter(self.config.dim, dim).to(self.embedding.weight).train(self.training)
 
     def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
-        """Grows to `num_layers` layers in place and returns the model; no existing exit changes by a bit.
+        """Adds layers on top, in place, up to `num_layers`; existing exits keep their output bit for bit.
 
         Args:
-            init: "identity": new layers hand their input through and the new last exit starts equal to the old
-                one. "copy": new layers start as copies of the trained ones at the top (progressive stacking,
-                Gong et al. 2019).
+            init: "identity": new layers start as the identity, so that the new last exit equals the old one. "copy":
+                new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019).
+
+        Returns:
+            The model.
+
+        Raises:
+            EaseError: the model is not shallower than `num_layers`.
         """
         old = self.num_layers
         if num_layers <= old:
@@ -170,7 +194,7 @@ class StandardTransformer(ExitModel):
     ) -> None:
         if first > 1 and not head and self.config.tie_embeddings:
             raise EaseError(
-                "a head that learns on a frozen trunk would move the embedding that it is tied to: "
+                "a trainable head on a frozen trunk would change the embedding that it is tied to: "
                 "use tie_embeddings=False, or freeze the head"
             )
         self.requires_grad_(True)
@@ -203,14 +227,14 @@ class StandardTransformer(ExitModel):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Each branch adds to the residual stream; scaled so that the sum does not grow with depth (GPT-2).
+        # Each branch adds to the residual stream; this scale keeps the sum from growing with depth (GPT-2).
         for end in (layer.attention.o_proj, layer.ffn.down_proj):
             nn.init.normal_(end.weight, std=(2 * c.num_layers * end.in_features) ** -0.5)
         return layer
 
 
 class DeepSupervisionTransformer(StandardTransformer):
-    """The same weights with a policy of their own: tokens may leave at `exit_layer`.
+    """A decoder with the same weights and a routing policy: tokens may leave at `exit_layer`.
 
     Args:
         exit_layer: the exit, or a sequence of exits from shallow to deep.

@@ -42,30 +42,38 @@ class Trainer:
     """Trains and evaluates models under one `TrainingConfig`.
 
     Args:
-        config: the two core options.
-        vocab_size: of the models to come, or the labels of a classifier; another number is refused.
-        device: where training happens; models are moved there. By default the CPU.
+        config: losses, routing, and token selection.
+        vocab_size: vocabulary of the models, or the number of labels of a classifier; other models are refused.
+        device: device of training, to which models are moved (the CPU by default).
+
+    Example:
+        >>> trainer = Trainer(ease.create_standard_config(num_layers=2), vocab_size=256)
+        >>> optimizer = trainer.create_optimizer(model, base_lr=1e-3)
+        >>> trainer.train_with_early_stopping(model, train, val, optimizer)
     """
 
     def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
         self.config, self.vocab_size = config, vocab_size
         self.device = torch.device(device or "cpu")
         self._warned = False
-        # glibc hands large blocks back to the system when they are freed, and gets them again page by page in the
-        # next step. Freeing one of just under 32 MiB raises that threshold for good: 8% of a step's time at dim 256.
+        # glibc returns large freed blocks to the system and gets them back page by page in the next step. Freeing a
+        # block of just under 32 MiB raises that threshold permanently: 8% of a step's time at dim 256.
         torch.empty(2**23 - 2**14)
 
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-        """AdamW over the parameters that learn; norms and other vectors are not decayed.
+        """AdamW over the trainable parameters; norms and other vectors are not decayed.
 
-        The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group has
-        the highest rate among what is decayed.
+        The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group is
+        the decayed one with the highest rate.
+
+        Raises:
+            EaseError: the model has another vocabulary or too few layers for the configuration.
         """
         self.config.check(model.num_layers)
         if model.config.outputs != self.vocab_size:
             raise EaseError(
-                f"this trainer is for {self.vocab_size} tokens and the model knows {model.config.outputs}: "
-                "give both the vocabulary of your tokenizer"
+                f"the trainer is for {self.vocab_size} tokens and the model has {model.config.outputs}: "
+                "give both the vocabulary size of the tokenizer"
             )
         scales = {p: scale for k, scale in self.config.layer_lr_scales.items() for p in model.parameters_of(k)}
         groups: dict[tuple[bool, float], list[Tensor]] = {}
@@ -129,7 +137,7 @@ class Trainer:
         return step_flops(model, self.config, batch, scored, first, step, continued)
 
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
-        """One pass over the batches; the mean loss over scored tokens."""
+        """One pass over the batches; returns the mean loss over scored tokens, in nats."""
         total, tokens = 0.0, 0
         for loss, scored, _ in self._steps(model, train_batches, optimizer):
             total, tokens = total + loss * scored, tokens + scored
@@ -138,7 +146,7 @@ class Trainer:
     def scores(
         self, model: ExitModel, batches: Batches, last: int | None = None, policy: Policy | None = None
     ) -> Scores:
-        """Per-token scores under a policy, this configuration's by default, up to layer `last`; routing really runs."""
+        """Per-token scores of a routed run, by default under the configuration's policy, up to layer `last`."""
         policy = policy or self.config.policy
         untrained = set(policy.exits) - set(self.config.weights) - model.trained_exits
         if untrained and not self._warned:
@@ -150,7 +158,7 @@ class Trainer:
         return score(model.to(self.device), re_iterable(batches), policy, last=last, device=self.device)
 
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
-        """ppl, acc, loss, shallow_ratio, compute_cost, exit_shares, flops_per_token, seconds and tokens."""
+        """Metrics of a routed run under the configuration's policy, as `Scores.metrics` gives them."""
         return self.scores(model, val_batches).metrics()
 
     def train_with_early_stopping(
@@ -163,7 +171,7 @@ class Trainer:
         patience: int = 1,
         verbose: bool = True,
     ) -> dict[str, Any]:
-        """Trains until `patience` epochs bring no better validation loss; the best weights are restored.
+        """Trains until the validation loss has not improved for `patience` epochs, then restores the best weights.
 
         Returns:
             train_losses, val_losses, val_accs (one per epoch), best_epoch (from 1), total_epochs, stopped_early.
@@ -192,10 +200,10 @@ class Trainer:
     def run(
         self, model: ExitModel, phase: Phase, progress: Progress | None = None, checkpoint: Path | None = None
     ) -> History:
-        """Executes a phase: freezes the trunk, trains, restores the best weights, and frees the trunk again.
+        """Executes a phase: freezes the trunk, trains, restores the best weights, and unfreezes the trunk.
 
         Args:
-            checkpoint: the file that the phase is kept in while it goes on, and goes on from if it is there.
+            checkpoint: file for the checkpoints of the phase; if it exists, the phase resumes from it.
         """
         classifiers = phase.config.selection.classifiers
         model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
@@ -468,19 +476,30 @@ def train(
     progress: Callable[[Phase], Progress] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
 ) -> Iterator[tuple[Phase, History]]:
-    """Runs a strategy's phases one by one; yields each with its history when it is done.
+    """Runs the phases of a strategy; yields each phase with its history when it is done.
+
+    It is a generator: training happens while it is iterated over.
 
     Args:
-        checkpoints: a folder to keep training in, one training a folder. The same call after a kill, with a strategy
-            and batches made anew, goes on from there and ends the same to the bit (on a CPU); phases that were
-            finished are yielded again. Left out, nothing is kept.
+        model: trained in place.
+        strategy: yields the phases.
+        data: training and validation batches.
+        device: device of training (the CPU by default).
+        progress: creates the progress callback of a phase.
+        checkpoints: folder for checkpoints, one training per folder. After a kill the same call, with a new strategy
+            and new batches, resumes and ends with the same bits (on a CPU); finished phases are yielded again. By
+            default nothing is saved.
 
     Raises:
         EaseError: the folder holds checkpoints of another training, or cannot be written.
+
+    Example:
+        >>> for phase, history in ease.train(model, ease.ASHEMConfig().strategy(), ease.Data(train, val)):
+        ...     print(phase.name, history.rows[-1]["val_ppl"])
     """
     start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
-        preparing = time.perf_counter() - start  # mining belongs to a phase's wall-clock as to its FLOPs
+        preparing = time.perf_counter() - start  # mining is part of a phase's wall-clock time, as of its FLOPs
         trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
         number += 1
         checkpoint = None if checkpoints is None else Path(checkpoints) / f"phase-{number}.safetensors"

@@ -37,6 +37,7 @@ from ease import (
 )
 from ease.flops import full_depth_flops, head_flops, layer_flops, real_pairs, run_flops
 from ease.training import losses
+from ease.training.selection import LearnedGate, LeastConfident
 
 Make = Callable[..., StandardTransformer]
 SHAPES: list[dict[str, Any]] = [
@@ -142,17 +143,17 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
-    ("going_on", "teacher", "classifier"),
+    ("keep", "teacher", "classifier"),
     [
-        (going_on, teacher, classifier)
-        for going_on in ({2: 0.4}, {2: 0.6, 3: 0.3}, {3: 1.0})
+        (keep, teacher, classifier)
+        for keep in ({2: 0.4}, {2: 0.6, 3: 0.3}, {3: 1.0})
         for teacher, classifier in ((False, 0.0), (True, 0.0), (False, 0.3))
-        if not classifier or max(going_on.values()) < 1
+        if not classifier or max(keep.values()) < 1
     ],
 )
 @pytest.mark.parametrize(("first", "stored", "freeze_head"), [(1, False, False), (2, False, True), (2, True, False)])
 def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
-    going_on: dict[int, float],
+    keep: dict[int, float],
     first: int,
     stored: bool,
     freeze_head: bool,
@@ -161,24 +162,25 @@ def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
     tiny: Make,
 ) -> None:
     model = tiny(4, sharp=True)
-    model.set_classifiers({exit: torch.randn(33) for exit in going_on})
-    model.freeze_below(first, head=freeze_head, classifiers=tuple(going_on))
+    model.set_classifiers({exit: torch.randn(33) for exit in keep})
+    model.freeze_below(first, head=freeze_head, classifiers=tuple(keep))
     objective = losses.Distillation(2.0, 0.5) if teacher else losses.CrossEntropy()
     weights = {2: 0.2, 3: 0.3, 4: 0.5}
-    trainer = Trainer(
-        TrainingConfig(layer_weights=weights, objective=objective, going_on=going_on, classifier_weight=classifier), 256
-    )
+    selection = LearnedGate(keep, classifier) if classifier else LeastConfident(keep)
+    trainer = Trainer(TrainingConfig(layer_weights=weights, objective=objective, selection=selection), 256)
     x = torch.randint(256, (3, 11))
     y = x.roll(-1, 1)
     y[:, -2:] = -100
     layout = Layout.from_attention_mask(torch.arange(11) < torch.tensor([[11], [7], [9]]))
     state = model.run(model.embed(x), 1, first - 1, layout=layout).detach() if stored else None
     batch = Batch(x, y, torch.rand(3, 11) < 0.9, state, layout=layout)
-    went: dict[int, Tensor] = {}
-    step = lambda: trainer.compute_loss(model, x, y, batch.active, state=state, layout=layout, first=first, went=went)  # noqa: E731
+    continued: dict[int, Tensor] = {}
+    step = lambda: trainer.compute_loss(
+        model, x, y, batch.active, state=state, layout=layout, first=first, continued=continued
+    )
     work = counted(lambda: step().backward())
-    assert list(went) == [exit for exit, share in going_on.items() if share < 1]
-    expected = trainer.step_flops(model, batch, int(batch.scored.sum()), first, went=went)
+    assert list(continued) == [exit for exit, share in keep.items() if share < 1]
+    expected = trainer.step_flops(model, batch, int(batch.scored.sum()), first, continued=continued)
     assert work == expected["training"] + expected["trunk"]
     model.freeze_below(1)
 
@@ -195,7 +197,7 @@ def test_a_routed_pass_costs_what_torch_counts(
     assert found[0].flops == work
     heads = sum(int((found[0].exits >= layer).sum()) for layer in (*exits, 4))
     assert heads == 54 if not exits else heads > 54
-    assert found[0].figures()["flops_per_token"] == work / 54
+    assert found[0].metrics()["flops_per_token"] == work / 54
 
 
 @pytest.mark.usefixtures("plain")
@@ -215,7 +217,7 @@ def test_full_depth_is_the_plain_pass(tiny: Make) -> None:
     total = run_flops(model.config, 3, everyone) + head_flops(model.config, 7)
     assert full_depth_flops(model.config, 7) * 7 == total
     x = torch.randint(256, (1, 7))
-    assert score(model, [(x, x)]).figures()["flops_per_token"] == pytest.approx(total / 7)
+    assert score(model, [(x, x)]).metrics()["flops_per_token"] == pytest.approx(total / 7)
 
 
 # Budgets

@@ -121,7 +121,7 @@ def test_what_is_learned_does_not_depend_on_validation_tokens(tiny: Make) -> Non
 
 def test_the_seed_protocol_mines_and_trains_on_validation_tokens(tiny: Make) -> None:
     """The original recipe, in-sample: the opposite of the above, shown by the same means."""
-    data, strategy, model = poisoned(), short_ashem("seed").strategy(), tiny(1, sharp=True)
+    data, strategy, model = poisoned(), short_ashem("original").strategy(), tiny(1, sharp=True)
     assert strategy.next_phase(model, data) is not None
     reads = data.train.reads
     phase = strategy.next_phase(model, data)

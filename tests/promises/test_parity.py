@@ -386,7 +386,7 @@ def test_routed_decoding_is_the_routed_forward(
     mask = torch.tensor([[0] * (b % 5) + [1] * (9 - b % 5 - b % 4) + [0] * (b % 4) for b in range(16)])
     full = generate(model, torch.randint(VOCAB, mask.shape), 12, attention_mask=mask)
     policy = measured_policy(model, full.tokens, None, measure, even_policy)
-    model.exit_layer, model.routing_threshold, model.policy_options = policy.exits, policy.thresholds, measure
+    model.policy = policy
     for _ in range(2):
         ids = torch.randint(VOCAB, mask.shape)
         found = generate(model, ids, 12, "routed", attention_mask=mask)
@@ -459,7 +459,7 @@ def test_float32_differs_only_at_the_threshold(
         thresholds = torch.zeros(model.num_layers, dtype=torch.float64)
         with torch.no_grad():
             for stop in routed_forward(model, ids, policy):
-                confidence[stop.layer - 1][stop.asked] = stop.confidence
+                confidence[stop.layer - 1][stop.queried] = stop.confidence
         thresholds[torch.tensor(exits) - 1] = torch.tensor(policy.thresholds, dtype=torch.float64)
         tied = expected.logits.topk(2).values.diff(dim=-1).squeeze(-1) > -1e-4
         for logits, taken in readings:

@@ -20,7 +20,7 @@ from ease.errors import EaseError
 from ease.evaluation.bounds import auroc
 from ease.evaluation.scoring import Scores, perplexity, score
 from ease.flops import layer_flops
-from ease.interface import IGNORE, Batch, ExitModel, eval_mode
+from ease.interface import IGNORE, Batch, ExitModel, eval_mode, running_batches
 from ease.policy import Policy
 from ease.routing.forward import HEAD_CHUNK, routed_forward
 
@@ -70,7 +70,7 @@ class Sequences:
         device = next(self.model.parameters()).device
         parts = []
         with eval_mode(self.model):
-            for batch in (b.to(device) for b in self.batches if bool(b.running.any())):
+            for batch in running_batches(self.batches, device):
                 columns = []
                 for step in routed_forward(self.model, batch.x, self.policy, layout=batch.layout):
                     states = step.state[step.queried].split(HEAD_CHUNK)

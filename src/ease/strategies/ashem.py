@@ -1,12 +1,13 @@
 """ASHEM: selective layer expansion in two phases, the two-phase case of `staged.py`.
 
-Phase 1 trains the shallow brick on all tokens. Its least confident tokens are hard; phase 2 grows new layers and
-trains them on those alone. `protocol="seed"` runs the original recipe instead, which mines, trains and scores on
-the same validation tokens: its figures are in-sample, and whoever shows them must say so.
+Phase 1 trains the shallow brick on all tokens. The tokens with the lowest confidence there are hard; phase 2 adds new
+layers and trains them on the hard tokens only. `protocol="original"` runs the originally published recipe, which mines,
+trains, and scores on the same validation tokens; its metrics are in-sample and are labelled so.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -24,7 +25,7 @@ from ease.training.phases import Data, Phase
 
 @dataclass(frozen=True)
 class ASHEMConfig:
-    """The settings of both phases."""
+    """Settings of both phases."""
 
     name: ClassVar = "ashem"
 
@@ -35,7 +36,7 @@ class ASHEMConfig:
     phase1_patience: int | None = 1
     """Epochs without a better validation loss before phase 1 ends."""
     hard_example_ratio: float = 0.5
-    """Hard tokens as a share of all training tokens."""
+    """Hard tokens as a share of all training tokens, in (0, 1]."""
     phase2_layers: int = 4
     """Layers after growth."""
     phase2_lr: float = 1e-4
@@ -43,33 +44,34 @@ class ASHEMConfig:
     phase2_patience: int | None = 3
     """Epochs without a better routed validation loss before phase 2 ends."""
     phase1_max_epochs: int = 100
-    """At most that many epochs of phase 1."""
+    """Maximum number of epochs of phase 1."""
     phase2_max_epochs: int = 100
-    """At most that many epochs of phase 2."""
+    """Maximum number of epochs of phase 2."""
     phase1_max_flops: float | None = None
-    """At most that many FLOPs for phase 1."""
+    """Maximum FLOPs of phase 1."""
     phase2_max_flops: float | None = None
-    """At most that many FLOPs for phase 2, mining and validation included."""
+    """Maximum FLOPs of phase 2, including mining and validation."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate, over a phase's budget."""
+    """Learning rate over a phase: constant, or falling to a twentieth."""
     warmup: float = 0.0
-    """Share of a phase in which the learning rate rises."""
+    """Share of a phase in which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
+    """Weight decay of AdamW, for matrices only."""
     mine_epochs: int = 1
-    """Epochs of training batches that are mined; where an epoch is a slice of the text, more bring more of it."""
+    """Epochs of training batches to mine; if an epoch is a slice of the text, more epochs cover more of it."""
     grow_init: Literal["identity", "copy"] = "identity"
-    """How new layers start."""
+    """New layers start as the identity or as copies of trained layers."""
     supervise: Literal["last", "every"] = "last"
     """The loss at the last layer of a phase's brick, or at every layer of it."""
-    protocol: Literal["held-out", "seed"] = "held-out"
-    """Mine and train on training data, or on the validation batches as the original recipe did (in-sample)."""
+    protocol: Literal["held-out", "original", "seed"] = "held-out"
+    """Mine and train on training data, or, as in the original recipe, on the validation batches (in-sample). "seed" is
+    a deprecated name of "original"."""
     trunk_budget: float = 2e9
-    """Bytes of the frozen trunk's states to keep in memory."""
+    """Maximum bytes of the frozen trunk's states to keep in memory."""
     seed: int = 0
-    """Of the order of mined batches."""
+    """Random seed of the order of mined batches."""
     pretrained: bool = False
-    """The model that comes in is phase 1's, finished; training starts with phase 2."""
+    """The model passed to training has finished phase 1; training starts with phase 2."""
 
     def __post_init__(self) -> None:
         if self.phase2_layers <= self.phase1_layers:
@@ -77,10 +79,13 @@ class ASHEMConfig:
                 f"phase2_layers ({self.phase2_layers}) must be more than phase1_layers ({self.phase1_layers})"
             )
         check_ratio(self.hard_example_ratio)
-        check_choice("protocol", self.protocol, ("held-out", "seed"))
-        if self.pretrained and self.protocol == "seed":
-            raise EaseError("the seed protocol trains its own phase 1: use protocol held-out with a pretrained model")
-        self.staged()  # which refuses what is wrong with either phase
+        if self.protocol == "seed":
+            warnings.warn('protocol="seed" is now called "original"', DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "protocol", "original")
+        check_choice("protocol", self.protocol, ("held-out", "original"))
+        if self.pretrained and self.protocol == "original":
+            raise EaseError("the original recipe trains its own phase 1: use protocol held-out with a pretrained model")
+        self.staged()  # checks both phases
 
     @property
     def num_layers(self) -> int:
@@ -88,7 +93,7 @@ class ASHEMConfig:
         return self.phase1_layers
 
     def staged(self) -> StagedConfig:
-        """The same plan in the words of N-stage training."""
+        """The same plan as a configuration of N-stage training."""
         shallow = PhaseConfig(
             layers=self.phase1_layers,
             lr=self.phase1_lr,
@@ -118,7 +123,7 @@ class ASHEMConfig:
 
 
 class OriginalRecipe(Staged):
-    """The original recipe: everything on the validation batches, hard tokens as sequences of length one."""
+    """The original recipe: all training on the validation batches, hard tokens as sequences of length one."""
 
     batch_size = 64
 
@@ -127,7 +132,7 @@ class OriginalRecipe(Staged):
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
         if not self.done and model.config.tie_embeddings:
-            raise EaseError("the seed protocol trains the shared head on a frozen trunk: use tie_embeddings=False")
+            raise EaseError("the original recipe trains the shared head on a frozen trunk: use tie_embeddings=False")
         if self.done != 1:
             return super().next_phase(model, data)
         assert isinstance(model, StandardTransformer)
@@ -146,13 +151,13 @@ class OriginalRecipe(Staged):
         self.mined.append({"threshold": threshold, "count": len(hard["inputs"]), "of": of})
         first = model.num_layers + 1
         model.grow(plan.layers, plan.grow_init)
-        # Two passes made the threshold and the hard tokens, each as deep as phase 1 and with a head.
+        # Mining took two passes, one for the threshold and one for the tokens, each through phase 1's layers and head.
         one = sum(
             run_flops(model.config, first - 1, torch.ones_like(x, dtype=torch.bool))
             + head_flops(model.config, x.numel())
             for x, *_ in data.val
         )
-        # The figures are those of the stopping point, not of the best epoch, and the head learns, too.
+        # The metrics are those of the last epoch, not of the best one, and the head learns.
         return self._phase(
             plan, first, batches, data, freeze_head=False, restore_best=False, spent={"mining": 2.0 * one}
         )

@@ -52,9 +52,7 @@ class OpenGrowthConfig(PhaseOptions):
         check_ratio(self.hard_ratio)
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
         if not 0 < self.shallow_weight < 1:
-            raise EaseError(
-                f"shallow_weight must lie in (0, 1), got {self.shallow_weight}: both losses need a weight"
-            )
+            raise EaseError(f"shallow_weight must lie in (0, 1), got {self.shallow_weight}: both losses need a weight")
         if not 0 <= self.first_share < 1:
             raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs a share")
         self.second()

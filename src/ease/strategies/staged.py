@@ -1,8 +1,8 @@
-"""N-stage training: bricks one upon the other, each trained on the tokens that the ones below are unsure of.
+"""N-stage training: bricks of layers, each trained on the tokens that the bricks below are not confident of.
 
-Phase 1 trains the first brick on all tokens. Every later phase mines its hard tokens among those that the phase
-before left active, grows the model, freezes what is there (embedding, lower layers, their exits, the shared head)
-and trains the new layers on the hard tokens alone, each in its full sequence. At inference there are N exits.
+Phase 1 trains the first brick on all tokens. Every later phase mines hard tokens among those that are still active,
+adds new layers, freezes everything else (embedding, lower layers, their exits, the shared head), and trains the new
+layers on the hard tokens only, each in its full sequence. At inference there are N exits.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class PhaseConfig(PhaseOptions):
     layers: int
     """Depth of the model in this phase."""
     ratio: float = 1.0
-    """Hard tokens as a share of all training tokens; the first phase takes all."""
+    """Hard tokens as a share of all training tokens, in (0, 1]; 1 in the first phase."""
     supervise: Literal["last", "every"] = "last"
     """The loss at the last layer of the phase's brick, or at every layer of it (staged deep supervision)."""
     mine_epochs: int = 1
-    """Epochs of training batches that are mined; where an epoch is a slice of the text, more bring more of it."""
+    """Epochs of training batches to mine; if an epoch is a slice of the text, more epochs cover more of it."""
     grow_init: Literal["identity", "copy"] = "identity"
-    """How new layers start."""
+    """New layers start as the identity or as copies of trained layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,20 +57,20 @@ class StagedConfig:
     )
     """From shallow to deep."""
     trunk_budget: float = 2e9
-    """Bytes of the frozen trunk's states to keep in memory; what does not fit is computed again."""
+    """Maximum bytes of the frozen trunk's states to keep in memory; the remaining ones are recomputed."""
     seed: int = 0
-    """Of the order of mined batches."""
+    """Random seed of the order of mined batches."""
     pretrained: bool = False
-    """The model that comes in is phase 1's, finished; training starts with phase 2."""
+    """The model passed to training has finished phase 1; training starts with phase 2."""
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise EaseError("N-stage training needs at least one phase")
         check_least(0, trunk_budget=self.trunk_budget)
         if self.pretrained and len(self.phases) < 2:
-            raise EaseError("a pretrained model is phase 1: plan a second phase, or set pretrained to False")
+            raise EaseError("a pretrained model has finished phase 1: add a second phase, or set pretrained to False")
         if self.phases[0].ratio != 1:
-            raise EaseError(f"the first phase learns from all tokens: set its ratio to 1, got {self.phases[0].ratio}")
+            raise EaseError(f"the first phase is trained on all tokens: set its ratio to 1, got {self.phases[0].ratio}")
         for number, (below, phase) in enumerate(zip(self.phases, self.phases[1:], strict=False), 1):
             if phase.layers <= below.layers:
                 raise EaseError(
@@ -89,7 +89,7 @@ class StagedConfig:
 
 @dataclass
 class Staged:
-    """The strategy. Its state is the exits and thresholds found so far."""
+    """The strategy. Its state is the exits and thresholds mined so far."""
 
     config: StagedConfig
     done: int = 0
@@ -98,7 +98,7 @@ class Staged:
     mined: list[dict[str, Any]] = field(default_factory=list)
 
     def policy(self) -> Policy:
-        """The exits mined so far, with the thresholds found."""
+        """The exits mined so far, with their thresholds."""
         return Policy.of(self.exits, self.thresholds)
 
     def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
@@ -131,7 +131,7 @@ class Staged:
         return self._phase(plan, first, batches, data, spent=spent)
 
     def _phase(self, plan: PhaseConfig, first: int, batches: Batches, data: Data, **options: Any) -> Phase:
-        """The next phase, in which layers `first` and up learn from `batches`, validated as routed so far."""
+        """The next phase: layers `first` and up learn from `batches`; validation routes at the exits mined so far."""
         self.done += 1
         brick: Sequence[int] = range(first, plan.layers + 1) if plan.supervise == "every" else (plan.layers,)
         config = TrainingConfig(

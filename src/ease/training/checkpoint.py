@@ -1,9 +1,9 @@
-"""A phase under way, on disk: all that decides how it goes on, so that a run killed at any moment ends the same.
+"""Checkpoint of a phase: a run that is killed at any moment and resumed ends with the same bits.
 
-- One file a phase: tensors as safetensors, the rest as JSON in their header. It is replaced whole or not at all.
-- No strategy is in it. Begun again, a strategy hands out its phases again; one that is finished is loaded and not
-  trained, and the next one then finds the model, the batches and the random numbers as it found them before.
-- Within an epoch the place among its batches is kept. What was trained on is passed over.
+- One file per phase: tensors as safetensors, everything else as JSON in their header. It is replaced atomically.
+- It contains no strategy. On resuming, a strategy yields its phases again; a finished phase is loaded instead of
+  trained, after which the next one starts with the same model, batches, and random state as before.
+- Within an epoch the position among its batches is saved; batches that were trained on are skipped.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.interface import ExitModel
 
-EVERY = 60.0  # seconds from one saving to the next: what a kill costs at most; 0 saves after every step
+EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
 
-SHARE = 0.02  # and no more of the time than that goes into saving, however large the model
+SHARE = 0.02  # maximum share of the time that saving takes; large models are saved less often
 
 
 class Checkpoint:
-    """The file of one phase, and the parts of it that change.
+    """The checkpoint file of one phase.
 
-    Iterated, it is the rest of the epoch: the batches of `train` from the place that was loaded, all of them otherwise.
+    Iterating over it gives the rest of the epoch: the batches of `train` from the saved position on.
 
     Args:
-        path: the file; without one nothing is kept.
-        train, val: batches. Where epochs differ, they have `state_dict` and `load_state_dict`, or draw from torch's own
+        path: the file; None to save nothing.
+        model, optimizer: saved and restored.
+        train, val: batches. If epochs differ, they have `state_dict` and `load_state_dict`, or use torch's default
             generator.
-        identity: of the phase; the file of another one is refused.
+        device: where the model is.
+        identity: hash of the phase; the file of another phase is refused.
     """
 
     def __init__(
@@ -58,9 +60,9 @@ class Checkpoint:
         self.turn()
 
     def turn(self) -> None:
-        """An epoch begins."""
-        self.place, self.passed = 0, 0  # batches of it that were handed out, and those that are passed over
-        self.began = self._standing() if self.path else {}
+        """Marks the beginning of an epoch."""
+        self.place, self.skip = 0, 0  # batches yielded so far, and batches to skip
+        self.epoch_start = self._epoch_state() if self.path else {}
 
     def __len__(self) -> int:
         return len(self.batches[0])
@@ -68,50 +70,50 @@ class Checkpoint:
     def __iter__(self) -> Iterator[Any]:
         for item in self.batches[0]:
             self.place += 1
-            if self.place > self.passed:
+            if self.place > self.skip:
                 yield item
-            elif self.place == self.passed:
+            elif self.place == self.skip:
                 set_random_state(self.now)
 
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Whether the next checkpoint is due."""
         wait = EVERY and max(EVERY, self.took / SHARE)
         return self.path is not None and time.perf_counter() - self.saved >= wait
 
     def save(self, **loop: Any) -> None:
-        """Writes the parts as they are, and where the loop over them stands."""
+        """Saves model, optimizer, batches, and random state, together with the state of the loop."""
         begun = time.perf_counter()
         state = self.optimizer.state_dict()["state"]
         self._write(
             **loop,
             optimizer={str(i): values for i, values in state.items()},
             lrs=[group["lr"] for group in self.optimizer.param_groups],
-            began=self.began,
+            epoch_start=self.epoch_start,
             place=self.place,
         )
         self.saved = time.perf_counter()
         self.took = self.saved - begun
 
     def finish(self, **loop: Any) -> None:
-        """Writes how the phase ended, in place of all before."""
+        """Saves the end of the phase, in place of its checkpoints."""
         if self.path:
-            self._write(**loop, began=self._standing(), place=0)
+            self._write(**loop, epoch_start=self._epoch_state(), place=0)
 
     def load(self) -> dict[str, Any] | None:
-        """Puts the parts back and returns where the loop stood; None where nothing was saved.
+        """Restores what `save` or `finish` saved and returns the state of the loop; None if there is no file.
 
         Raises:
-            EaseError: the file is damaged or another phase's.
+            EaseError: the file is damaged or belongs to another phase.
         """
         if self.path is None or not self.path.exists():
             return None
         state = read_state(self.path)
         if state["identity"] != self.identity:
             raise EaseError(
-                f"{self.path} was saved in a training with another configuration, model or text: "
+                f"{self.path} belongs to a training with another configuration, model, or text: "
                 "give another folder for checkpoints, or remove this one"
             )
-        self.model.load_state_dict(state["weights"], strict=False)  # what is frozen is as it was
+        self.model.load_state_dict(state["weights"], strict=False)  # frozen weights have not changed
         self.model.trained_exits = set(state["trained_exits"])
         if "optimizer" in state:
             now = self.optimizer.state_dict()
@@ -119,17 +121,17 @@ class Checkpoint:
             self.optimizer.load_state_dict(now)
             for group, lr in zip(self.optimizer.param_groups, state["lrs"], strict=True):
                 group["lr"] = lr
-        self.began, self.passed, self.now = state["began"], state["place"], state["random"]
-        for batches, where in zip(self.batches, self.began["batches"], strict=True):
+        self.epoch_start, self.skip, self.now = state["epoch_start"], state["place"], state["random"]
+        for batches, where in zip(self.batches, self.epoch_start["batches"], strict=True):
             if where is not None:
                 batches.load_state_dict(where)
         return state
 
     def replay(self) -> None:
-        """Random numbers are again what they were when the epoch that was loaded began, or when the phase ended."""
-        set_random_state(self.began["random"])
+        """Restores the random state from the beginning of the loaded epoch, or from the end of the phase."""
+        set_random_state(self.epoch_start["random"])
 
-    def _standing(self) -> dict[str, Any]:
+    def _epoch_state(self) -> dict[str, Any]:
         states = [b.state_dict() if hasattr(b, "state_dict") else None for b in self.batches]
         return {"batches": states, "random": random_state(self.device)}
 
@@ -193,7 +195,7 @@ def deferred_interrupts(enabled: bool) -> Iterator[Interrupts]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators, the CPU's and the device's."""
+    """The states of torch's generators, of the CPU and of the device."""
     kinds = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         kinds[str(device)] = torch.cuda.get_rng_state(device)
@@ -210,31 +212,28 @@ def set_random_state(kinds: Mapping[str, Tensor]) -> None:
             (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(state)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A file
-
-TENSOR = "tensor!"  # the one key of what stands for a tensor in JSON
+TENSOR = "tensor!"  # the only key of the dictionary that represents a tensor in JSON
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes dictionaries with strings as keys, lists, tensors, numbers and strings, whole or not at all."""
+    """Writes nested dictionaries with string keys, lists, tensors, numbers, and strings atomically."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     partial = path.with_suffix(".partial")
     try:
-        text = json.dumps(_apart(state, tensors))
+        text = json.dumps(_split_tensors(state, tensors))
     except TypeError as error:
         raise EaseError(
-            f"training cannot be kept in {path} ({error}): "
-            "let the state_dict of your batches hold tensors, numbers and strings, under strings"
+            f"the checkpoint {path} cannot be written ({error}): the state_dict of batches may hold tensors, numbers, and "
+            "strings, under string keys"
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"state": text})
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # or a machine that goes down keeps the name and not the content
+            os.fsync(file.fileno())  # otherwise a crash of the machine may keep the name without the content
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -242,31 +241,31 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote."""
+    """Reads what `write_state` wrote; raises `EaseError` if the file is damaged."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
-            # Copies: a mapped file could not be replaced everywhere.
-            return dict(_together(state, {name: file.get_tensor(name).clone() for name in file.keys()}))  # noqa: SIM118
-    except Exception as error:  # whatever a damaged file makes the library raise, the cure is the same
-        raise EaseError(f"{path} is damaged ({error}): remove it, and training goes on from before it") from error
+            # Copies, since not every system can replace a file that is mapped.
+            return dict(_join_tensors(state, {name: file.get_tensor(name).clone() for name in file.keys()}))  # noqa: SIM118
+    except Exception as error:  # a damaged file makes the library raise errors without a common base class
+        raise EaseError(f"{path} is damaged ({error}): remove it to resume from the phase before") from error
 
 
-def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _split_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous()
         return {TENSOR: name}
     if isinstance(value, Mapping):
-        return {key: _apart(part, tensors) for key, part in value.items()}
-    return [_apart(part, tensors) for part in value] if isinstance(value, list | tuple) else value
+        return {key: _split_tensors(part, tensors) for key, part in value.items()}
+    return [_split_tensors(part, tensors) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if TENSOR in value:
             return tensors[value[TENSOR]]
-        return {key: _together(part, tensors) for key, part in value.items()}
-    return [_together(part, tensors) for part in value] if isinstance(value, list) else value
+        return {key: _join_tensors(part, tensors) for key, part in value.items()}
+    return [_join_tensors(part, tensors) for part in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""What training is told: the two core options, `stages` and `routing_threshold`, and how a phase learns.
+"""Training configuration: loss weights, routing, token selection, and per-phase optimizer settings.
 
-- A `TrainingConfig` says which exits have a loss, and who leaves where when routing is on.
-- `PhaseOptions` are the optimizer's, its schedule's, and the rule that ends a phase.
+- `TrainingConfig` holds the two core options, `stages` and `routing_threshold`.
+- `PhaseOptions` holds optimizer settings, the learning rate schedule, and the limits that end a phase.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class StageConfig:
 
     Args:
         layers: (first, last), counted from 1, both included.
-        loss_weight: weight of the loss at each of these layers; 0 means the exit's head is never computed.
+        loss_weight: weight of the loss at each of these layers; with 0 the exit's head is never evaluated.
+
+    Raises:
+        EaseError: the layers are reversed or below 1.
     """
 
     layers: tuple[int, int]
@@ -39,20 +42,26 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The two core options, `stages` and `routing_threshold`, and where routing leaves.
+    """Losses, routing, and token selection of training.
 
     Args:
-        stages: bricks whose loss weights add up, layer by layer.
-        routing_threshold: confidence in [0, 1] at which a token leaves; 0.0 means no routing, and `exit_layer`
-            is then ignored. For N exits, a sequence as long as `exit_layer`.
+        stages: bricks; where they overlap, their loss weights add up.
+        routing_threshold: confidence in [0, 1] at which a token leaves in evaluation, one per exit; 0.0 means no
+            routing, and `exit_layer` is then ignored.
         exit_layer: the exit, or a sequence of exits from shallow to deep.
-        layer_weights: layer -> weight of its loss, stated directly instead of `stages`.
-        objective: what a token's loss is at the exits below the last one; there it is always cross entropy.
+        layer_weights: layer -> weight of its loss, as an alternative to `stages`.
+        objective: the loss of a token at exits below the last one, where it is always cross entropy.
         selection: which tokens continue past an exit in training; all by default. A token that leaves has no teacher,
             so it learns from the text.
-        layer_lr_scales: layer -> what the learning rate is multiplied by, above 0, in the layer's block and in its
-            exit's norm and adapter; layer 1's holds for the embedding too. The shared head learns at 1, also where it
-            is the embedding, and so do layers that are not named.
+        layer_lr_scales: layer -> factor, above 0, of the learning rate of the layer's block, exit norm, and adapter;
+            layer 1's also holds for the embedding. The shared head, even if tied to the embedding, and layers that are
+            not named learn at factor 1.
+
+    Raises:
+        EaseError: weights, exits, thresholds, or scales that no model could be trained with.
+
+    Example:
+        >>> TrainingConfig(stages=[StageConfig(layers=(1, 2), loss_weight=0.5)], routing_threshold=0.9, exit_layer=1)
     """
 
     stages: Sequence[StageConfig] | None = None
@@ -78,7 +87,7 @@ class TrainingConfig:
         if any(not (w >= 0 and math.isfinite(w)) for w in parts):
             raise EaseError(f"loss weights must be finite and not negative, got {parts}: use 0 to leave a layer out")
         if not any(weights.values()):
-            raise EaseError("every loss weight is 0, so nothing would learn: give one layer a weight above 0")
+            raise EaseError("every loss weight is 0, so nothing would be trained: give one layer a weight above 0")
         object.__setattr__(self, "_weights", weights)
         deepest = max(self.weights)
         self.selection.check(deepest, self.objective)
@@ -91,7 +100,7 @@ class TrainingConfig:
 
     @property
     def weights(self) -> dict[int, float]:
-        """Layer -> weight, from shallow to deep, for the layers whose loss counts."""
+        """Layer -> weight, from shallow to deep, for the layers with a weight above 0."""
         return {layer: w for layer, w in self._weights.items() if w > 0}
 
     @property
@@ -99,7 +108,7 @@ class TrainingConfig:
         return Policy.of(self.exit_layer, self.routing_threshold)
 
     def check(self, num_layers: int, first: int = 1) -> None:
-        """Refuses a configuration that a model of `num_layers` layers, of which `first` and up learn, cannot follow."""
+        """Raises `EaseError` if a model of `num_layers` layers, of which `first` and up learn, does not fit."""
         deepest = max(self._weights)
         if deepest > num_layers:
             raise EaseError(
@@ -119,7 +128,7 @@ class TrainingConfig:
         self.policy.check(num_layers)
 
     def describe(self) -> str:
-        """A few lines for people."""
+        """A description in a few lines of text."""
         lines = [f"loss at layer {layer}: weight {w:g}" for layer, w in self.weights.items()]
         pairs = zip(self.policy.exits, self.policy.thresholds, strict=True)
         lines += [f"a token leaves after layer {e} when its confidence is at least {t:g}" for e, t in pairs]
@@ -131,14 +140,19 @@ class TrainingConfig:
 
 
 def create_standard_config(num_layers: int) -> TrainingConfig:
-    """The loss on the last layer only."""
+    """A configuration with the loss on the last layer only."""
     return TrainingConfig(stages=[StageConfig((num_layers, num_layers))])
 
 
 def create_deep_supervision_config(
     num_layers: int, weighting: Literal["uniform", "depth"] = "uniform"
 ) -> TrainingConfig:
-    """The loss on every layer (Lee et al. 2015), with weights that sum to 1: all equal, or w_k in proportion to k."""
+    """A configuration with a loss on every layer (Lee et al. 2015, arXiv:1409.5185).
+
+    Args:
+        num_layers: layers of the model.
+        weighting: "uniform" for equal weights, "depth" for weights proportional to the layer's number; they sum to 1.
+    """
     check_choice("weighting", weighting, ("uniform", "depth"))
     sizes = {k: k if weighting == "depth" else 1 for k in range(1, num_layers + 1)}
     return TrainingConfig(stages=[StageConfig((k, k), size / sum(sizes.values())) for k, size in sizes.items()])
@@ -146,24 +160,24 @@ def create_deep_supervision_config(
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseOptions:
-    """How a phase learns, and the rule that ends it, whichever limit comes first."""
+    """Optimizer settings of a phase and the limits that end it, whichever is reached first."""
 
     lr: float = 1e-3
     """Learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate over the phase: as it is, or falling to a twentieth."""
+    """Learning rate over the phase: constant, or falling to a twentieth along a cosine."""
     warmup: float = 0.0
-    """Share of the phase in which the learning rate rises from nothing."""
+    """Share of the phase, in [0, 1), in which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
+    """Weight decay of AdamW, for matrices only."""
     patience: int | None = 3
-    """Epochs without a better (routed) validation loss before the phase ends; None: never for that reason."""
+    """Epochs without a better (routed) validation loss after which the phase ends; None for no such limit."""
     max_epochs: int = 100
-    """At most that many epochs."""
+    """Maximum number of epochs."""
     max_flops: float | None = None
-    """At most that many FLOPs, validation and mining included."""
+    """Maximum FLOPs, including validation and mining."""
     span: tuple[float, float] = (0.0, 1.0)
-    """The stretch of schedule and warmup that the phase goes through, where several phases share one."""
+    """The part of schedule and warmup that the phase covers, if several phases share one schedule."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -174,15 +188,17 @@ class PhaseOptions:
         if not 0 <= self.warmup < 1:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
-            raise EaseError(f"span is {self.span}: give where in the schedule the phase begins and ends, in [0, 1]")
+            raise EaseError(f"span must be two increasing numbers in [0, 1], got {self.span}")
         check_least(0, weight_decay=self.weight_decay)
         check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
     def part(self, share: float, lr: float | None = None, *, after: float | None = None) -> PhaseOptions:
-        """For one of several phases: a share in (0, 1] of epochs (at least one) and FLOPs, perhaps its own rate.
+        """Options of one of several phases.
 
         Args:
-            after: the share that came before, where one schedule goes through all phases; None: each has its own.
+            share: share in (0, 1] of the epochs (at least one) and of the FLOPs.
+            lr: learning rate (the same by default).
+            after: share of the phases before, if one schedule spans all phases; None if each phase has its own.
         """
         own = {part.name: getattr(self, part.name) for part in fields(PhaseOptions)}
         own["lr"] = self.lr if lr is None else lr
@@ -194,7 +210,7 @@ class PhaseOptions:
         return PhaseOptions(**own)
 
     def lr_factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by at `progress` in [0, 1] of the phase."""
+        """Factor of the learning rate at `progress` in [0, 1] of the phase."""
         progress = self.span[0] + progress * (self.span[1] - self.span[0])
         if progress < self.warmup:
             return max(progress / self.warmup, 1e-2)

@@ -1,7 +1,7 @@
-"""A small classifier per exit that knows, without the head, how likely the exit agrees with the last one.
+"""A classifier per exit that estimates, without the head, the probability that the exit agrees with the last one.
 
-One linear map on the exit's normed state, learned in seconds on frozen states: a token that stays pays 2 D
-floating-point operations for it instead of the head's 2 D V. It is the measure of confidence called "classifier".
+It is a linear map of the exit's normalized state, trained in seconds on frozen states. A token that continues costs 2 D
+FLOPs instead of the head's 2 D V. It is the confidence measure "classifier".
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from ease.routing.forward import HEAD_CHUNK
 def agreements(
     model: StandardTransformer, batches: Batches, exits: Sequence[int]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Per exit the states (N, D) of all scored tokens, and whether it names the last exit's likeliest output (N,)."""
+    """Per exit, the states (N, D) of all scored tokens, and (N,) whether its likeliest output is the last exit's."""
     states: dict[int, list[Tensor]] = {exit: [] for exit in exits}
     agrees: dict[int, list[Tensor]] = {exit: [] for exit in exits}
     device, last = next(model.parameters()).device, model.num_layers
     with eval_mode(model):
         for item in re_iterable(batches):
             batch = Batch(*item).to(device)
-            state, first, found = model.embed(batch.x), 1, {}
+            state, first = model.embed(batch.x), 1
+            at_exit: dict[int, Tensor] = {}
             for exit in (*exits, last):
                 state = model.run(state, first, exit, layout=batch.layout)
-                found[exit], first = state[batch.scored], exit + 1
-            named = {
+                at_exit[exit], first = state[batch.scored], exit + 1
+            likeliest = {
                 exit: torch.cat([model.logits(part, exit).argmax(-1) for part in h.split(HEAD_CHUNK)])
-                for exit, h in found.items()
+                for exit, h in at_exit.items()
             }
             for exit in exits:
-                states[exit].append(found[exit])
-                agrees[exit].append(named[exit] == named[last])
+                states[exit].append(at_exit[exit])
+                agrees[exit].append(likeliest[exit] == likeliest[last])
     if not any(map(len, next(iter(states.values()), []))):
         raise EaseError("there is no scored token to learn the agreement from: give batches with targets")
     return {e: torch.cat(s) for e, s in states.items()}, {e: torch.cat(a) for e, a in agrees.items()}
@@ -49,18 +50,20 @@ def agreements(
 def learn_agreement(
     model: StandardTransformer, batches: Batches, exits: Sequence[int], *, steps: int = 200, decay: float = 1e-3
 ) -> dict[int, float]:
-    """Trains a classifier for each exit, by logistic regression; nothing else of the model changes.
+    """Trains a classifier at each exit by logistic regression; nothing else in the model changes.
 
     Args:
-        batches: text that the exits were not trained on, where there is some: on text they know they agree too often.
-        steps: of L-BFGS at most.
-        decay: weight of the squared norm.
+        model: the model.
+        batches: text that the exits were not trained on, if possible: on training text they agree too often.
+        exits: exits below the last layer.
+        steps: maximum number of L-BFGS steps.
+        decay: weight of the squared norm of the weights.
 
     Returns:
-        Per exit the loss (nats) that was reached.
+        The final loss of each exit, in nats.
 
     Raises:
-        EaseError: exits that the model does not have below its last layer.
+        EaseError: no exit is given, or one is not below the last layer, or no token is scored.
     """
     Policy.of(tuple(exits), (1.0,) * len(exits)).check(model.num_layers)
     if not exits:
@@ -87,6 +90,6 @@ def _logistic(x: Tensor, y: Tensor, steps: int, decay: float) -> tuple[Tensor, f
         loss.backward()
         return loss
 
-    for _ in range(2):  # the second tells where the first has led
+    for _ in range(2):  # the loss that the second call returns is that of the first call's result
         loss = optimizer.step(closure).item()
     return weight.detach(), loss

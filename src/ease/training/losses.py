@@ -1,9 +1,9 @@
-"""The weighted loss over exits, which never holds the logits of all exits at once.
+"""The weighted loss over exits, in the memory of a single exit.
 
-Each exit's logits live only while that exit's share of the gradient is worked out, and the shared head's
-gradients are summed in one buffer as they come: memory is that of one exit, whatever their number.
+The logits of an exit exist only while its part of the gradient is computed, and the gradients of the shared head are
+accumulated in one buffer. Memory therefore does not grow with the number of exits.
 
-What a token's loss is, is an objective: cross entropy against the text, distillation from the last exit, or both.
+The loss of a token is an objective: cross entropy against the text, distillation from the last exit, or both.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class Objective(Protocol):
-    """What a token's loss is."""
+    """The loss of a token at an exit."""
 
     @property
     def teacher(self) -> bool:
-        """Whether it asks the last exit, so that the whole model runs."""
+        """Whether it needs the last exit's distribution, so that all layers run."""
 
     def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
-        """Summed losses (nats) of parts of the tokens, each small enough for its logits to exist at once.
+        """Summed losses (nats) of chunks of the tokens, each small enough for its logits to fit in memory.
 
         Args:
-            states, teacher: (N, D) normed states at the exit and at the last one.
+            states, teacher: (N, D) normalized states at the exit and at the last one.
             head: (V, D).
             targets: (N,), -100 where not scored.
         """
@@ -51,7 +51,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The text is what is to be predicted."""
+    """Cross entropy against the text."""
 
     teacher = False
 
@@ -61,7 +61,7 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The last exit's distribution is what is to be predicted (Hinton et al. 2015, arXiv:1503.02531).
+    """Distillation from the last exit's distribution (Hinton et al. 2015, arXiv:1503.02531).
 
     The loss is share * temperature^2 * KL(last exit || exit), both softened, + (1 - share) * cross entropy.
     """
@@ -91,7 +91,7 @@ class Distillation:
 
 
 def objective_named(name: str, temperature: float = 1.0) -> Objective:
-    """Learning from the text ("cross-entropy"), the last exit ("distillation"), or "both" in equal parts."""
+    """The objective by name: "cross-entropy", "distillation", or "both" in equal parts."""
     check_choice("objective", name, ("cross-entropy", "distillation", "both"))
     if name == "cross-entropy":
         if temperature != 1:
@@ -106,17 +106,17 @@ class Term(NamedTuple):
     """One exit's part of the loss: a weight on the mean over its scored tokens."""
 
     states: Tensor
-    """(N, D) normed states at the exit."""
+    """(N, D) normalized states at the exit."""
     targets: Tensor
     """(N,) token ids; -100 is not scored."""
     weight: float
     objective: Objective = CrossEntropy()
-    """What a token's loss is."""
+    """The loss of a token."""
     teacher: Tensor | None = None
-    """(N, D) normed states at the last exit, for an objective that asks it; no gradient goes there."""
+    """(N, D) normalized states at the last exit, for an objective with a teacher; they receive no gradient."""
 
     def taught(self, seen: Tensor, teacher: Tensor) -> list[Term]:
-        """The same with a teacher (n, D) for the n tokens that it has seen (N,); the others learn from the text."""
+        """The term with a teacher (n, D) for the n tokens with `seen` (N,), and cross entropy for all other tokens."""
         if bool(seen.all()):
             return [self._replace(teacher=teacher)]
         share = seen.double().mean().item()
@@ -127,7 +127,7 @@ class Term(NamedTuple):
 
 
 class _ExitLosses(torch.autograd.Function):
-    """Sum over terms of weight * loss, with the gradients worked out term by term in the forward pass."""
+    """Sum over terms of weight * loss, whose gradients are computed term by term in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, head: Tensor, terms: Sequence[Term], *states: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _ExitLosses(torch.autograd.Function):
             h = term.states.detach().requires_grad_()
             with torch.enable_grad():
                 for loss in term.objective.parts(h, w, term.targets, term.teacher):
-                    # Into .grad, which sums over parts and exits; the logits of one part are gone before the next.
+                    # Accumulates in .grad over chunks and exits; the logits of a chunk are freed before the next.
                     (term.weight * loss).backward()
                     total += term.weight * loss.detach()
             grads.append(h.grad)

@@ -1,4 +1,4 @@
-"""Hard tokens, one by one: how sure a shallow model is of each, where the line is drawn, and who is below it.
+"""Mining of hard tokens: per-token confidence, its quantile as the threshold, and the tokens below it.
 
 Everything here is per token. A sequence of hard and easy tokens has no confidence of its own.
 """
@@ -16,20 +16,19 @@ from torch import Tensor
 
 from ease.errors import EaseError, check_seed
 from ease.flops import run_flops
-from ease.interface import Batch, Batches, ExitModel, Layout, eval_mode, re_iterable
+from ease.interface import Batch, Batches, ExitModel, Layout, eval_mode, re_iterable, running_batches
 from ease.policy import Policy
 from ease.routing.forward import ExitStep, routed_forward
 
-EXACT_QUANTILE = 2**24  # as many values as torch.quantile takes
-
+EXACT_QUANTILE = 2**24  # the largest number of values that torch.quantile takes
 BINS = 2**20
 
 
 class Quantile:
     """A quantile of values in [0, 1] that arrive in parts, in bounded memory.
 
-    Exact, with linear interpolation as in `torch.quantile`, up to `exact` values. Beyond that it comes from counts
-    in `BINS` equal bins, and lies within one bin (1e-6) of a value next to the exact quantile.
+    Up to `exact` values it is exact, with linear interpolation as in `torch.quantile`. Beyond that it is computed from
+    counts in `BINS` equal bins and lies within one bin (1e-6) of a value next to the exact quantile.
     """
 
     def __init__(self, exact: int = EXACT_QUANTILE) -> None:
@@ -55,30 +54,27 @@ class Quantile:
 
 
 def check_ratio(ratio: float) -> None:
-    """Refuses a share of hard tokens that is none."""
+    """Raises `EaseError` unless the share of hard tokens lies in (0, 1]."""
     if not 0 < ratio <= 1:
         raise EaseError(f"the share of hard tokens must lie in (0, 1], got {ratio}")
 
 
 def read_states(
     model: ExitModel, batches: Any, device: Any, exit: int | None
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Every batch with a token, its states (B, T, D) and confidences (B, T) at `exit`, at full depth up to there."""
+) -> Iterator[tuple[Batch, ExitStep, Tensor]]:
+    """Every batch with a running token, its step at full depth up to `exit`, and the confidences (B, T) there."""
     device = device or next(model.parameters()).device
     with eval_mode(model):
-        for item in re_iterable(batches):
-            batch = Batch(*item).to(device)
-            if not bool(batch.running.any()):
-                continue
-            (stop,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
-            yield batch, stop.state, spread(stop)
+        for batch in running_batches(re_iterable(batches), device):
+            (step,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
+            yield batch, step, spread(step)
 
 
-def spread(stop: ExitStep) -> Tensor:
-    """(B, T) the confidences of those that arrived, of a row where one token decides for it; 1 elsewhere."""
-    everywhere = torch.ones(stop.queried.shape, dtype=stop.confidence.dtype, device=stop.confidence.device)
-    everywhere = everywhere.masked_scatter(stop.queried, stop.confidence)
-    return everywhere.amin(1, keepdim=True).expand_as(everywhere) if stop.by_row else everywhere
+def spread(step: ExitStep) -> Tensor:
+    """(B, T) confidences of the tokens that arrived, of the row if one token decides for it; 1 elsewhere."""
+    everywhere = torch.ones(step.queried.shape, dtype=step.confidence.dtype, device=step.confidence.device)
+    everywhere = everywhere.masked_scatter(step.queried, step.confidence)
+    return everywhere.amin(1, keepdim=True).expand_as(everywhere) if step.by_row else everywhere
 
 
 @torch.no_grad()
@@ -89,11 +85,20 @@ def compute_confidence_threshold(
     device: torch.device | str | None = None,
     exit: int | None = None,
 ) -> float:
-    """The confidence below which a share `target_ratio` of all scored tokens lies.
+    """The confidence below which a share of all scored tokens lies.
 
     Args:
-        batches: re-iterable of (x, y); a target of -100 is not counted.
-        exit: the exit asked (the last by default).
+        model: an `ExitModel`.
+        batches: re-iterable of (x, y); targets of -100 are not counted.
+        target_ratio: the share, in (0, 1].
+        device: where the model is (its parameters' device by default).
+        exit: the exit that gives the confidence (the last by default).
+
+    Returns:
+        A threshold in [0, 1].
+
+    Raises:
+        EaseError: the share lies outside (0, 1], or no token is scored.
     """
     check_ratio(target_ratio)
     quantile = Quantile()
@@ -110,9 +115,9 @@ class HardExamples(TypedDict):
     hidden_states: Tensor
     """(N, D) their states at the exit."""
     targets: Tensor
-    """(N,) the tokens to predict."""
+    """(N,) their targets."""
     confidences: Tensor
-    """(N,)."""
+    """(N,) their confidences."""
 
 
 @torch.no_grad()
@@ -123,11 +128,22 @@ def collect_hard_examples(
     device: torch.device | str | None = None,
     exit: int | None = None,
 ) -> HardExamples:
-    """All scored tokens whose confidence at the exit is below the threshold; raises `EaseError` if there are none."""
+    """All scored tokens whose confidence at an exit is below a threshold.
+
+    Args:
+        model: an `ExitModel`.
+        batches: re-iterable of (x, y); targets of -100 are not counted.
+        threshold: confidence below which a token is hard.
+        device: where the model is (its parameters' device by default).
+        exit: the exit that gives the confidence (the last by default).
+
+    Raises:
+        EaseError: no token is below the threshold.
+    """
     parts: list[tuple[Tensor, ...]] = []
-    for batch, state, confidence in read_states(model, batches, device, exit):
+    for batch, step, confidence in read_states(model, batches, device, exit):
         hard = (confidence < threshold) & batch.scored
-        parts.append((batch.x[hard], state[hard], batch.y[hard], confidence[hard]))
+        parts.append((batch.x[hard], step.state[hard], batch.y[hard], confidence[hard]))
     if not sum(len(part[0]) for part in parts):
         raise EaseError(no_hard_token_message(threshold))
     inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -139,17 +155,23 @@ def no_hard_token_message(threshold: float) -> str:
 
 
 class MinedBatches:
-    """Batches in which only hard tokens are active, with the frozen trunk's state where memory allows.
+    """Batches in which only hard tokens are active, with the frozen trunk's states as far as memory allows.
 
-    Built from `epochs` passes over `batches`, routed by `policy`, which names every exit so far but the one mined: the
-    last of the model as it stands. Hard are, of the tokens that still run there, the least confident, as many as
-    make up a share `ratio` of all tokens; `threshold` is then the confidence below which they lie.
+    Built from `epochs` passes over `batches`, routed by `policy`. Of the tokens that reach the model's last layer,
+    those with the lowest confidence are hard, as many as make up a share `ratio` of all tokens. `threshold` is the
+    confidence below which they lie.
 
     Args:
-        ratio: in (0, 1], of all scored training tokens; 1 takes every token, and the threshold is then 1.
-        epochs: iterations over `batches`; where an epoch is a slice of the text, more of them bring more of it.
-        budget: bytes of trunk states to keep; batches beyond that run the trunk again whenever they come up.
-        seed: of the order, which is drawn anew for every iteration.
+        model: the model before growth; its last layer is mined.
+        batches: re-iterable training batches.
+        policy: the exits mined before, all below the last layer.
+        ratio: share of all scored training tokens, in (0, 1]; with 1 every token is hard and the threshold is 1.
+        epochs: passes over `batches`; if an epoch is a slice of the text, more epochs cover more of it.
+        budget: maximum bytes of trunk states to keep; the states of other batches are recomputed when they are used.
+        seed: random seed of the order, which is drawn anew for every iteration.
+
+    Raises:
+        EaseError: the ratio lies outside (0, 1], or no token is hard.
     """
 
     def __init__(
@@ -172,19 +194,17 @@ class MinedBatches:
         quantile = Quantile()
         found: list[tuple[Batch, Tensor]] = []
         with eval_mode(model):
-            for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
-                batch = Batch(*item).to(device)
-                if not bool(batch.running.any()):
-                    continue
-                stop, flops = self._mine(batch.x, batch.layout)
+            passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
+            for batch in running_batches(passes, device):
+                step, flops = self._mine(batch.x, batch.layout)
                 self.flops += flops
-                confidence = spread(stop)
+                confidence = spread(step)
                 total += int(batch.scored.sum())
-                quantile.add(confidence[stop.arrived & batch.scored])
-                size = stop.state.numel() * stop.state.element_size()
-                state = stop.state if kept + size <= budget else None
+                quantile.add(confidence[step.arrived & batch.scored])
+                size = step.state.numel() * step.state.element_size()
+                state = step.state if kept + size <= budget else None
                 kept += size if state is not None else 0
-                found.append((batch._replace(active=stop.arrived, state=state), confidence))
+                found.append((batch._replace(active=step.arrived, state=state), confidence))
         # The share is of all tokens, the quantile over those still running.
         share = min(1.0, ratio * total / max(1, quantile.count))
         self.threshold = quantile(share) if share < 1 else 1.0
@@ -199,20 +219,20 @@ class MinedBatches:
 
     @torch.no_grad()
     def _mine(self, x: Tensor, layout: Layout | None) -> tuple[ExitStep, float]:
-        """The stop at the mined exit and the FLOPs to get there; tokens that left before are not in `arrived`."""
+        """The step at the mined layer and the FLOPs up to there; tokens that left before are not in `arrived`."""
         flops = 0.0
-        for stop in routed_forward(self.model, x, self.policy, layout=layout, last=self.layer):
-            flops += stop.flops
-        if stop.layer < self.layer:  # every token of the batch left earlier
-            nobody = torch.zeros_like(stop.arrived)
-            stop = replace(stop, layer=self.layer, arrived=nobody, queried=nobody, confidence=stop.confidence[:0])
-        return stop, flops
+        for step in routed_forward(self.model, x, self.policy, layout=layout, last=self.layer):
+            flops += step.flops
+        if step.layer < self.layer:  # every token of the batch left earlier
+            none = torch.zeros_like(step.arrived)
+            step = replace(step, layer=self.layer, arrived=none, queried=none, confidence=step.confidence[:0])
+        return step, flops
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of the order of what is to come; what was mined is mined again."""
+        """The state of the order to come; mining itself is repeated on resuming."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -222,12 +242,12 @@ class MinedBatches:
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
             batch = self.batches[i]
             if batch.state is None and self.policy.exits:
-                stop, flops = self._mine(batch.x, batch.layout)
-                batch = batch._replace(state=stop.state, flops=flops)
-            elif batch.state is None:  # no token left before, so no head needs to be asked again
+                step, flops = self._mine(batch.x, batch.layout)
+                batch = batch._replace(state=step.state, flops=flops)
+            elif batch.state is None:  # no token left before, so no head has to be evaluated again
                 with torch.no_grad():
                     state = self.model.run(self.model.embed(batch.x), 1, self.layer, layout=batch.layout)
-                everyone = batch._replace(active=None).running
-                flops = run_flops(self.model.config, self.layer, everyone, batch.layout)
+                running = batch._replace(active=None).running
+                flops = run_flops(self.model.config, self.layer, running, batch.layout)
                 batch = batch._replace(state=state, flops=flops)
             yield batch

@@ -21,6 +21,7 @@ from ease import (
     create_standard_config,
 )
 from ease.training.losses import Distillation
+from ease.training.selection import LearnedGate, LeastConfident
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 2)), min_size=1, max_size=5))
@@ -60,13 +61,17 @@ def test_a_part_of_the_options_has_a_share_of_the_limits() -> None:
     assert type(StandardConfig(num_layers=2, max_epochs=10).part(0.5)) is PhaseOptions
 
 
+def keeping(keep: dict[int, float], weights: dict[int, float] | None = None) -> TrainingConfig:
+    return TrainingConfig(layer_weights=weights or {3: 1.0}, selection=LeastConfident(keep))
+
+
 def test_a_configuration_describes_itself() -> None:
     text = TrainingConfig([StageConfig((1, 2), 0.5)], (0.9, 0.25), (1, 2)).describe()
     for part in ("layer 1: weight 0.5", "layer 2: weight 0.5", "after layer 1 when", "at least 0.9", "at least 0.25"):
         assert part in text
     assert "no routing" in create_standard_config(2).describe()
-    budget = TrainingConfig(layer_weights={1: 1.0, 2: 1.0}, going_on={1: 0.3}).describe()
-    assert "training sends on the 30% that exit 1 is least sure of" in budget
+    budget = TrainingConfig(layer_weights={1: 1.0, 2: 1.0}, selection=LeastConfident({1: 0.3})).describe()
+    assert "in training the least confident 30% continue past exit 1" in budget
 
 
 @pytest.mark.parametrize(
@@ -90,23 +95,41 @@ def test_a_configuration_describes_itself() -> None:
         (lambda: TrainingConfig([StageConfig((1, 1))], -0.2), r"routing_threshold must lie in \[0, 1\]"),
         (lambda: TrainingConfig([StageConfig((1, 1))], (0.5, 0.5)), "give one threshold per exit"),
         (lambda: TrainingConfig([StageConfig((1, 1))], 0.5, (1, 2)), "give one threshold per exit"),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={3: 0.5}), "going_on names exit 3: choose one below"),
-        (lambda: TrainingConfig(layer_weights={2: 1.0, 3: 0.0}, going_on={2: 0.5}), "below layer 2, the last with a"),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={0: 0.5}), "going_on names exit 0"),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, classifier_weight=1.0), "for exits that going_on names"),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({3: 0.5})),
+            "the selection names exit 3: choose one below",
+        ),
+        (
+            lambda: TrainingConfig(layer_weights={2: 1.0, 3: 0.0}, selection=LeastConfident({2: 0.5})),
+            "below layer 2, the last with a",
+        ),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({0: 0.5})),
+            "the selection names exit 0",
+        ),
+        (lambda: LearnedGate({}, 1.0), "needs at least one exit"),
         (
             lambda: TrainingConfig(
-                layer_weights={3: 1.0}, going_on={1: 0.5}, classifier_weight=1.0, objective=Distillation()
+                layer_weights={3: 1.0}, selection=LearnedGate({1: 0.5}, 1.0), objective=Distillation()
             ),
             "a token that leaves has no teacher",
         ),
         (
-            lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.5}, classifier_weight=-1.0),
-            "must be finite and not below 0, got -1",
+            lambda: LearnedGate({1: 0.5}, -1.0),
+            "must be finite and above 0, got -1",
         ),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.0}), r"at exit 1 must lie in \(0, 1\], got 0"),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 1.5}), r"must lie in \(0, 1\], got 1.5"),
-        (lambda: TrainingConfig(layer_weights={3: 1.0}, going_on={1: 0.5}).check(3, 2), "mine the tokens"),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({1: 0.0})),
+            r"past exit 1 must lie in \(0, 1\], got 0",
+        ),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({1: 1.5})),
+            r"must lie in \(0, 1\], got 1.5",
+        ),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({1: 0.5})).check(3, 2),
+            "mine the tokens",
+        ),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: 0.0}), "scales lie above 0"),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: -1.0}), "scales lie above 0"),
         (lambda: TrainingConfig(layer_weights={3: 1.0}, layer_lr_scales={1: math.inf}), "scales lie above 0"),

@@ -45,7 +45,7 @@ def test_exits_learn_from_the_text_or_from_the_last_exit(
     objective: Any, expected: object, tiny: Make, text_data: Callable[..., Data]
 ) -> None:
     model, data = tiny(3), text_data(6, 1)
-    before = [score(model, data.val, last=exit).figures()["loss"] for exit in (1, 3)]
+    before = [score(model, data.val, last=exit).metrics()["loss"] for exit in (1, 3)]
     options = {} if objective == "cross-entropy" else {"temperature": 2.0}
     plan = EarlyExitConfig(
         num_layers=3, exit_layer=1, routing_threshold=0.5, objective=objective, lr=5e-3, max_epochs=3, **options
@@ -54,11 +54,11 @@ def test_exits_learn_from_the_text_or_from_the_last_exit(
     assert phase.config.objective == expected
     assert history.rows[-1]["val_loss"] < history.rows[0]["val_loss"]
     for exit, loss in zip((1, 3), before):
-        assert score(model, data.val, last=exit).figures()["loss"] < loss - 0.5
+        assert score(model, data.val, last=exit).metrics()["loss"] < loss - 0.5
     assert model.trained_exits == {1, 3}
     threshold = score(model, data.val, last=1).confidences.median().item()
     policy = EarlyExitConfig(exit_layer=1, routing_threshold=threshold).strategy().policy()
-    assert score(model, data.val, policy).figures()["exit_shares"] == pytest.approx({1: 0.5, 3: 0.5}, abs=0.01)
+    assert score(model, data.val, policy).metrics()["exit_shares"] == pytest.approx({1: 0.5, 3: 0.5}, abs=0.01)
 
 
 def test_a_threshold_of_zero_trains_exits_and_routes_nobody() -> None:

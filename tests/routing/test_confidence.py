@@ -54,12 +54,12 @@ def test_a_walk_follows_every_measure_and_pays_for_heads_as_it_must(name: str, t
     first, *rest = routed_forward(taught, ids, Policy((1,), (threshold,), **options), read=lambda logits, _: logits)
     assert torch.equal(first.leaves, confidence >= threshold)
     leaving = int(first.leaves.sum())
-    assert first.heads == (ids.numel() if MEASURES[name].needs_head else leaving)
+    assert first.num_heads == (ids.numel() if MEASURES[name].needs_head else leaving)
     state = taught.run(taught.embed(ids), 1, 1)
     assert first.read is not None or not leaving
     if leaving:
         torch.testing.assert_close(first.read, taught.logits(state[first.left], 1))
-    assert sum(stop.heads for stop in rest) == ids.numel() - leaving
+    assert sum(stop.num_heads for stop in rest) == ids.numel() - leaving
 
 
 def test_the_classifier_tells_agreement_better_than_chance_and_changes_no_exit(
@@ -67,7 +67,7 @@ def test_the_classifier_tells_agreement_better_than_chance_and_changes_no_exit(
 ) -> None:
     held_out = text_data(12, 4).val
     states, agrees = agreements(taught, held_out, [1])
-    confidence = taught.agreement(states[1], 1)
+    confidence = taught.exit_confidence(states[1], 1)
     assert confidence[agrees[1]].mean() > confidence[~agrees[1]].mean() + 0.05
     assert confidence.mean().item() == pytest.approx(agrees[1].double().mean().item(), abs=0.1)
     x = held_out[0][0]
@@ -85,7 +85,7 @@ def test_without_the_head_a_token_that_stays_pays_for_none(taught: StandardTrans
 
 def test_the_start_of_a_text_goes_deep(tiny: Make) -> None:
     model, ids = tiny(3, sharp=True), torch.randint(256, (5, 12))
-    model.policy_options = {"always_deep": 3}
+    model.policy = Policy(always_deep=3)
     exits = route(model, ids, 1, 1e-9).exits
     assert exits[:, :3].eq(3).all()
     assert exits[:, 3:].eq(1).all()
@@ -102,8 +102,11 @@ def test_a_threshold_with_a_half_life_falls_from_one() -> None:
 @pytest.mark.parametrize(
     ("make", "fix"),
     [
-        (lambda m: Policy((1,), (0.5,), confidence="hunch"), "no measure of confidence 'hunch': use max-probability"),
-        (lambda m: Policy((1,), (0.5,), patience=2), "to the measure patience alone"),
+        (
+            lambda m: route(m, torch.zeros(1, 2, dtype=torch.long), policy=Policy((1,), (0.5,), "hunch")),
+            "no measure of confidence 'hunch': use max-probability",
+        ),
+        (lambda m: Policy((1,), (0.5,), patience=2), "for the measure patience alone"),
         (lambda m: Policy((1,), (0.5,), half_life=0.0), "half_life"),
         (lambda m: route(m, torch.zeros(1, 2, dtype=torch.long), 1, 0.5), "exit 1 has no classifier"),
         (lambda m: learn_agreement(m, [], [3]), "must lie below the last"),
@@ -113,7 +116,7 @@ def test_a_threshold_with_a_half_life_falls_from_one() -> None:
 )
 def test_bad_policies_are_refused_in_one_sentence(make: Any, fix: str, tiny: Make) -> None:
     model = tiny(3)
-    model.policy_options = {"confidence": "classifier"}
+    model.policy = Policy(confidence="classifier")
     with pytest.raises(EaseError, match=fix) as error:
         make(model)
     assert "\n" not in str(error.value)

@@ -108,7 +108,7 @@ def test_bad_settings_are_refused_in_one_sentence(bad: dict[str, Any], fix: str)
 
 def run_seed(model: StandardTransformer, data: Data) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     """The strategy, its second phase and history, and the weights between the phases."""
-    strategy = ASHEMConfig(**SMALL, protocol="seed").strategy()
+    strategy = ASHEMConfig(**SMALL, protocol="original").strategy()
     phases = train(model, strategy, data)
     next(phases)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -150,7 +150,7 @@ def test_the_seed_protocol_trains_the_head_and_no_lower_layer(tiny: Make, text_d
 def test_both_protocols_share_phase_one(tiny: Make, text_data: Callable[..., Data]) -> None:
     data = text_data(2, 1)
     ends = []
-    for protocol in ("held-out", "seed"):
+    for protocol in ("held-out", "original"):
         model = tiny(1)
         torch.manual_seed(5)
         phase, history = next(train(model, ASHEMConfig(**SMALL, protocol=protocol).strategy(), data))  # type: ignore[arg-type]

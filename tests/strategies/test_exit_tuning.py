@@ -40,7 +40,7 @@ def tuned(model: StandardTransformer, data: Data, **options: Any) -> Any:
 
 
 def exit_loss_of(model: StandardTransformer, data: Data, exit: int) -> float:
-    return score(model, data.val, last=exit).figures()["loss"]
+    return score(model, data.val, last=exit).metrics()["loss"]
 
 
 @pytest.mark.parametrize("adapter", ["none", "mlp"])
@@ -151,8 +151,8 @@ def test_exits_stand_at_thirds_by_default(finished: Any) -> None:
         (lambda m, d: TuneConfig(temperature=2.0), "belongs to distillation"),
         (lambda m, d: TuneConfig(adapter_dim=8), "set adapter to mlp"),
         (lambda m, d: TuneConfig(adapter="mlp", adapter_dim=0), "adapter_dim must be at least 1"),
-        (lambda m, d: TuneConfig(hard_ratio=0.2), "hard_ratio belongs to a selection: set tokens to hard or kept"),
-        (lambda m, d: TuneConfig(select_exit=2), "select_exit belongs to a selection"),
+        (lambda m, d: TuneConfig(hard_ratio=0.2), "hard_ratio is used only in a selection: set tokens to hard or kept"),
+        (lambda m, d: TuneConfig(select_exit=2), "select_exit is used only in a selection"),
         (lambda m, d: TuneConfig(tokens="hard", select_exit=0), "select_exit must be at least 1"),
         (lambda m, d: tuned(m, d, tokens="hard", select_exit=9), "select_exit is 9 and the model has 4 layers"),
         (lambda m, d: TuneConfig(hard_ratio=0.0), r"must lie in \(0, 1\]"),

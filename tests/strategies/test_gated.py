@@ -14,7 +14,7 @@ Make = Callable[..., StandardTransformer]
 
 
 def plan(**options: Any) -> GatedConfig:
-    shape: dict[str, Any] = {"deep_layers": 3, "exit_layer": 1, "going_on": 0.4, "lr": 1e-2, "patience": None}
+    shape: dict[str, Any] = {"deep_layers": 3, "exit_layer": 1, "keep": 0.4, "lr": 1e-2, "patience": None}
     return GatedConfig(**shape | {"max_epochs": 12} | options)
 
 
@@ -28,9 +28,9 @@ def done(
 
 def test_two_phases_of_one_schedule_and_every_token_counts_alike(done: Any) -> None:
     model, _, [(first, before), (second, after)], _ = done
-    assert (first.config.weights, first.config.going_on) == ({1: 1.0}, {})
+    assert (first.config.weights, first.config.selection.keep) == ({1: 1.0}, {})
     assert second.config.weights == {1: 1.0, 3: 1.0}
-    assert second.config.going_on == {1: 0.4}
+    assert second.config.selection.keep == {1: 0.4}
     assert (first.options.max_epochs, second.options.max_epochs) == (4, 8)
     assert (first.options.span, second.options.span) == ((0.0, 0.3), (0.3, 1.0))
     assert before.column("val_loss")[-1] < before.column("val_loss")[0] - 0.1
@@ -49,7 +49,7 @@ def test_the_brick_grows_up_to_the_exit_under_the_same_schedule(tiny: Make, text
     assert depths == [1, 2, 3]
     assert [phase.name for phase in phases] == ["phase 1", "phase 2", "phase 3"]
     assert [phase.config.weights for phase in phases[:2]] == [{1: 1.0}, {2: 1.0}]
-    assert phases[2].config.going_on == {2: 0.4}
+    assert phases[2].config.selection.keep == {2: 0.4}
     assert [phase.options.max_flops for phase in phases] == pytest.approx([0.2e12, 0.4e12, 0.4e12]), "by depth"
     spans = [end for phase in phases for end in phase.options.span]
     assert spans == pytest.approx([0.0, 0.2, 0.2, 0.6, 0.6, 1.0])
@@ -71,7 +71,7 @@ def test_the_policy_found_sends_the_share_on_and_asks_no_head(done: Any) -> None
     model, strategy, _, data = done
     policy = strategy.policy()
     assert (policy.exits, policy.confidence) == ((1,), "classifier")
-    shares = score(model, data.val, policy).figures()["exit_shares"]
+    shares = score(model, data.val, policy).metrics()["exit_shares"]
     assert shares[3] == pytest.approx(0.4, abs=0.02)
 
 
@@ -91,7 +91,7 @@ def test_classifiers_choose_in_half_precision(autocast: bool, done: Any) -> None
     if not autocast:
         half = half.bfloat16()
     policy = strategy.policy()
-    half.exit_layer, half.routing_threshold, half.policy_options = policy.exits, policy.thresholds, policy.options
+    half.policy = policy
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         exits = route(half.eval(), x).exits
         assert set(exits.unique().tolist()) == {1, 3}
@@ -107,28 +107,28 @@ def test_the_classifier_stays_as_it_is_in_other_phases(done: Any) -> None:
 def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) -> None:
     """From the start, in a model that has all its layers."""
     data, model = text_data(4, 2), tiny(3)
-    strategy = plan(exit_layer=(1, 2), going_on=(0.6, 0.5), max_epochs=2, first_share=0.0).strategy()
+    strategy = plan(exit_layer=(1, 2), keep=(0.6, 0.5), max_epochs=2, first_share=0.0).strategy()
     [(_, history)] = train(model, strategy, data)
     assert history.flops["validation"] > 0
     assert set(history.flops) >= {"training", "validation"}
-    shares = score(model, data.val, strategy.policy()).figures()["exit_shares"]
+    shares = score(model, data.val, strategy.policy()).metrics()["exit_shares"]
     assert shares == {1: pytest.approx(0.4, abs=0.05), 2: pytest.approx(0.3, abs=0.05), 3: pytest.approx(0.3, abs=0.05)}
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"going_on": 0.0}, "share of hard tokens must lie in"),
-        ({"going_on": 1.0}, "nothing to choose for a classifier"),
-        ({"going_on": (0.5, 0.5)}, "give one share, or one per exit"),
-        ({"exit_layer": (), "going_on": ()}, "name at least one exit"),
-        ({"classifier_weight": 0.0}, "it is what chooses"),
+        ({"keep": 0.0}, "share of hard tokens must lie in"),
+        ({"keep": 1.0}, "a share below 1"),
+        ({"keep": (0.5, 0.5)}, "give one share, or one per exit"),
+        ({"exit_layer": (), "keep": ()}, "name at least one exit"),
+        ({"classifier_weight": 0.0}, "the classifiers choose"),
         ({"exit_layer": (2, 1)}, "from shallow to deep"),
         ({"exit_layer": 3}, "must lie below the last"),
-        ({"first_share": 1.0}, "phase 2 needs some of the limits"),
+        ({"first_share": 1.0}, "the last phase needs a share"),
         ({"growth": (1,)}, "growth must name depths below exit 1, from shallow to deep"),
         ({"exit_layer": 2, "growth": (0,)}, "growth must name depths below exit 2"),
-        ({"exit_layer": 2, "growth": (1,), "first_share": 0.0}, "growth without a first_share"),
+        ({"exit_layer": 2, "growth": (1,), "first_share": 0.0}, "growth needs phases before the last"),
         ({"span": (0.5, 0.5)}, "where in the schedule the phase begins and ends"),
     ],
 )
