@@ -1,4 +1,4 @@
-"""The harness scores a model of ease as it scores stock transformers, batched and padded, and says what it cost."""
+"""lm-evaluation-harness: scores equal those of stock transformers, batched and padded, and the compute is reported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ with warnings.catch_warnings():
 
     from ease.hf.lm_eval import EaseLM, main
 
-# The harness and what it stands on warn of their own affairs.
+# The harness and its dependencies emit warnings of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAIRS = [("def f(x):\n    return", " x"), ("import", " json and more"), ("", "class A"), ("for i in range", "(3):\n")]
@@ -40,7 +41,7 @@ PAIRS = [("def f(x):\n    return", " x"), ("import", " json and more"), ("", "cl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose exits are sure of some bytes and not of others."""
+    """An export whose exits are confident of some bytes and not of others."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("byte", [])
     model = DeepSupervisionTransformer(tokenizer.get_vocab_size(), 32, 3, 4, max_positions=48).eval()
@@ -58,16 +59,16 @@ def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_without_routing_every_request_is_answered_as_by_stock_transformers(folder: Path, batch_size: int) -> None:
-    ours, stock = EaseLM(str(folder), batch_size=batch_size), HFLM(str(folder), device="cpu", batch_size=batch_size)
-    a = ours.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
+    lm, stock = EaseLM(str(folder), batch_size=batch_size), HFLM(str(folder), device="cpu", batch_size=batch_size)
+    a = lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     b = stock.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     assert [x[0] for x in a] == pytest.approx([x[0] for x in b], rel=1e-4)
     assert [x[1] for x in a] == [x[1] for x in b]
     long = instances("loglikelihood_rolling", [("some text that is longer than the 48 positions of the model " * 2,)])
-    assert ours.loglikelihood_rolling(long) == pytest.approx(stock.loglikelihood_rolling(long), rel=1e-4)
-    asked = [(context or "x", {"until": ["\n"], "max_gen_toks": 5}) for context, _ in PAIRS]
-    assert ours.generate_until(instances("generate_until", asked), True) == stock.generate_until(
-        instances("generate_until", asked), True
+    assert lm.loglikelihood_rolling(long) == pytest.approx(stock.loglikelihood_rolling(long), rel=1e-4)
+    questions = [(context or "x", {"until": ["\n"], "max_gen_toks": 5}) for context, _ in PAIRS]
+    assert lm.generate_until(instances("generate_until", questions), True) == stock.generate_until(
+        instances("generate_until", questions), True
     )
 
 
@@ -109,7 +110,7 @@ def test_generated_text_costs_what_a_cache_leaves_to_do(
     questions = [(prompt, {"until": ["?!?!"], "max_gen_toks": new}) for prompt in prompts]
     lm.generate_until(instances("generate_until", questions), True)
 
-    # The last token is not read. All others have been, each once, whatever had been read when they came.
+    # The last token is not read; all others are, each once.
     read = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, :-1]
     assert read.shape[1] == T + new - 1
     real = torch.cat([mask, torch.ones(3, new - 1)], 1).bool()
@@ -117,18 +118,18 @@ def test_generated_text_costs_what_a_cache_leaves_to_do(
     if routing:
         exits = route(model, read, policy.exits, policy.thresholds, attention_mask=real).exits
         assert len(exits[:, T:].unique()) == 3
-    asked, flops = exits[:, T - 1 :], 0.0
+    sampled, flops = exits[:, T - 1 :], 0.0
     for layer in (1, 2, 3):
         for row, there in zip(exits >= layer, real):
-            # A row has keys and values of all tokens up to the last that went so deep.
+            # A row has keys and values of all tokens up to its last one that reached the layer.
             deepest = int(row.nonzero().max()) + 1 if row.any() else 0
             positions = there.cumsum(0) - 1
             pairs = int((positions[row] + 1).sum())
             flops += layer_flops(model.config, int(there[:deepest].sum()), int(row.sum()), pairs)
-        heads = (asked == 3) if layer == 3 else (exits >= layer) & routing
+        heads = (sampled == 3) if layer == 3 else (exits >= layer) & routing
         flops += exit_flops(model.config, int(heads.sum()), layer)
     assert lm.flops == pytest.approx(flops)
-    assert lm.compute["layers_run"] == pytest.approx(asked.float().mean().item() / 3)
+    assert lm.compute["layers_run"] == pytest.approx(sampled.float().mean().item() / 3)
     assert (lm.processed, lm.predicted) == (int(real.sum()), 3 * new)
 
 
@@ -137,16 +138,16 @@ def test_a_measure_without_head_costs_a_head_only_where_a_token_leaves(folder: P
     lm.model.model.policy = replace(lm.model.model.policy, confidence="steadiness")
     text, (model, T) = "def f(x):", (lm.model.model, 9)
     ids = torch.tensor([ease.hf.load_tokenizer(folder).encode(text).ids])
-    for threshold in (1e-9, 1.0):  # all leave, none does
+    for threshold in (1e-9, 1.0):  # all tokens leave, then none
         lm.model.set_routing(threshold, 1)
         lm.flops = 0.0
         lm.generate_until(instances("generate_until", [(text, {"until": ["\n"], "max_gen_toks": 1})]), True)
-        gone = threshold < 1
-        layers = 1 if gone else model.num_layers
+        leave = threshold < 1
+        layers = 1 if leave else model.num_layers
         expected = run_flops(model.config, layers, torch.ones_like(ids, dtype=torch.bool))
         assert ids.shape[1] == T
-        # At the end only the last is asked.
-        assert lm.flops == pytest.approx(expected + exit_flops(model.config, T if gone else 1, layers))
+        # The last exit evaluates only the last token.
+        assert lm.flops == pytest.approx(expected + exit_flops(model.config, T if leave else 1, layers))
 
 
 def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
@@ -163,9 +164,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 ) -> None:
     for options, says in (
         ({"routing_threshold": 0.5, "exits": "1+7"}, "exit_layer 7 must lie below the last"),
-        ({"exits": "1+2"}, "exits are for routing: give routing_threshold"),
-        ({"routing_threshold": "abc"}, "routing_threshold is a number and exits are layers"),
-        ({"routing_threshold": 0.5, "exits": "a"}, "routing_threshold is a number and exits are layers"),
+        ({"exits": "1+2"}, "exits need a routing_threshold"),
+        ({"routing_threshold": "abc"}, "routing_threshold must be a number and exits layers"),
+        ({"routing_threshold": 0.5, "exits": "a"}, "routing_threshold must be a number and exits layers"),
         ({"dtype": "float99"}, "no dtype 'float99'"),
         ({"device": "tpu"}, "no device 'tpu'"),
     ):

@@ -1,7 +1,7 @@
-"""The native cache as a citizen of transformers: what `generate` asks of a cache, answered by the model's own.
+"""The native cache as a transformers cache.
 
-transformers counts columns of the batch, padding among them; the native cache counts the tokens of each row. Which
-columns hold a token is kept here, and is all that is kept here.
+transformers counts columns of the batch, padding included; the native cache counts the tokens of each row. This class
+adds which columns hold a token, and translates the operations of `generate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ease.modules.cache import Cache as NativeCache
 
 
 class EaseCache(Cache):
-    """What a batch has read so far. It belongs to the policy and the weights that the model had when it was made.
+    """The cache of a batch. It is valid for the policy and the weights that the model had when it was created.
 
     Attributes:
         native: keys, values and states.
@@ -28,30 +28,34 @@ class EaseCache(Cache):
         self.native = native
         self.real = torch.ones(len(native.length), 0, dtype=torch.bool, device=native.states.device)
 
-    def come(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
-        """Which of the tokens ids (B, T) that come next are real; makes room for them.
+    def admit(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
+        """Makes room for the next tokens and returns their layout.
 
         Args:
-            attention_mask: (B, columns read + T); all real by default.
-            position_ids: (B, T), which can only say what follows from the tokens read.
+            ids: (B, T), the tokens after those read so far.
+            attention_mask: (B, columns read + T); by default all T tokens are real.
+            position_ids: (B, T), which must continue the positions of each row.
+
+        Raises:
+            EaseError: ids, mask or positions do not continue the cached rows.
         """
         (B, T), (rows, columns) = ids.shape, self.real.shape
         real = torch.ones_like(ids, dtype=torch.bool)
-        known = rows == B
-        if known and attention_mask is not None:
+        continues = rows == B
+        if continues and attention_mask is not None:
             mask = attention_mask.bool()
-            known = mask.shape == (rows, columns + T) and torch.equal(mask[:, :columns], self.real)
+            continues = mask.shape == (rows, columns + T) and torch.equal(mask[:, :columns], self.real)
             real = mask[:, columns:]
-        if not known:
+        if not continues:
             raise EaseError(
-                f"the cache has read {columns} columns of {rows} rows: give ids of {rows} rows, and an attention_mask "
-                f"({rows}, {columns + T}) that says of the columns read what it said then"
+                f"the cache holds {columns} columns of {rows} rows: give ids of {rows} rows, and an attention_mask "
+                f"({rows}, {columns + T}) whose first {columns} columns are unchanged"
             )
         places = self.native.next(real)
         if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], places[real]):
             raise EaseError(
-                "with a cache a row is one text, whose positions count up: leave position_ids out, or the cache "
-                "(use_cache=False)"
+                "position_ids must continue the cached rows, which hold one text each: leave position_ids out, or set "
+                "use_cache=False"
             )
         longest = int(self.native.length.max()) + T
         if longest > self.native.capacity:
@@ -63,10 +67,11 @@ class EaseCache(Cache):
         return self.real.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets so many of the last columns, given as a negative number."""
+        """Removes the last columns; their number is negative, as in transformers."""
         self._keep(self.real[:, : tokens_to_remove or None])
 
     def reset(self) -> None:
+        """Removes all columns."""
         self._keep(self.real[:, :0])
 
     def _keep(self, real: Tensor) -> None:
@@ -74,12 +79,14 @@ class EaseCache(Cache):
         self.native.cut(real.sum(1).cpu())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with these rows in this order, each as often as it is named."""
+        """Replaces the rows by those at `indices` (N,), which may repeat."""
         self.native.select(indices.long().cpu().numpy())
         self.real = self.real[indices.to(self.real.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Selects rows after a step of beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
         self.batch_select_indices(torch.arange(len(self.real)).repeat_interleave(repeats))

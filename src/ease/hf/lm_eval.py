@@ -1,10 +1,10 @@
-"""lm-evaluation-harness on routed models, with what they cost beside the score.
+"""lm-evaluation-harness on routed models, with the compute next to the score.
 
-    python -m ease.lm_eval --model ease --model_args pretrained=DIR,routing_threshold=0.9 --tasks ...
+    python -m ease.hf.lm_eval --model ease --model_args pretrained=DIR,routing_threshold=0.9 --tasks ...
 
-- This registers the model "ease" and hands over to the harness's own command line; every other option is its.
-- Log-likelihoods come from `ease.score`, so padding is never run and no more logits exist than a chunk of tokens has.
-- Generation is that of `EaseForCausalLM`, with its cache: each token is read once, and counted once.
+- This registers the model "ease" and runs the harness's own command line; all other options belong to the harness.
+- Log-likelihoods come from `ease.score`: padding is never computed, and logits exist for one chunk of tokens at a time.
+- Generation is that of `EaseForCausalLM` with its cache: each token is read once, and counted once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from ease.devices import choose_device
 from ease.errors import EaseError, exit_on_error, require
 from ease.evaluation.scoring import score
-from ease.flops import classifier_flops, exit_flops, layer_flops, real_pairs
+from ease.flops import exit_flops, layer_flops, real_pairs
 from ease.interface import IGNORE, Batch, Layout
 from ease.routing.confidence import measure_named
 
@@ -34,22 +34,31 @@ except ImportError:
         require("lm_eval.models.huggingface", "eval")
     raise
 
-Request = tuple[Any, list[int], list[int]]  # what was asked in words, the context's ids, the continuation's ids
+Request = tuple[Any, list[int], list[int]]  # cache key, ids of the context, ids of the continuation
 
-MADE: list[EaseLM] = []
+CREATED: list[EaseLM] = []  # models whose compute `main` prints, since the harness's command line does not return them
 
 
 @register_model("ease")
 class EaseLM(HFLM):  # type: ignore[misc]
-    """A model of ease for the harness.
+    """A model of ease under lm-evaluation-harness.
 
     Args:
         pretrained: a folder or hub name that `EaseForCausalLM.from_pretrained` reads.
-        routing_threshold: confidence at which a token leaves; the model's own policy by default, 0 for no routing.
-        exits: layers after which it may leave, several as "4+8"; the model's own by default.
-        dtype: of the weights, such as "bfloat16"; as they are stored by default.
-        device: where the model runs; the GPU by default, if there is one.
-        options: the further ones of the harness's `hf` model.
+        routing_threshold: confidence at which a token leaves, 0 for full depth; the model's own policy by default.
+        exits: layers after which tokens may leave, several as "4+8"; by default those of the model's policy.
+        dtype: dtype of the weights, such as "bfloat16"; by default as they are stored.
+        device: device of the model; by default the GPU if there is one.
+        options: options of the harness's `hf` model.
+
+    Attributes:
+        flops: FLOPs spent so far.
+        processed: tokens that ran, padding excluded.
+        predicted: tokens that were predicted.
+        layers: layers that the predicted tokens ran, in total.
+
+    Raises:
+        EaseError: an option is not valid, or the checkpoint cannot be read.
     """
 
     def __init__(
@@ -62,9 +71,9 @@ class EaseLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         if not torch.cuda.is_available() and (device is None or device.startswith("cuda")):
-            device = "cpu"  # the harness asks for cuda where nobody said anything
+            device = "cpu"  # the harness passes cuda by default
         if exits is not None and routing_threshold is None:
-            raise EaseError("exits are for routing: give routing_threshold beside them, or leave them out")
+            raise EaseError("exits need a routing_threshold: give both, or neither")
         device = choose_device(device or "cuda")
         model = EaseForCausalLM.from_pretrained(pretrained, dtype=dtype)
         model.to(device)  # type: ignore[arg-type]
@@ -74,24 +83,26 @@ class EaseLM(HFLM):  # type: ignore[misc]
                 threshold = float(routing_threshold) if isinstance(routing_threshold, str) else routing_threshold
             except ValueError:
                 raise EaseError(
-                    f"routing_threshold is a number and exits are layers, such as 4+8: got {routing_threshold}, {exits}"
+                    f"routing_threshold must be a number and exits layers such as 4+8, got {routing_threshold} and "
+                    f"{exits}"
                 ) from None
             model.set_routing(threshold, layers)
         super().__init__(model, backend="causal", tokenizer=pretrained, **options)
-        self.flops, self.processed, self.predicted, self.layers = 0.0, 0, 0, 0
-        MADE.append(self)
+        self.flops = 0.0
+        self.processed = 0
+        self.predicted = 0
+        self.layers = 0
+        CREATED.append(self)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Per request the log-likelihood of its continuation, and whether greedy decoding would write it."""
+        """For each request the log-likelihood of its continuation, and whether greedy decoding gives it."""
         size = override_bs or (self._detect_batch_size() if self.batch_size == "auto" else self.batch_size)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
         batches = [[requests[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
-        model = self.model.model
-        scores = score(
-            model, tqdm(map(self.batch, batches), total=len(batches), disable=disable_tqdm), self.model.policy
-        )
+        progress = tqdm(map(self.batch, batches), total=len(batches), disable=disable_tqdm)
+        scores = score(self.model.model, progress, self.model.policy)
         self.flops += scores.flops
         self.processed += scores.processed
         self.predicted += len(scores.exits)
@@ -105,7 +116,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
         return answers
 
     def batch(self, requests: Sequence[Request]) -> Batch:
-        """The requests as padded rows, in which only continuations are scored."""
+        """A batch of requests as rows padded on the right, in which only continuations are scored."""
         width = max(len(context) + len(continuation) for _, context, continuation in requests) - 1
         width = min(width, self.max_length)
         x = torch.zeros(len(requests), width, dtype=torch.long)
@@ -113,18 +124,19 @@ class EaseLM(HFLM):  # type: ignore[misc]
         for row, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise EaseError(
-                    f"a continuation of {len(continuation)} tokens does not fit: it must have 1 to {self.max_length} "
-                    "(max_length), so change the task or max_length"
+                    f"a continuation must have 1 to {self.max_length} tokens (max_length), got {len(continuation)}: "
+                    "change the task or max_length"
                 )
             ids = torch.tensor((context + continuation)[-(width + 1) :])
-            x[row, : len(ids) - 1], mask[row, : len(ids) - 1] = ids[:-1], 1
+            x[row, : len(ids) - 1] = ids[:-1]
+            mask[row, : len(ids) - 1] = 1
             y[row, len(ids) - 1 - len(continuation) : len(ids) - 1] = ids[-len(continuation) :]
         return Batch(x, y, layout=Layout.from_attention_mask(mask))
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         hooks = (
-            self.model.register_forward_pre_hook(self.note, with_kwargs=True),
-            self.model.register_forward_hook(self.count),
+            self.model.register_forward_pre_hook(self._before_step, with_kwargs=True),
+            self.model.register_forward_hook(self._after_step),
         )
         try:
             return super()._model_generate(*args, **kwargs)
@@ -132,30 +144,31 @@ class EaseLM(HFLM):  # type: ignore[misc]
             for hook in hooks:
                 hook.remove()
 
-    def note(self, model: EaseForCausalLM, args: Any, kwargs: dict[str, Any]) -> None:
-        """Notes what a step finds read: columns of the batch, and keys and values per layer and row."""
+    def _before_step(self, model: EaseForCausalLM, args: Any, kwargs: dict[str, Any]) -> None:
+        """Records the cache before a step of generation: columns read, and keys and values per layer and row."""
         cache = kwargs["past_key_values"]
-        self.before = (0, 0) if cache is None else (cache.get_seq_length(), cache.native.filled.copy())
+        self._cached = (0, 0) if cache is None else (cache.get_seq_length(), cache.native.filled.copy())
 
-    def count(self, model: EaseForCausalLM, args: Any, output: Any) -> None:
-        """Adds up what one step of generation cost; a row that has ended still waits, and costs, with its batch."""
-        cache, (columns, filled) = output.past_key_values, self.before
+    def _after_step(self, model: EaseForCausalLM, args: Any, output: Any) -> None:
+        """Adds the FLOPs of a step of generation. A row that has ended stays in its batch, and still costs."""
+        cache, (columns, filled) = output.past_key_values, self._cached
+        config, last, policy = model.model.config, model.model.num_layers, model.policy
+        measure = measure_named(policy.confidence)
         real = cache.real.long()
         layout = Layout((real.cumsum(1) - 1)[:, columns:], real[:, columns:] - 1)
-        config, last, policy = model.model.config, model.model.num_layers, model.policy
         exits = layout.real * last if output.exits is None else output.exits
-        # Keys and values count where they are made: for a token that left, when a later one of its row goes deeper.
-        # Without a cache all tokens of a batch make them in every layer that one of them runs.
-        for layer, made in enumerate((cache.native.filled - filled).sum(1).tolist(), start=1):
+        # Keys and values count where they are computed: for a token that left, when a later token of its row goes
+        # deeper. Without a cache all tokens of a batch compute them in every layer that one of them runs.
+        for layer, num_keys in enumerate((cache.native.filled - filled).sum(1).tolist(), start=1):
             arrived = exits >= layer
-            self.flops += layer_flops(config, made, int(arrived.sum()), real_pairs(arrived, layout))
+            self.flops += layer_flops(config, num_keys, int(arrived.sum()), real_pairs(arrived, layout))
         for layer in policy.exits:
-            # Every token is asked at every exit, by some measures without the head until it leaves.
-            asked = exits >= layer if measure_named(policy.confidence).needs_head else exits == layer
-            self.flops += exit_flops(config, int(asked.sum()), layer)
-            if policy.confidence == "classifier":
-                self.flops += classifier_flops(config, int((exits >= layer).sum()))
-        # At the end only the one whose successor is wanted is asked, the last of its row.
+            arrived = exits >= layer
+            # An exit evaluates every token that arrives, some measures without the head unless the token leaves.
+            heads = arrived if measure.needs_head else exits == layer
+            self.flops += exit_flops(config, int(heads.sum()), layer)
+            self.flops += measure.flops(config, int(arrived.sum()))
+        # The last exit evaluates only the last token of a row, whose successor is sampled.
         self.flops += exit_flops(config, int((exits[:, -1] == last).sum()), last)
         self.processed += int(layout.real.sum())
         self.predicted += len(exits)
@@ -163,7 +176,11 @@ class EaseLM(HFLM):  # type: ignore[misc]
 
     @property
     def compute(self) -> dict[str, float]:
-        """FLOPs per token that ran, every head included, and the share of the layers that predicted tokens ran."""
+        """What the requests so far cost.
+
+        "flops_per_token" is per token that ran, with all heads; "layers_run" is the mean share of the layers that the
+        predicted tokens ran.
+        """
         return {
             "flops_per_token": self.flops / max(1, self.processed),
             "layers_run": self.layers / max(1, self.predicted) / self.model.model.num_layers,
@@ -172,14 +189,14 @@ class EaseLM(HFLM):  # type: ignore[misc]
         }
 
     def get_model_info(self) -> dict[str, Any]:
-        """Goes into the harness's results, under `config`."""
+        """Adds routing and compute to the "config" of the harness's results."""
         policy = self.model.policy
         routing = {"exits": policy.exits, "thresholds": policy.thresholds}
         return {**super().get_model_info(), "routing": routing, "compute": self.compute}
 
 
 def main() -> int:
-    """The harness's command line; bad input of ease is one sentence on stderr and exit code 2."""
+    """Runs the harness's command line; prints an EaseError to stderr and returns 2."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
@@ -187,7 +204,7 @@ def main() -> int:
     except EaseError as error:
         print(f"ease: {error}", file=sys.stderr)
         return 2
-    for lm in MADE:
+    for lm in CREATED:
         compute, policy = lm.compute, lm.model.policy
         routed = f"exits {policy.exits} at {policy.thresholds}" if policy.exits else "no routing"
         print(

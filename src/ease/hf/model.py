@@ -1,10 +1,11 @@
-"""The native model as a citizen of transformers: `generate`, `Trainer`, pipelines, saving and LoRA work on it.
+"""The native model as a transformers model: `generate`, `Trainer`, pipelines, saving and LoRA work on it.
 
 - Importing this module registers `EaseForCausalLM` with the Auto classes, under the model type "ease".
-- A folder that `save_pretrained` of this class writes holds the native names, so a `Trainer` resumes from it; for
-  one that stock transformers loads, `ease.save_pretrained(model.model, folder)`.
-- Depth and policy are the model's own. The config tells them, and changing the config changes neither.
-- `generate` reads every token once, into a cache of the model's own (`hf_cache.py`).
+- `save_pretrained` of this class writes the native parameter names, from which a `Trainer` resumes. For a folder that
+  stock transformers loads, use `ease.save_pretrained(model.model, folder)`.
+- Depth and policy belong to the native model. The config records them when the model is saved; changing the config
+  changes neither.
+- `generate` reads every token once, into the model's own cache (`ease.hf.cache`).
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ except ImportError:
 
 
 class EaseConfig(PreTrainedConfig):
-    """What config.json of an `EaseForCausalLM` says.
+    """The config.json of an `EaseForCausalLM`.
 
     Args:
         model: the fields of `ease.ModelConfig`.
         exits: layers after which tokens may leave.
-        thresholds: one per exit, 0 where it does not route.
+        thresholds: one per exit; an exit with threshold 0 is not used.
         trained_exits: exits that a loss has trained.
-        policy_options: further fields of `ease.Policy`.
+        policy_options: the other fields of `ease.Policy`.
+        bos_token_id, eos_token_id, pad_token_id: as in transformers.
     """
 
     model_type = NATIVE
@@ -60,7 +62,7 @@ class EaseConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    # Read by tools that know nothing of ease. Read-only: what builds the model is `model`.
+    # For tools that read stock names. Read-only, since the model is built from `model` alone.
     vocab_size = property(lambda self: (self.model or {}).get("vocab_size"))
     hidden_size = property(lambda self: (self.model or {}).get("dim"))
     num_hidden_layers = property(lambda self: (self.model or {}).get("num_layers"))
@@ -71,19 +73,34 @@ class EaseConfig(PreTrainedConfig):
 
 @dataclass
 class EaseOutput(CausalLMOutputWithPast):
-    """As transformers' own, and of a routed pass also `exits` (B, T): where each token left, 0 for padding.
+    """The output of transformers' causal models, with the exits of a routed pass.
 
-    With a cache T counts the tokens that came, as in `logits`, and not those read before.
+    Args:
+        exits: (B, T), the layer at which each token left, 0 for padding; None at full depth. With a cache, T counts the
+            tokens of this call, as in `logits`.
     """
 
     exits: Tensor | None = None
 
 
 class EaseForCausalLM(PreTrainedModel, GenerationMixin):
-    """A native model (`.model`) in the clothes of transformers.
+    """A native model behind the interface of transformers.
 
-    In evaluation mode it is routed as `set_routing` says; in training mode it runs at full depth, and the loss is
-    the final exit's.
+    In evaluation mode tokens leave as the policy allows (`set_routing`); in training mode the model runs at full depth,
+    with the loss of the final exit.
+
+    Args:
+        config: shape, policy and special tokens.
+        model: a native model to use instead of a new one of that shape.
+
+    Attributes:
+        model: the native model.
+        policy: where tokens leave in evaluation mode.
+
+    Example:
+        >>> model = ease.EaseForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model.set_routing(0.9, exits=[15, 20])
+        >>> model.generate(ids, max_new_tokens=64)
     """
 
     config_class = EaseConfig
@@ -106,12 +123,17 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The native model has its initial values from its own constructor."""
+        """Keeps the initial values that the native model's constructor set."""
 
     @classmethod
     def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
-        """A native model, shared and not copied; `token_ids` are bos_token_id, eos_token_id and pad_token_id."""
-        wrapped = cls(EaseConfig(**_told(model), dtype=next(model.parameters()).dtype, **token_ids), model)
+        """Wraps a native model, which is shared and not copied.
+
+        Args:
+            model: the native model.
+            token_ids: bos_token_id, eos_token_id and pad_token_id.
+        """
+        wrapped = cls(EaseConfig(**config_of(model), dtype=next(model.parameters()).dtype, **token_ids), model)
         wrapped.train(model.training)
         return wrapped
 
@@ -119,9 +141,15 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
     ) -> Self:
-        """Reads a folder of this class as transformers does, and any checkpoint that `ease.from_pretrained` reads.
+        """Loads a folder that this class saved, or any checkpoint that `ease.from_pretrained` reads.
 
-        Of the latter the arguments are `dtype` (a torch dtype, its name or "auto") and `device`.
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub.
+            model_args, kwargs: for a folder of this class, the arguments of transformers; for other checkpoints `dtype`
+                (a torch dtype, its name or "auto") and `device`.
+
+        Raises:
+            EaseError: the checkpoint is missing, damaged or not supported, or an argument is not.
         """
         folder = checkpoint_folder(pretrained_model_name_or_path)
         raw = read_json(folder / CONFIG)
@@ -129,7 +157,7 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
             return loaded
         if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "device"}):
-            raise EaseError(f"{', '.join(unknown)} is not to be had for this checkpoint: give dtype and device alone")
+            raise EaseError(f"{', '.join(unknown)} is not supported for this checkpoint: use dtype and device only")
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         model = cls.wrap(
@@ -140,8 +168,8 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As transformers' own; the config tells the model as it is now, adapters and policy included."""
-        for name, value in _told(self.model).items():
+        """Saves as transformers does, with the model's present shape and policy in the config."""
+        for name, value in config_of(self.model).items():
             setattr(self.config, name, value)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -151,23 +179,28 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.policy
 
     def set_routing(self, threshold: float | Sequence[float], exits: int | Sequence[int] | None = None) -> None:
-        """Turns early exit on for everything that runs this model in evaluation mode.
+        """Sets the exits and thresholds for everything that runs this model in evaluation mode.
 
         Args:
-            threshold: confidence in [0, 1] at which a token leaves, one for all exits or one each; 0 turns it off.
-            exits: layers after which tokens may leave; those set before by default, then those that are trained.
+            threshold: confidence in [0, 1] at which a token leaves, for all exits or one per exit; 0 turns routing off.
+            exits: layers after which tokens may leave; by default those set last, or else those that are trained.
 
         Raises:
-            EaseError: for a policy that the model cannot follow.
+            EaseError: the model has no such exit, or a threshold lies outside [0, 1].
+
+        Example:
+            >>> model.set_routing(0.9, exits=[4, 8])
+            >>> model.set_routing(0)  # full depth
         """
-        chosen = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or self.model.early_exits)
-        if not chosen:
+        layers = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or self.model.early_exits)
+        if not layers:
             raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
-        thresholds = [float(threshold)] * len(chosen) if isinstance(threshold, int | float) else list(threshold)
-        policy = Policy.of(chosen, thresholds, **self.model.policy.options)
+        thresholds = [float(threshold)] * len(layers) if isinstance(threshold, int | float) else list(threshold)
+        policy = Policy.of(layers, thresholds, **self.model.policy.options)
         policy.check(self.model.num_layers)
         self.model.policy = policy
-        self.config.exits, self.config.thresholds = list(chosen), thresholds
+        self.config.exits = list(layers)
+        self.config.thresholds = thresholds
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -192,39 +225,45 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> EaseOutput | tuple[Any, ...]:
-        """ids (B, T) -> logits (B, T, V), or those of the places in `logits_to_keep`.
+        """ids (B, T) -> logits (B, T, V), or (B, K, V) of the tokens that `logits_to_keep` selects.
 
         Args:
-            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side; with a cache, of what was read
-                before and of the ids, which are its last T columns.
-            position_ids: (B, T); each 0 begins a document, and none attends to another.
-            past_key_values: what was read before; the ids are what comes next, and nothing is learned from them.
+            input_ids: (B, T) ids.
+            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side. With a cache it also covers the
+                columns read before, and the ids are its last T columns.
+            position_ids: (B, T); each 0 begins a document, and documents do not attend to each other.
+            past_key_values: the cache of the tokens before `input_ids`; the call then computes no gradients.
             labels: (B, T), the ids themselves; -100 is not scored.
-            logits_to_keep: the last so many places, 0 for all, or a tensor of places, (K,) or (B, K) for each row.
-            use_cache: in evaluation mode, makes a cache where none is passed; it comes back as `past_key_values`.
+            logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K).
+            use_cache: in evaluation mode, creates a cache if none is passed, and returns it as `past_key_values`.
+            return_dict: False returns a tuple.
+            kwargs: arguments of the loss, such as `num_items_in_batch`.
+
+        Raises:
+            EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
-        asked = ("inputs_embeds", "output_attentions", "output_hidden_states")
-        if refused := [name for name in asked if kwargs.pop(name, None)]:
-            raise EaseError(f"{', '.join(refused)} is not to be had of this model: leave it out")
+        unsupported = ("inputs_embeds", "output_attentions", "output_hidden_states")
+        if refused := [name for name in unsupported if kwargs.pop(name, None)]:
+            raise EaseError(f"{', '.join(refused)} is not supported by this model: leave it out")
         if input_ids is None:
-            raise EaseError("input_ids are missing: this model reads token ids")
+            raise EaseError("input_ids must be given, since this model reads token ids only")
         B, T = input_ids.shape
         cache = self._new_cache(B, T) if use_cache and past_key_values is None else past_key_values
         if cache is None:
             layout = make_layout(input_ids, attention_mask, position_ids)
         elif self.training or not isinstance(cache, EaseCache):
             raise EaseError(
-                f"past_key_values is a {type(cache).__name__}: leave it out, or pass one that this model made in "
-                "evaluation mode, and in that mode"
+                f"past_key_values must be an EaseCache that this model created, in evaluation mode, got "
+                f"{type(cache).__name__}: leave it out, or call eval() first"
             )
         else:
-            layout = cache.come(input_ids, attention_mask, position_ids)
+            layout = cache.admit(input_ids, attention_mask, position_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = torch.arange(T, device=input_ids.device)[keep].expand(B, -1)
         routed = bool(self.policy.exits) and not self.training
         exits = None
         if routed or cache is not None:
-            logits, exits = self._walk(input_ids, layout, kept, cache)
+            logits, exits = self._routed_logits(input_ids, layout, kept, cache)
         else:
             rows = torch.arange(B, device=input_ids.device)[:, None]
             logits = self.model.logits(self._full_depth(input_ids, layout)[rows, kept], self.model.num_layers)
@@ -235,40 +274,44 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _full_depth(self, ids: Tensor, layout: Layout | None) -> Tensor:
+        """ids (B, T) -> state (B, T, D) after the last layer, with gradient checkpointing where it is on."""
         state: Tensor = self.model.embed(ids)
         if not (self.gradient_checkpointing and self.training):
             return self.model.run(state, 1, self.model.num_layers, layout=layout)
         for layer in range(1, self.model.num_layers + 1):
-            one = partial(self.model.run, first=layer, last=layer, layout=layout)
-            state = self._gradient_checkpointing_func(one, state)
+            run_layer = partial(self.model.run, first=layer, last=layer, layout=layout)
+            state = self._gradient_checkpointing_func(run_layer, state)
         return state
 
     @torch.no_grad()
-    def _walk(self, ids: Tensor, layout: Layout | None, kept: Tensor, cache: EaseCache | None) -> tuple[Tensor, Tensor]:
-        """Logits of the kept places (B, K), each of the exit that the token took, and the exits (B, T)."""
-        (B, T), V, K = ids.shape, self.model.output_head.weight.shape[0], kept.shape[1]
+    def _routed_logits(
+        self, ids: Tensor, layout: Layout | None, kept: Tensor, cache: EaseCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the kept columns (B, K), each from the exit that the token took, and the exits (B, T)."""
+        B, T = ids.shape
+        V, K = self.model.output_head.weight.shape[0], kept.shape[1]
         logits = self.model.output_head.weight.new_zeros(B * K, V)
-        rows = torch.full((B, T), -1, device=ids.device)
-        rows.scatter_(1, kept, torch.arange(B * K, device=ids.device).view(B, K))
+        row_of = torch.full((B, T), -1, device=ids.device)  # token -> its row of `logits`, -1 if it is not kept
+        row_of.scatter_(1, kept, torch.arange(B * K, device=ids.device).view(B, K))
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
-            row = rows.flatten()[places]
-            logits[row[row >= 0]] = chunk[row >= 0].to(logits.dtype)
+            rows = row_of.flatten()[places]
+            logits[rows[rows >= 0]] = chunk[rows >= 0].to(logits.dtype)
             return chunk[:, :0]
 
         real = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
         exits = real * self.model.num_layers
         native = None if cache is None else cache.native
-        for stop in routed_forward(
-            self.model, ids, self.policy, layout=layout, read=read, required=rows >= 0, cache=native
+        for step in routed_forward(
+            self.model, ids, self.policy, layout=layout, read=read, required=row_of >= 0, cache=native
         ):
-            exits[stop.left] = stop.layer
+            exits[step.left] = step.layer
         if cache is not None:
             cache.real = torch.cat([cache.real, real], 1)
         return logits.view(B, K, V), exits
 
     def _new_cache(self, rows: int, capacity: int) -> EaseCache | None:
-        """Training mode has none: with dropout, a token would not be read twice in the same way."""
+        """A cache for `rows` rows. None in training mode, where dropout gives a token other keys in every pass."""
         return None if self.training else EaseCache(self.model.new_cache(rows, capacity, key=self.policy))
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -279,8 +322,9 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Puts a cache with room for the longest text that may come into `model_kwargs`, unless told otherwise."""
-        # A hook before a layer may count on rows, as that of PEFT's `adapter_names`, and a cache hands out tokens.
+        """Adds a cache with room for the longest possible text to `model_kwargs`, unless one is there or is off."""
+        # A forward pre-hook may expect rows (B, T, D), as that of PEFT's `adapter_names`; with a cache, layers get
+        # single tokens.
         if self.training or any(module._forward_pre_hooks for module in self.model.modules()):
             generation_config.use_cache = False
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
@@ -288,41 +332,45 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             super()._prepare_cache_for_generation(*arguments)  # type: ignore[misc]
             return
         if generation_config.cache_implementation is not None:
-            raise EaseError("cache_implementation is for stock models: leave it out, this model has a cache of its own")
+            raise EaseError(
+                "cache_implementation is for stock models: leave it out, since this model has its own cache"
+            )
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         model_kwargs["past_key_values"] = self._new_cache(rows, max_cache_length)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """Positions follow from the mask, or from the cache: transformers' own go wrong after padding on the right."""
+        """Does nothing: positions follow from mask or cache. transformers' are wrong after padding on the right."""
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As transformers' own; a row that is padded on the right goes on from its last token."""
+        """Prepares as transformers does, but continues a row that is padded on the right from its last real token."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         mask, T = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
         if mask is not None and not bool(mask[:, -1].all()):
             real = mask[:, -T:].bool()
             if bool((mask.any(1) & ~real.any(1)).any()):
-                raise EaseError("a row has no token in what comes next: pad prompts that are read in parts on the left")
+                raise EaseError(
+                    "a row has only padding in this part of the prompt: pad prompts that are read in parts on the left"
+                )
             inputs["logits_to_keep"] = (real * torch.arange(T, device=real.device)).amax(1, keepdim=True)
         return inputs
 
     def generate(  # type: ignore[override]
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' own; each token is read once, unless `use_cache=False` or the model is in training mode."""
+        """Generates as transformers does. Tokens are read once, except with `use_cache=False` and in training mode."""
         if any(
             getattr(source, "assistant_early_exit", None) is not None
             for source in (generation_config, self.generation_config)
         ) or kwargs.get("assistant_early_exit"):
             raise EaseError(
-                "assistant_early_exit is for stock models (ease.save_pretrained writes one): here, early exit is "
+                "assistant_early_exit is for stock models (ease.save_pretrained writes one): use "
                 "model.set_routing(threshold, exits)"
             )
         return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
 
-def _told(model: DeepSupervisionTransformer) -> dict[str, Any]:
-    """What a config tells of a model."""
+def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:
+    """The fields of `EaseConfig` that describe a model."""
     policy = model.policy
     return {
         "model": asdict(model.config),
@@ -334,21 +382,26 @@ def _told(model: DeepSupervisionTransformer) -> dict[str, Any]:
 
 
 def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:
-    """Positions and segments from what transformers passes; None for plain rows, which run fastest."""
+    """The layout (B, T) of rows with an attention mask or positions.
+
+    None for rows without padding that hold one document each, which run fastest without a layout.
+    """
     if attention_mask is None and position_ids is None:
         return None
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     if mask.shape != ids.shape:
-        raise EaseError(f"attention_mask has shape {tuple(mask.shape)}: give one of {tuple(ids.shape)}, as the ids")
+        raise EaseError(f"attention_mask must have the shape {tuple(ids.shape)} of the ids, got {tuple(mask.shape)}")
     layout = Layout.from_attention_mask(mask)
     if position_ids is not None:
         if position_ids.shape not in (ids.shape, ids.shape[1:], (1, ids.shape[1])):
-            raise EaseError(f"position_ids has shape {tuple(position_ids.shape)}: give one of {tuple(ids.shape)}")
+            raise EaseError(
+                f"position_ids must have the shape {tuple(ids.shape)} of the ids, got {tuple(position_ids.shape)}"
+            )
         positions = position_ids.expand_as(ids)
         documents = (layout.real & (positions == 0)).cumsum(1)
         layout = Layout(positions, torch.where(layout.real, documents, -1))
-    plain = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return None if bool(layout.real.all()) and torch.equal(layout.positions, plain) else layout
+    default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return None if bool(layout.real.all()) and torch.equal(layout.positions, default) else layout
 
 
 AutoConfig.register(NATIVE, EaseConfig, exist_ok=True)
