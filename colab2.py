@@ -72,7 +72,7 @@ class Settings:
 
     def ashem(self) -> ASHEMConfig:
         return ASHEMConfig(
-            protocol="seed",
+            protocol="original",
             phase1_layers=2,
             phase1_lr=1e-3,
             phase1_patience=1,

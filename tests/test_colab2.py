@@ -163,7 +163,7 @@ def test_the_summary_is_complete(summary: dict[str, Any], ran: tuple[str, Path])
     final, before = summary["in_sample"]["final"], summary["in_sample"]["phase_1"]["hard_ppl"]
     assert final["improvement"] == pytest.approx(before - final["hard_ppl_as_trained"])
     assert summary["settings"]["num_samples"] == 200
-    assert summary["ashem"]["protocol"] == "seed"
+    assert summary["ashem"]["protocol"] == "original"
 
 
 def test_a_summary_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
