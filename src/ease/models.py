@@ -124,9 +124,8 @@ class StandardTransformer(ExitModel):
         # From the exit's norm only: an adapter in front of the head would cost more than the classifier.
         normed = self.exit_norms[exit - 1](state)
         classifier: Any = self.exit_classifiers[str(exit)]
-        kind = torch.promote_types(
-            normed.dtype, torch.float32
-        )  # in half precision many tokens would have the same confidence
+        # In half precision many tokens would have the same confidence.
+        kind = torch.promote_types(normed.dtype, torch.float32)
         odds = F.linear(normed.to(kind), classifier.weight.to(kind), classifier.bias.to(kind))
         return odds.squeeze(-1).sigmoid()
 

@@ -104,7 +104,7 @@ def test_cache_size_and_reuse_for_another_policy(tiny: Make) -> None:
     assert stored == 2 * 10 * bytes_per_token(model)
     with pytest.raises(EaseError, match="made for routed at 1, not for full"):
         cache.check("full")
-    with pytest.raises(EaseError, match="room for 10 tokens a row and 11 came"):
+    with pytest.raises(EaseError, match="the cache has 10 places per row, but a row would need 11"):
         model.run(model.embed(torch.zeros(2, 11, dtype=torch.long)), 1, 3, cache=cache)
 
 

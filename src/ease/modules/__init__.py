@@ -1,13 +1,14 @@
-"""The parts of a transformer layer, one idea a file."""
+"""Parts of a transformer layer, one idea per file."""
 
 from torch.nn import RMSNorm
 
 from ease.modules.adapter import Adapter
 from ease.modules.attention import Attention
-from ease.modules.block import TransformerBlock, light_layer
-from ease.modules.cache import Cache, CachedPlan
+from ease.modules.block import TransformerBlock
+from ease.modules.cache import Cache
+from ease.modules.cached_plan import CachedPlan
+from ease.modules.decoding import decoding_layer
 from ease.modules.ffn import FFN
-from ease.modules.packed import packed
 from ease.modules.plan import Plan
 from ease.modules.rope import rotary
 
@@ -20,7 +21,6 @@ __all__ = [
     "Plan",
     "RMSNorm",
     "TransformerBlock",
-    "light_layer",
-    "packed",
+    "decoding_layer",
     "rotary",
 ]

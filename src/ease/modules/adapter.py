@@ -1,11 +1,11 @@
-"""A small residual network between an exit's norm and the shared head, for exits of a frozen model."""
+"""Adapter: a small residual network between an exit's norm and the shared head, for exits of a frozen model."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """h (..., dim) -> (..., dim); the identity until it has learned."""
+    """h (..., dim) -> (..., dim) through `hidden_dim` units; the identity until trained."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

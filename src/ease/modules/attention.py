@@ -1,9 +1,8 @@
-"""Causal grouped-query attention with rotary positions, in which only active tokens ask.
+"""Causal grouped-query attention with rotary positions, with queries for active tokens only.
 
-- What a run's layers share (rotary factors, who sees whom, which tokens ask) is worked out once, in a `Plan`.
-- Every token gives keys and values; queries, mixing and the output projection are done for asking tokens only.
-- Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split convention of Llama checkpoints, with
-  Llama 3.1's scaling by choice. Biases on queries, keys and values are Qwen2's, norms on queries and keys Qwen3's.
+- What the layers of a run share (rotary factors, visibility, active tokens) is computed once, in a `Plan`.
+- Keys and values are computed for every token; queries, attention and the output projection for active tokens only.
+- Biases on queries, keys and values are those of Qwen2, norms on queries and keys those of Qwen3.
 """
 
 from __future__ import annotations
@@ -14,13 +13,21 @@ from ease.modules.plan import Plan
 from ease.modules.rope import rotate
 
 
-def heads(x: Tensor, head_dim: int) -> Tensor:
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """h (B, T, dim) -> (B, T, dim), or (N, dim) for the N asking tokens of the plan."""
+    """Attention of one layer: h (B, T, dim) -> (B, T, dim), or (N, dim) for the N active tokens of the plan.
+
+    Args:
+        dim: width of the state.
+        num_heads, num_kv_heads: heads of queries, and of keys and values.
+        head_dim: width of a head.
+        qkv_bias: biases on queries, keys and values.
+        qk_norm_eps: the epsilon of norms on queries and keys; None for no norms.
+    """
 
     def __init__(
         self,
@@ -43,8 +50,8 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, plan: Plan) -> Tensor:
         d = self.head_dim
-        q = rotate(self.q_norm(heads(plan.pad(self.q_proj(plan.gather(h))), d)), plan.query_rope)
-        k = rotate(self.k_norm(heads(self.k_proj(h), d)), plan.rope)
-        mixed = plan.attend(q, k, heads(self.v_proj(h), d))
+        q = rotate(self.q_norm(split_heads(plan.pad(self.q_proj(plan.gather(h))), d)), plan.query_rope)
+        k = rotate(self.k_norm(split_heads(self.k_proj(h), d)), plan.rope)
+        mixed = plan.attend(q, k, split_heads(self.v_proj(h), d))
         out: Tensor = self.o_proj(plan.unpad(mixed.transpose(1, 2).flatten(2)))
         return out

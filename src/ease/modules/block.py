@@ -1,23 +1,29 @@
-"""One layer: pre-norm attention and feed-forward, each on its own residual branch."""
+"""Transformer block: pre-norm attention and feed-forward, each on its own residual branch."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.modules.attention import Attention
-from ease.modules.cpu import light
 from ease.modules.ffn import FFN
 from ease.modules.plan import Plan
 
 
-def _same(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
 class TransformerBlock(nn.Module):
-    """x (B, T, dim) -> (B, T, dim); tokens that do not ask in the plan keep their state bit for bit."""
+    """One layer: x (B, T, dim) -> (B, T, dim); tokens that are not active in the plan keep their state bit for bit.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, qkv_bias: as in `Attention`.
+        hidden_dim: units of the feed-forward.
+        norm_eps: epsilon of the norms.
+        dropout: share of a branch's outputs zeroed in training.
+        qk_norm: norms on queries and keys.
+    """
 
     def __init__(
         self,
@@ -42,20 +48,15 @@ class TransformerBlock(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        # The plain function and not a Dropout module: a frozen layer is told apart by its parameters,
-        # which a Dropout module does not have.
-        drop = partial(F.dropout, p=self.dropout) if self.training and self.dropout else _same
+        # The function and not a Dropout module: whether a layer is frozen is read off its parameters, and a Dropout
+        # module has none.
+        drop = partial(F.dropout, p=self.dropout) if self.training and self.dropout else _unchanged
         a = plan.gather(x)
         a = a + drop(self.attention(self.attention_norm(x), plan))
         a = a + drop(self.ffn(self.ffn_norm(a)))
         return plan.scatter(x, a)
 
     def make_identity(self) -> None:
-        """Both branches give zero, so the layer hands its input through until it has learned."""
+        """Sets the output projections of both branches to zero, so that the layer returns its input until trained."""
         nn.init.zeros_(self.attention.o_proj.weight)
         nn.init.zeros_(self.ffn.down_proj.weight)
-
-
-def light_layer(layer: nn.Module) -> Callable[[Tensor, Plan], Tensor]:
-    """What a layer computes in evaluation mode with the weights that it has now, at less cost a call."""
-    return light(layer, (TransformerBlock, Attention, FFN))

@@ -1,11 +1,11 @@
-"""The feed-forward: SwiGLU (Shazeer 2020, arXiv:2002.05202), shaped and named as in Llama."""
+"""Feed-forward network: SwiGLU (Shazeer 2020, arXiv:2002.05202), with the shapes and parameter names of Llama."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FFN(nn.Module):
-    """x (..., dim) -> (..., dim) through `hidden_dim` gated units, no biases."""
+    """x (..., dim) -> (..., dim) through `hidden_dim` gated units, without biases."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

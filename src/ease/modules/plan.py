@@ -1,4 +1,8 @@
-"""ease.modules.plan."""
+"""Plan of a run: what all layers of one `run` share, computed once.
+
+Attention needs a rectangle of queries per row; projections and the feed-forward work on the active tokens alone. The
+plan converts between the two.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,14 @@ from ease.modules.rope import rotary
 class Plan:
     """What all layers of one `run` share.
 
-    With `rows` None every token asks and `gather`, `pad`, `unpad` and `scatter` hand their argument through.
-    Otherwise token i of the N asking ones stands at (rows[i], cols[i]) of the batch and in place slots[i] of
-    its row's `width` queries: attention wants a rectangle, everything else works on the N tokens alone.
+    If `rows` is None, all tokens are active, and `gather`, `pad`, `unpad`, and `scatter` return their argument.
+    Otherwise the i-th of the N active tokens is at (rows[i], cols[i]) of the batch, and is query slots[i] of the
+    `width` queries of its row.
     """
 
-    rope: tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, T, head_dim), for keys
-    query_rope: tuple[Tensor, Tensor]  # the same for queries, (B or 1, 1, width, head_dim)
-    mask: Tensor | None  # (B or 1, 1, width, T), true where a query may look; None: plain causal
+    rope: tuple[Tensor, Tensor]  # cos and sin for keys, each (B or 1, 1, T, head_dim)
+    query_rope: tuple[Tensor, Tensor]  # cos and sin for queries, each (B or 1, 1, width, head_dim)
+    mask: Tensor | None  # (B or 1, 1, width, T), true where a query may attend; None: causal
     rows: Tensor | None = None
     cols: Tensor | None = None
     slots: Tensor | None = None
@@ -39,6 +43,14 @@ class Plan:
         active: Tensor | None,
         scaling: RopeScaling | None = None,
     ) -> Plan:
+        """The plan for a run over a whole sequence, without a cache.
+
+        Args:
+            state: (B, T, D), for its shape, type, and device.
+            head_dim, theta, scaling: as in `rotary`.
+            layout: positions and segments; by default positions count up and there is one segment.
+            active: (B, T) true for active tokens; by default all. Padding is never active.
+        """
         B, T, _ = state.shape
         if layout is not None and not bool(layout.real.all()):
             active = layout.real if active is None else active & layout.real
@@ -57,39 +69,33 @@ class Plan:
         slots = active.long().cumsum(1)[rows, cols] - 1
         width = int(active.sum(1).max()) if rows.numel() else 0
         visible = default <= cols[:, None] if layout is None else layout.visible(rows, cols)
-        # Places that no token takes look everywhere: their result is never read, and a softmax over nothing is NaN.
+        # Unused query slots attend to everything: their output is discarded, and a fully masked row would be NaN.
         mask = torch.ones(B, 1, width, T, dtype=torch.bool, device=state.device)
         mask[rows, 0, slots] = visible
         plan = cls(rope, rope, mask, rows, cols, slots, width)
-        query_rope = (plan.pad(t[:, 0].expand(B, T, head_dim)[rows, cols])[:, None] for t in rope)
-        return cls(rope, (next(query_rope), next(query_rope)), mask, rows, cols, slots, width)
-
-    @property
-    def causal(self) -> bool:
-        """Whether every token asks and may look at itself and all before it."""
-        return self.mask is None
+        cos, sin = (plan.pad(table[:, 0].expand(B, T, head_dim)[rows, cols])[:, None] for table in rope)
+        return cls(rope, (cos, sin), mask, rows, cols, slots, width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What queries (B, H, width, head_dim) make of keys and values (B, H_kv, T, head_dim): as the queries."""
-        return mix(q, k, v, self.mask, self.causal)
+        """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim)."""
+        return mix(q, k, v, self.mask, causal=self.mask is None)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (N, D), the tokens that ask."""
+        """(B, T, D) -> (N, D), the active tokens."""
         return x if self.rows is None else x[self.rows, self.cols]
 
-    def scatter(self, x: Tensor, asking: Tensor) -> Tensor:
-        """x (B, T, D) with the tokens that ask replaced by asking (N, D)."""
+    def scatter(self, x: Tensor, active: Tensor) -> Tensor:
+        """x (B, T, D) with the active tokens replaced by `active` (N, D)."""
         if self.rows is None or self.cols is None:
-            return asking
-        return x.index_put((self.rows, self.cols), asking)
+            return active
+        return x.index_put((self.rows, self.cols), active)
 
-    def pad(self, asking: Tensor) -> Tensor:
+    def pad(self, active: Tensor) -> Tensor:
         """(N, D) -> (B, width, D)."""
         if self.rows is None or self.slots is None or self.mask is None:
-            return asking
-        return asking.new_zeros(self.mask.shape[0], self.width, asking.shape[-1]).index_put(
-            (self.rows, self.slots), asking
-        )
+            return active
+        padded = active.new_zeros(self.mask.shape[0], self.width, active.shape[-1])
+        return padded.index_put((self.rows, self.slots), active)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, width, D) -> (N, D)."""
@@ -97,7 +103,12 @@ class Plan:
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim)."""
+    """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim), shaped like q.
+
+    Args:
+        mask: (B or 1, 1, width, T) true where a query may attend; None for no mask.
+        causal: whether query i attends only to keys up to i.
+    """
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )

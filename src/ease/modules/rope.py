@@ -1,4 +1,7 @@
-"""ease.modules.rope."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+In the half-split convention of Llama checkpoints, optionally with Llama 3.1's scaling for longer contexts.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,19 @@ from ease.interface import RopeScaling
 def rotary(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos and sin (B, 1, T, head_dim), the sine negative in the first half, for `rotate`."""
+    """Rotary factors for `rotate`: cos and sin (B, 1, T, head_dim), the sine negated in the first half.
+
+    Args:
+        positions: (B, T) integers.
+        head_dim: width of a head, an even number.
+        theta: base of the angles.
+        dtype: type of the factors.
+        scaling: Llama 3.1's scaling; None for none.
+    """
     # Angles need at least float32: bfloat16 cannot tell position 257 from 256.
     precise = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(precise)
-    # Written as Llama's own code has it: at position 100,000 one rounding more shows in the angle.
+    # In the order of operations of Llama's code: at position 100,000 one more rounding changes the angle.
     frequencies = 1.0 / theta ** (steps / head_dim)
     if scaling is not None:
         frequencies = scaling(frequencies)
@@ -27,26 +38,26 @@ def rotary(
 
 
 class _Rotate(torch.autograd.Function):
-    """A turn, whose gradient is the turn back: less than half the time of what autograd makes of it on a CPU."""
+    """Rotation with its own gradient, the inverse rotation: less than half of autograd's time on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _apply(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _turn(upstream[0], cos, -sin), None, None
+        return _apply(upstream[0], cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, H, T, head_dim) turned by its position."""
-    if not torch.is_grad_enabled():  # a node of autograd costs as much as the turn of one token
-        return _turn(x, *rope)
-    turned: Tensor = _Rotate.apply(x, *rope)  # type: ignore[no-untyped-call]
-    return turned
+    """Rotates x (B, H, T, head_dim) by its positions, whose factors `rotary` returns."""
+    if not torch.is_grad_enabled():  # an autograd node costs as much as the rotation of one token
+        return _apply(x, *rope)
+    rotated: Tensor = _Rotate.apply(x, *rope)  # type: ignore[no-untyped-call]
+    return rotated

@@ -1,0 +1,34 @@
+"""Runs with a cache against runs over whole sequences."""
+
+import pytest
+import torch
+
+from ease import StandardTransformer
+from ease.modules.cached_plan import QUERY_BLOCK
+
+
+def read_twice(model: StandardTransformer, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """States after 3 layers, of which some tokens leave at layer 1: computed at once, and with a cache in two parts."""
+    state = torch.randn(rows, length, model.config.dim, dtype=model.embedding.weight.dtype)
+    active = torch.rand(rows, length) < 0.5
+    active[0, : length // 2] = False  # a row of which every token leaves
+    whole = model.run(model.run(state, 1, 1), 2, 3, active=active)
+    cache, parts = model.new_cache(rows, length), []
+    for part, part_active in zip(state.split(length // 2, 1), active.split(length // 2, 1), strict=True):
+        parts.append(model.run(model.run(part, 1, 1, cache=cache), 2, 3, active=part_active, cache=cache))
+    return whole, torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_long_text_attends_in_blocks_of_queries(rows: int) -> None:
+    model = StandardTransformer(11, 16, 3, 4, num_kv_heads=2).double().eval()
+    with torch.no_grad():
+        whole, read = read_twice(model, rows, 6 * QUERY_BLOCK)
+    torch.testing.assert_close(read, whole, rtol=0, atol=1e-10)
+
+
+def test_gradients_flow_through_a_run_with_a_cache() -> None:
+    model = StandardTransformer(11, 16, 1, 4)
+    state = torch.randn(2, 5, 16)
+    model.run(state, 1, 1, cache=model.new_cache(2, 5)).sum().backward()
+    assert model.layers[0].ffn.up_proj.weight.grad is not None
