@@ -183,16 +183,6 @@ def synthetic_summary(**changes: Any) -> dict[str, Any]:
                 for t in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
             ],
         },
-        "plain": [
-            {"name": "3 layers", "num_layers": 3, "ppl": 43.0, "flops_per_token": 6.4e5, "compute_cost": 0.5},
-            {
-                "name": "6 layers",
-                "num_layers": 6,
-                "ppl": 37.2,
-                "flops_per_token": 1.25e6,
-                "compute_cost": 1.0,
-            },
-        ],
         "generation": {
             "line": "phase 2",
             "split": "test",
@@ -275,3 +265,12 @@ def run_folder(folder: Path, summary: object, explorer: object = None) -> Path:
     if explorer is not None:
         (folder / "explorer.json").write_text(json.dumps(explorer), "utf-8")
     return folder
+
+
+def with_line(summary: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
+    """The summary with the test figures (or the training FLOPs) of one line changed."""
+    for line in summary["lines"]:
+        if line["name"] == name:
+            line["train_flops"] = changes.pop("train_flops", line["train_flops"])
+            line["test"].update(changes)
+    return summary

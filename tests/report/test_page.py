@@ -1,4 +1,4 @@
-"""The report: what it says, that it stays whole and offline, and that it works in a real browser."""
+"""The HTML report: its content, that it is a single offline file, and that it works in a real browser."""
 
 from __future__ import annotations
 
@@ -10,184 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_report import run_folder, synthetic_explorer, synthetic_summary
+from data_report import run_folder, synthetic_explorer, synthetic_summary, with_line
 
 from ease.errors import EaseError
 from ease.report.page import write_report
-from ease.report.tables import decoding, decoding_table, text_table
-from ease.report.verdict import verdict
-
-# ---------------------------------------------------------------------------------------------------------
-# The verdict
-
-
-def with_line(summary: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
-    """The summary with the test figures (or the training FLOPs) of one line changed."""
-    for line in summary["lines"]:
-        if line["name"] == name:
-            line["train_flops"] = changes.pop("train_flops", line["train_flops"])
-            line["test"].update(changes)
-    return summary
-
-
-@pytest.mark.parametrize(
-    ("changes", "tone", "headline"),
-    [
-        (
-            {},
-            "better",
-            "Phase 2 beats phase 1 continued overall and on hard tokens, at equal training FLOPs.",
-        ),
-        (
-            {"ppl": 60.0, "hard_ppl": 160.0},
-            "worse",
-            "Phase 2 does not beat phase 1 continued: at equal training FLOPs it is worse overall "
-            "and worse on hard tokens.",
-        ),
-        (
-            {"ppl": 42.2, "hard_ppl": 160.0},
-            "worse",
-            "Phase 2 does not beat phase 1 continued: at equal training FLOPs it is even overall "
-            "and worse on hard tokens.",
-        ),
-        (
-            {"ppl": 60.0},
-            "mixed",
-            "Mixed: compared with phase 1 continued, at equal training FLOPs, phase 2 is better on hard "
-            "tokens but worse overall.",
-        ),
-        (
-            {"ppl": 42.1, "hard_ppl": 150.9},
-            "even",
-            "Phase 2 and phase 1 continued are even overall and on hard tokens, at equal training FLOPs.",
-        ),
-        ({"hard_ppl": None}, "better", "Phase 2 beats phase 1 continued overall, at equal training FLOPs."),
-        (
-            {"train_flops": 21e12},
-            "none",
-            "No fair verdict: phase 2 had 50% more training FLOPs than phase 1 continued.",
-        ),
-        (
-            {"train_flops": None},
-            "none",
-            "No verdict: training FLOPs were not recorded for both phase 2 and phase 1 continued.",
-        ),
-    ],
-)
-def test_verdict_says_plainly_what_the_figures_say(changes: dict[str, Any], tone: str, headline: str) -> None:
-    judged = verdict(with_line(synthetic_summary(), "phase 2", **changes))
-    assert (judged.tone, judged.headline) == (tone, headline)
-    assert (judged.line, judged.against, judged.split) == ("phase 2", "phase 1 continued", "test")
-
-
-def test_verdict_shows_its_figures_the_price_and_a_better_baseline() -> None:
-    assert verdict(synthetic_summary()).detail == (
-        "Perplexity 38.40 against 42.10 (8.8% lower) overall, 128.0 against 150.0 (14.7% lower) on hard "
-        "tokens, on held-out test tokens. Its tokens cost 1.48 times the FLOPs of those of phase 1 "
-        "continued. The lowest perplexity of all lines is that of standard: 37.20. "
-        "One seed: differences under 1% count as even."
-    )
-
-
-def test_verdict_falls_back_to_validation_and_says_so() -> None:
-    summary = synthetic_summary()
-    for line in summary["lines"]:
-        del line["test"]
-    judged = verdict(summary)
-    assert judged.split == "val"
-    assert "validation tokens (choices were made on them)" in judged.detail
-
-
-def test_verdict_judges_the_last_phase_against_the_line_of_nearest_training_flops() -> None:
-    summary = synthetic_summary()
-    first, continued, second, _ = summary["lines"]
-    third = {**second, "name": "phase 3", "train_flops": 20e12}
-    further = {**continued, "name": "phase 2 continued", "train_flops": 20e12}
-    judged = verdict({**summary, "lines": [first, continued, second, further, third]})
-    assert (judged.line, judged.against) == ("phase 3", "phase 2 continued")
-
-
-def test_verdict_without_a_fair_opponent_claims_nothing() -> None:
-    summary = synthetic_summary()
-    first, _, second, standard = summary["lines"]
-    lonely = verdict({**summary, "lines": [first, second]})
-    assert lonely.tone == "none"
-    assert "no line that continues phase 1" in lonely.detail
-    single = verdict({**summary, "lines": [standard]})
-    assert single.headline == "Standard reaches perplexity 37.20 and accuracy 33.2% on held-out test tokens."
-    assert verdict({"lines": [{"name": "standard"}]}).headline == "No figures were recorded."
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The terminal's tables
-
-
-def printed(table: object) -> str:
-    from rich.console import Console
-
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
-def test_text_table_has_one_row_a_line() -> None:
-    text = printed(text_table(synthetic_summary()))
-    row = next(row for row in text.splitlines() if "phase 2" in row)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        "phase 2",
-        "38.40",
-        "32.9%",
-        "128.0",
-        "52.0%",
-        "74.0%",
-        "962 K",
-        "14.1 T",
-    ]
-    assert "measured on held-out test tokens" in text
-    continued = next(row for row in text.splitlines() if "continued" in row)
-    assert "0.0%" in continued, "a model of three layers leaves none of its own layers early"
-
-
-def test_text_table_shows_dashes_and_names_as_they_are() -> None:
-    text = printed(text_table({"name": "[red]x", "lines": [{"name": "[bold]odd", "test": {"ppl": float("nan")}}]}))
-    assert "[red]x" in text
-    assert "[bold]odd" in text
-    assert text.count("–") == 7
-
-
-def test_the_ways_to_decode_stand_side_by_side_and_slower_is_called_slower() -> None:
-    summary = synthetic_summary()
-    text = printed(decoding_table(summary))
-    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in text.splitlines() if "│" in row]
-    assert rows[1] == ["routed, own policy", "1", "605", "1.21", "4.50", "40.0%", "–"]
-    assert [row[0] for row in rows] == [row["way"] for row in summary["generation"]["rows"]]
-    assert "phase 2, 33 new tokens a row" in text
-    assert "median of 3 rounds on Imaginary 9000, 1 thread(s)" in text
-    assert decoding(summary) == (
-        "Speed beside full decoding: with 1 row, routed at 1.21 times (faster) and exact at 1.01 times (even); "
-        "with 8 rows, routed at 0.75 times (slower) and exact at 1.12 times (faster)."
-    )
-
-
-@pytest.mark.parametrize("told", [None, {}, {"rows": None}, {"rows": []}, {"rows": [3]}, 3])
-def test_a_run_that_timed_no_decoding_says_nothing_of_it(told: object) -> None:
-    summary = synthetic_summary(generation=told)
-    assert decoding(summary) is decoding_table(summary) is None
-    del summary["generation"]
-    assert decoding(summary) is decoding_table(summary) is None
-
-
-def test_figures_of_decoding_that_are_missing_are_dashes() -> None:
-    summary = synthetic_summary(generation={"rows": [{"way": "[red]odd"}, {"way": "routed", "ratio": float("nan")}]})
-    text = printed(decoding_table(summary))
-    assert "[red]odd" in text
-    assert text.count("–") == 10
-    assert decoding(summary) is None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The page, as a file
 
 
 def embedded(page: str) -> Any:
@@ -225,7 +51,7 @@ def test_report_embeds_text_as_data_only(tmp_path: Path) -> None:
     assert data["summary"]["note"] == "<i>&amp; @@STYLE@@ @@SCRIPT@@"
 
 
-def test_report_turns_figures_that_are_not_finite_into_gaps(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", with_line(synthetic_summary(), "phase 2", ppl=float("inf"), acc=float("nan")))
     figures = embedded(write_report([run], tmp_path / "report.html").read_text("utf-8"))["runs"][0]["summary"]["lines"][
         2
@@ -234,7 +60,7 @@ def test_report_turns_figures_that_are_not_finite_into_gaps(tmp_path: Path) -> N
     assert figures["acc"] is None
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_labeled_by_folder(tmp_path: Path) -> None:
     runs = [run_folder(tmp_path / name, synthetic_summary()) for name in ("seed0", "seed1")]
     data = embedded(write_report(runs, tmp_path / "report.html").read_text("utf-8"))
     assert [run["label"] for run in data["runs"]] == ["synthetic (seed0)", "synthetic (seed1)"]
@@ -243,10 +69,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "is not a run folder: it holds no summary.json."),
+        ({}, "is not a run folder: it has no summary.json."),
         ({"summary.json": b'{"format": 1, "li'}, "is damaged or cannot be read: run it again."),
         ({"summary.json": b"\xff\xfe\x00"}, "is damaged or cannot be read: run it again."),
-        ({"summary.json": b"[1]"}, "is damaged (it holds no JSON object): run it again."),
+        ({"summary.json": b"[1]"}, "is damaged (it is not a JSON object): run it again."),
         ({"summary.json": b'{"format": 2}'}, "has format 2 and this version of ease reads format 1"),
         (
             {"summary.json": b'{"format": 1, "lines": []}'},
@@ -262,7 +88,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(EaseError) as caught:
@@ -273,7 +99,7 @@ def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path, files: dict[str, 
     assert not (tmp_path / "report.html").exists()
 
 
-def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
+def test_bad_arguments_are_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(EaseError, match="No run folder was given"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(EaseError, match="is not a run folder"):
@@ -284,7 +110,7 @@ def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The page, in a real browser
+# In a browser
 
 
 @pytest.fixture(scope="module")
@@ -337,13 +163,13 @@ def test_browser_draws_the_page(browser: Any, tmp_path: Path) -> None:
     text = browser.find_element("tag name", "main").text
     for said in (
         "demo-sized budget: made-up figures",
-        "✓ better",
+        "± mixed",
         "Phase 2 beats phase 1 continued overall",
-        "in-sample: measured on tokens that training saw",
+        "in-sample: measured on training tokens",
         "measured on the held-out test split, 48,000 tokens",
-        "Speed beside full decoding: with 1 row, routed at 1.21 times (faster)",
-        "Phase 2 writes 33 tokens after 32 of the held-out test split, greedily",
-        "the median of 3 rounds",
+        "Speed compared with full decoding: with 1 row, routed at 1.21 times (faster)",
+        "Greedy decoding of phase 2: 33 new tokens after a prompt of 32 tokens from the held-out test split",
+        "median and range of the speed over 3 rounds",
     ):
         assert said in text
     assert "undefined" not in text
@@ -351,8 +177,8 @@ def test_browser_draws_the_page(browser: Any, tmp_path: Path) -> None:
     assert "NaN" not in text
     ways = [row.text.split("\n") for row in browser.find_elements("css selector", "#decoding tbody tr")]
     four = ["full", "routed,", "exact,", "exact,"]
-    assert [row[0].split(" ")[0] for row in ways] == ["One", *four, "8", *four]
-    assert ways[3][1].startswith("went on in full")
+    assert [row[0].split(" ")[0] for row in ways] == ["Single", *four, "Batch", *four]
+    assert ways[3][1].startswith("continued in full")
     assert ways[8][1].startswith("drafted at exit 3")
     # Keys choose what a chart and a table show, and walk a chart's points.
     browser.find_element("css selector", "#curves input[value=flops]").send_keys("\ue014")
@@ -401,7 +227,7 @@ def test_browser_steps_through_routed_runs(browser: Any, tmp_path: Path) -> None
     tip = browser.find_element("id", "tip")
     ActionChains(browser).move_to_element(tokens[3]).perform()
     assert tip.is_displayed()
-    assert f"left at exit {computed[0.7]['exits'][3]}" in tip.text
+    assert f"exits at layer {computed[0.7]['exits'][3]}" in tip.text
     assert f"{computed[0.7]['confidences'][3]:.3f}" in tip.text
     assert "self" in tip.text
     assert "0.500" in tip.text
@@ -439,10 +265,10 @@ def test_browser_says_what_a_bare_run_lacks(browser: Any, tmp_path: Path) -> Non
     visit(browser, write_report([run], tmp_path / "report.html"))
     text = browser.find_element("tag name", "main").text
     for said in (
-        "No figures were recorded.",
+        "No metrics were recorded.",
         "No line of this run was scored.",
         "This run recorded no curve.",
-        "This run measured no exit on its own.",
+        "This run did not score its exits separately.",
         "no threshold sweep",
         "no reliability",
         "This run did not time decoding",
@@ -454,7 +280,7 @@ def test_browser_says_what_a_bare_run_lacks(browser: Any, tmp_path: Path) -> Non
 
 def test_browser_compares_runs(browser: Any, tmp_path: Path) -> None:
     other = synthetic_summary(
-        name="other", in_sample=None, sweep=None, plain=None, reliability=None, data={"hash": "beef"}
+        name="other", in_sample=None, sweep=None, reliability=None, data={"hash": "beef"}
     )
     runs = [
         run_folder(tmp_path / "one", synthetic_summary(), synthetic_explorer()),

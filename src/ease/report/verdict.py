@@ -91,7 +91,7 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     detail[0] += f", on {SPLITS[split]}."
     fair = [each for each in lines if _difference(each, line) <= EQUAL_FLOPS and number(each, split, "ppl")]
     best = min(fair, key=lambda each: each[split]["ppl"], default=line)
-    if tone != "none" and len(fair) > 1:
+    if tone != "none" and len(fair) > 2:
         tone, sentence = _with_best(tone, _capital(sentence), line, best, len(fair), split)
     for other in [against] if best is line or best is against else [against, best]:
         cost = _relative(line, other, split, "flops_per_token")
@@ -106,7 +106,7 @@ def _with_best(
 ) -> tuple[str, str]:
     """The tone and the sentence, with the best of the lines at equal training FLOPs."""
     if best is line:
-        return tone, sentence + (f" It is the best of {count} lines." if count > 2 else "")
+        return tone, f"{sentence} It is the best of {count} lines."
     relative = _relative(line, best, split, "ppl") or 0.0
     named = f"The best of {count} lines is {best['name']}: perplexity {format_ppl(best[split]['ppl'])}"
     if relative < EVEN:

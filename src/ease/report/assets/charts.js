@@ -1,12 +1,11 @@
-// One kind of chart: points in a plane, joined by a line where asked. It is drawn at the width it has, so
-// its text keeps its size on every screen. Pointer and arrow keys walk the points; a table below holds the
-// numbers.
+// One kind of chart: points in a plane, optionally joined by lines. It is drawn at its actual width, so that text has
+// the same size on every screen. Pointer and arrow keys select points; a table below holds the numbers.
 //
 //   chart({label, note, x: {label, format, from?, to?}, y: {...}, square?, diagonal?,
 //          series: [{name, colour, mark, size?, hollow?, join?, dash?, points: [{x, y, tip?, label?}]}],
 //          rules: [{x, label}], bars: [{from, to, share}]})
 //
-// `tip` is a further line of a point's tooltip, `label` is written beside it, `colour` is a class.
+// `tip` is an additional line of a point's tooltip, `label` is drawn next to it, `colour` is a class.
 
 const MARKS = {
   circle: (r) => `M${-r},0a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`,
@@ -17,7 +16,7 @@ const MARKS = {
 const MARK_NAMES = Object.keys(MARKS);
 const markName = (i) => MARK_NAMES[i % MARK_NAMES.length];
 
-// A line's sign, as its points are drawn; `join` adds a piece of its line.
+// The legend symbol of a line; `join` adds a piece of its line.
 function sign(series, join) {
   const half = join ? 13 : 7;
   return s(
@@ -126,7 +125,7 @@ function draw(spec, series, points, width) {
     s(
       `g.${colour}`,
       join !== false && s("path.line", { "stroke-dasharray": dash, d: `M${own.map(place).join("L")}` }),
-      // Marks on a long curve would only thicken it.
+      // Marks on a long curve would only make it thicker.
       own.length <= 60 &&
         own.map((p) =>
           s(hollow ? "path.mark.hollow" : "path.mark", {
@@ -144,7 +143,7 @@ function draw(spec, series, points, width) {
       height,
       role: "img",
       tabindex: 0,
-      "aria-label": `${spec.label}. Arrow keys walk the points.`,
+      "aria-label": `${spec.label}. Arrow keys select points.`,
     },
     frame,
     series.map(drawSeries),
@@ -173,7 +172,7 @@ function draw(spec, series, points, width) {
     ring.setAttribute("visibility", "hidden");
     hideTip();
   }
-  // The nearest point answers, so a small mark is as easy to hit as a large one.
+  // The nearest point is selected, so that small marks are as easy to hit as large ones.
   svg.addEventListener("pointermove", (event) => {
     const corner = svg.getBoundingClientRect();
     const far = points.map((p) =>
@@ -193,7 +192,7 @@ function draw(spec, series, points, width) {
   });
   return svg;
 
-  // A label stands right of its point, else left, above or below: the first place that is free, or none.
+  // A label is drawn right of its point, else left, above or below it: at the first free place, or not at all.
   function labels() {
     const taken = points.map((p) => [px(p.x) - 6, py(p.y) - 6, px(p.x) + 6, py(p.y) + 6]);
     return points

@@ -1,17 +1,17 @@
-// The ways to decode, side by side: speed, tokens and what each way is.
+// Decoding speed: every mode compared with full decoding.
 
-const WAYS = {
+const MODES = {
   full:
-    "Every layer runs for every token. In a small model a step's time goes into starting operations, not into " +
+    "Every layer runs for every token. In a small model, most of a step's time is overhead of starting operations, not " +
     "arithmetic.",
   routed:
-    "A token leaves at the first exit that is sure of it, and only rows still on their way run the deeper layers. The " +
-    "exit's head and the choice of rows come on top, and in a batch a step is short only if every row leaves early. " +
-    "After the first other token a text goes its own way, so the share of same tokens is no measure of quality.",
+    "A token exits at the first exit whose confidence suffices, and only the remaining rows run the deeper layers. The " +
+    "exit's head and the selection of rows cost extra, and in a batch a step is short only if every row exits early. " +
+    "After the first different token the texts diverge, so the share of same tokens does not measure quality.",
   exact:
-    "An exit drafts, the remaining layers check the drafts in one pass, and the tokens come out as full's. Every " +
-    "token costs two heads, drafts that are thrown away cost layers, and in a batch all rows wait for the longest " +
-    "draft. Auto tries the exits on the way and goes on in full where none is faster, or trying takes too much of a " +
+    "An exit drafts, the remaining layers check the drafts in one pass, and the tokens are those of full decoding. " +
+    "Every token costs two heads, rejected drafts cost layers, and in a batch all rows wait for the longest draft. Auto " +
+    "tries the exits during decoding and continues in full if none is faster, or if trying would take too much of a " +
     "short text.",
 };
 
@@ -19,11 +19,11 @@ function decodingSection(run) {
   const { generation, machine } = run.summary;
   const rows = generation?.rows ?? [];
   if (rows.length === 0)
-    return empty("This run did not time decoding: it has no exits, or it was made before runs did.");
+    return empty("This run did not time decoding: it has no exits, or an earlier version of ease wrote it.");
   const most = Math.max(...rows.map((row) => row.ratio).filter(isNumber));
   const drafting = ({ way, draft_exit: exit }) => {
     if (way !== "exact, auto") return null;
-    return h("small", isNumber(exit) ? `drafted at exit ${exit}` : "went on in full");
+    return h("small", isNumber(exit) ? `drafted at exit ${exit}` : "continued in full");
   };
   const cells = (row) => [
     [row.way, drafting(row)],
@@ -35,30 +35,31 @@ function decodingSection(run) {
     percent(row.acceptance),
   ];
   const batches = [...new Set(rows.map((row) => row.batch))];
-  const on = [machine?.cpu, isNumber(machine?.threads) && `${machine.threads} thread${machine.threads === 1 ? "" : "s"}`].filter(Boolean);
+  const on = [machine?.cpu, isNumber(machine?.threads) && plural(machine.threads, "thread")].filter(Boolean);
   return [
     run.decoding && h("p", run.decoding),
     table(
-      `${capital(generation.line ?? "the model")} writes ${count(generation.new_tokens)} tokens after ` +
-        `${count(generation.prompt_tokens)} of the ${splitName(generation.split)}, greedily`,
+      `Greedy decoding of ${generation.line ?? "the model"}: ${plural(generation.new_tokens, "new token")} after a ` +
+        `prompt of ${plural(generation.prompt_tokens, "token")} from the ${splitName(generation.split)}`,
       [
-        "way",
+        "mode",
         "tokens/s",
-        "times the speed of full",
-        "range",
+        "speed, full = 1",
+        "range of speed",
         "layers run per token",
         "same tokens as full",
         "drafts accepted",
       ],
       batches.flatMap((batch) => [
-        batch === 1 ? "One row alone" : `${batch} rows together`,
+        batch === 1 ? "Single row" : `Batch of ${batch} rows`,
         ...rows.filter((row) => row.batch === batch).map(cells),
       ]),
     ),
-    h("dl.glossary", Object.entries(WAYS).map(([way, words]) => h("div", h("dt", way), h("dd", words)))),
+    h("dl.glossary", Object.entries(MODES).map(([way, words]) => h("div", h("dt", way), h("dd", words)))),
     note(
-      `Wall-clock on ${on.join(", ") || "a machine that was not recorded"}: the median of ${count(generation.rounds)} ` +
-        "rounds in which the ways take turns, and the range over the rounds. Layers run per token count the prompt's.",
+      `Wall-clock time on ${on.join(", ") || "an unrecorded machine"}: median and range of the speed over ` +
+        `${plural(generation.rounds, "round")}, in each of which every mode decodes once. Tokens/s is the median of full ` +
+        "decoding times this speed. Layers run per token include the prompt.",
     ),
   ];
 }

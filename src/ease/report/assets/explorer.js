@@ -1,7 +1,7 @@
-// The exit explorer: held-out text whose tokens have the colour of the exit they leave at, and a slider that
-// steps through routed runs that were really computed.
+// The exit explorer: held-out text with each token colored by its exit, and a slider over routed runs that were
+// actually computed.
 
-// A token as one can see it: line ends and tabs get a sign, other control characters their picture.
+// Visible form of a token: line ends and tabs get a sign, other control characters their Unicode picture.
 const CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
 const picture = (c) => (c === "\x7f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0)));
 const visible = (token) => String(token).replace(CONTROL, picture);
@@ -20,20 +20,20 @@ const quoted = (token) =>
 
 function explorerSection({ explorer, ...run }) {
   if (!explorer?.runs?.length || !explorer.tokens?.length) {
-    return empty("This run has no explorer.json, so there is no text to walk through.");
+    return empty("This run has no explorer.json, so there is no text to show.");
   }
   const exits = exitsOf({ explorer, ...run });
   const steps = [...explorer.runs].sort((a, b) => (a.thresholds?.[0] ?? 0) - (b.thresholds?.[0] ?? 0));
   let step = steps[Math.floor(steps.length / 2)];
   let focused = 0;
 
-  // Only one token is a tab stop; arrow keys walk from there.
+  // Only one token is a tab stop; arrow keys move from there.
   const tokens = explorer.tokens.map((token, i) =>
     h("span.token", { "data-i": i, tabindex: i === 0 ? 0 : -1, "aria-describedby": "tip" }, written(token)),
   );
   const text = h(
     "div.text",
-    { role: "group", "aria-label": "Held-out text; arrow keys walk the tokens" },
+    { role: "group", "aria-label": "Held-out text; arrow keys move between tokens" },
     tokens,
   );
   const totals = h("dl.cards", { "aria-live": "polite" });
@@ -65,7 +65,7 @@ function explorerSection({ explorer, ...run }) {
     });
     totals.replaceChildren(
       h("div.card.wide", h("dt", "Tokens by exit"), h("dd", shareBar(sums.exit_shares, exits))),
-      card("Compute by formula", percent(sums.compute_cost)),
+      card("Layers run per token", percent(sums.compute_cost)),
       card("FLOPs per token", flops(sums.flops_per_token)),
       card("Perplexity", ppl(sums.ppl)),
       card("Accuracy", percent(sums.acc)),
@@ -84,7 +84,7 @@ function explorerSection({ explorer, ...run }) {
           "div",
           "after ",
           quoted(explorer.tokens[i]),
-          isNumber(exit) ? [": left at ", exitName(exit, exits)] : ": not routed",
+          isNumber(exit) ? [": exits at ", exitName(exit, exits, `layer ${exit}`)] : ": not routed",
         ),
         h("div", "confidence ", h("b", fixed(3)(step.confidences?.[i]))),
         guesses.length > 0 && h("table", h("tbody", guesses)),
@@ -125,17 +125,16 @@ function explorerSection({ explorer, ...run }) {
   show(step);
   return h(
     "div.explorer",
-    h("div.slide", h("span", "more leave early"), slider, h("span", "more go deep"), output),
+    h("div.slide", h("span", "more exit early"), slider, h("span", "more run deep"), output),
     totals,
     h(
       "ul.legend",
-      exits.map((exit) => h("li", exitName(exit, exits, `left at exit ${exit}`))),
+      exits.map((exit) => h("li", exitName(exit, exits, `exits at layer ${exit}`))),
     ),
     text,
     note(
-      `Text of the ${splitName(explorer.split)}. A token has the colour of the exit at which the ` +
-        "prediction of the next token left. Every step of the slider is a routed run that was really " +
-        "computed; the totals are its own.",
+      `Text of the ${splitName(explorer.split)}. The color of a token is the exit at which the next token was ` +
+        "predicted. Every step of the slider is a routed run that was actually computed, with its own totals.",
     ),
   );
 }

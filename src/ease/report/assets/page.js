@@ -1,38 +1,41 @@
-// The page: one run in full, or several side by side with each run's sections folded below.
+// The page: one run with all sections, or several runs compared, each with its sections folded below.
 
 const GLOSSARY = {
   layer: "One transformer block; layers are numbered from 1.",
-  exit: "The place after a layer where a prediction can leave: the exit's norm, then the shared output head.",
-  stage: "A contiguous run of layers: one brick.",
-  phase: "One training round of a strategy: which layers learn, from which tokens, until when.",
-  line: "One trained model with its policy, as scored.",
+  exit: "The point after a layer where a prediction can be made: the exit's norm, then the shared output head.",
+  stage: "A contiguous group of layers.",
+  phase: "One round of training: which layers learn, from which tokens, and when it ends.",
+  line: "One trained model with its policy.",
   continued:
-    "The earlier phase trained on with the FLOPs the later phase got: what they buy without the later phase.",
+    "The earlier phase trained further with the FLOPs of the later phase, at the learning rate it ended with.",
+  standard: "A model of fixed depth with the loss on its last layer, trained with the same FLOPs in all.",
+  growth: "Layers are added during training; all layers learn from all tokens.",
   confidence:
-    "A number in [0, 1] per token at an exit. A token leaves when its confidence is at least the threshold.",
+    "A number in [0, 1] per token and exit. A token exits if its confidence is at least the threshold.",
   "hard token":
-    "A token whose confidence at the exit is below the threshold. The set is fixed by phase 1's final model.",
-  policy: "Exits, thresholds and confidence measure together.",
-  perplexity: "exp of the mean loss per token; lower is better.",
-  "compute by formula": "Layers run per token, as a share of full depth. It counts no output head.",
+    "A token whose confidence at the exit is below the threshold, as determined by phase 1's final model.",
+  policy: "Exits, thresholds and confidence measure.",
+  perplexity: "Exponential of the mean loss per token; lower is better.",
+  "layers run per token": "As a share of full depth; output heads are not counted.",
   "FLOPs per token":
-    "The analytic count of a pass: projections, attention, feed-forward and every head evaluated.",
+    "Analytic count of a forward pass: projections, attention, feed-forward and every head that is evaluated.",
   "training FLOPs":
-    "The same count over all training of the line: training, mining, trunk and validation passes.",
+    "The same count over the whole training of a line: training, mining, trunk and validation passes.",
   "calibration error":
-    "Expected calibration error: the mean distance of confidence from accuracy over tokens.",
-  "held-out": "Measured on tokens that training never saw. In-sample figures are not.",
+    "Expected calibration error: mean distance between confidence and accuracy over tokens.",
+  "held-out": "Measured on tokens that were not used for training, unlike in-sample metrics.",
+  "t interval": "95% confidence interval of the mean over random seeds, by Student's t distribution.",
 };
 
 const SECTIONS = [
   ["lines", "Lines", linesSection],
   ["curves", "Phases and their curves", curvesSection],
-  ["exits", "What each exit is worth", exitsSection],
+  ["exits", "Quality of every exit", exitsSection],
   ["compute", "Quality against compute", computeSection],
-  ["decoding", "Three ways to decode", decodingSection],
-  ["reliability", "Can confidence be trusted?", reliabilitySection],
+  ["decoding", "Decoding speed", decodingSection],
+  ["reliability", "Reliability of the confidence", reliabilitySection],
   ["explorer", "Exit explorer", explorerSection],
-  ["made", "How it was made", madeSection],
+  ["made", "Configuration", madeSection],
 ];
 
 const part = (id, level, heading, ...content) => h("section.part", { id }, h(level, heading), content);
@@ -48,7 +51,7 @@ const subtitle = ({ summary }) =>
       isNumber(summary.parameters) && `${flops(summary.parameters)} parameters`,
       isNumber(summary.head_in_layers) && `one head costs as much as ${summary.head_in_layers.toPrecision(2)} layers`,
       summary.machine?.device && `on ${summary.machine.device}`,
-      isNumber(summary.seed) && `seed ${summary.seed}`,
+      isNumber(summary.seed) && `random seed ${summary.seed}`,
     ]
       .filter(Boolean)
       .join(" · "),
@@ -66,8 +69,8 @@ function single(title, run) {
   ];
 }
 
-function comparison(title, runs) {
-  // Here a colour is a run, so phase 1's grey is left out.
+function comparison(title, runs, seeds) {
+  // Here a color stands for a run, so the grey of the first line is not used.
   const style = (i) => ({ colour: lineColour(i + 1), mark: markName(i) });
   const series = (x) =>
     runs.flatMap((run, i) => [
@@ -84,7 +87,7 @@ function comparison(title, runs) {
     h(
       `li.verdict.${run.verdict.tone}`,
       h("p", h("span.tone", TONES[run.verdict.tone]), h("b", run.label), `: ${run.verdict.headline}`),
-      h("small", [run.summary.note && `${capital(run.summary.note)}. `, run.verdict.detail]),
+      h("small", [run.summary.note && `${sentence(run.summary.note)} `, run.verdict.detail]),
     );
   const corpora = new Set(runs.map(({ summary }) => summary.data?.hash ?? summary.data?.name));
   const splits = new Set(runs.flatMap((run) => [splitOf(run), run.summary.sweep?.split]).filter(Boolean));
@@ -92,7 +95,10 @@ function comparison(title, runs) {
     table(
       `Lines of all runs, measured on the ${splitName(split)}`,
       LINE_HEAD,
-      runs.flatMap((run) => [run.label, ...lineRows(run, split)]),
+      [
+        ...runs.flatMap((run) => [run.label, ...lineRows(run, split)]),
+        ...seeds.flatMap((group) => [`${group.label} ± half-width of the 95% t interval`, ...seedRows(group, split)]),
+      ],
     );
   const scored = splitChoices(runs);
   return [
@@ -102,7 +108,7 @@ function comparison(title, runs) {
       h("h1", title),
       h("ul.verdicts", runs.map(verdictOf)),
       corpora.size > 1 &&
-        h("p.badge", "These runs were measured on different data: their perplexities do not compare."),
+        h("p.badge", "These runs were measured on different data: their perplexities are not comparable."),
     ),
     part(
       "lines",
@@ -112,7 +118,7 @@ function comparison(title, runs) {
         ? choices({ "measured on": scored }, lines)
         : empty("No line of these runs was scored."),
       note(
-        "Each run's hard set is fixed by its own phase 1: hard-token perplexity compares within a run only.",
+        "Each run has its own hard set: hard-token perplexities are comparable only within a run.",
       ),
     ),
     part(
@@ -139,7 +145,7 @@ function comparison(title, runs) {
   ];
 }
 
-function show({ title, runs }) {
+function show({ title, runs, seeds }) {
   const version = runs[0].summary.ease_version;
   const words = Object.entries(GLOSSARY).map(([word, meaning]) => h("div", h("dt", word), h("dd", meaning)));
   document
@@ -147,14 +153,14 @@ function show({ title, runs }) {
     .replaceChildren(
       ...h(
         "div",
-        runs.length === 1 ? single(title, runs[0]) : comparison(title, runs),
-        h("details.made", h("summary", "Words used in this report"), h("dl.glossary", words)),
-        h("footer", `Written by ease${version ? ` ${version}` : ""}. This file needs no network.`),
+        runs.length === 1 ? single(title, runs[0]) : comparison(title, runs, seeds ?? []),
+        h("details.made", h("summary", "Glossary"), h("dl.glossary", words)),
+        h("footer", `Written by ease${version ? ` ${version}` : ""}. This file works offline.`),
       ).childNodes,
     );
 }
 
-// On paper everything is unfolded, but for the numbers that the charts already show.
+// In print everything is unfolded except the numbers that the charts already show.
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details:not(.numbers)").forEach((each) => {
     each.open = true;

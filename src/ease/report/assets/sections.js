@@ -1,5 +1,5 @@
-// What the page says about a run {label, folder, summary, explorer, verdict, decoding}. Each section is a function of
-// a run that returns nodes, or says in one sentence what the run does not hold.
+// Sections of the page for a run {label, folder, summary, explorer, verdict, decoding}. Each is a function of the run
+// that returns nodes, or one sentence if the run has no such data.
 
 const SPLITS = { test: "held-out test split", val: "validation split (choices were made on it)" };
 const splitName = (split) =>
@@ -17,7 +17,7 @@ const card = (name, value, ...below) =>
     ),
   );
 
-// Phase 1 is the grey start that the others leave from; a lone line needs no grey.
+// The first line is grey, since later phases are built on it; a single line is not.
 const lineColour = (i, many) => `line-${many === 1 ? 1 : i === 0 ? 0 : 1 + ((i - 1) % 6)}`;
 const lineStyle = (i, many) => ({ colour: lineColour(i, many), mark: markName(i) });
 const lineName = (lines, i) => h("span.named", sign(lineStyle(i, lines.length)), lines[i].name);
@@ -26,7 +26,7 @@ const splitOf = (run) => run.verdict.split ?? (run.summary.lines.some((line) => 
 const tokensIn = (line, split) =>
   isNumber(line?.[split]?.tokens) ? `, ${count(line[split].tokens)} tokens` : "";
 
-// Every exit the run speaks of, so that an exit has one colour throughout the run.
+// All exits of the run, so that an exit has the same color in every section.
 function exitsOf({ summary, explorer }) {
   const all = summary.lines.flatMap((line) => [
     ...Object.keys(line.test?.exit_shares ?? {}),
@@ -38,7 +38,7 @@ function exitsOf({ summary, explorer }) {
   return [...new Set([...all, ...more].map(Number))].filter(isNumber).sort((a, b) => a - b);
 }
 
-// The share of tokens that leave before the line's last layer.
+// The share of tokens that exit before the line's last layer.
 function leavingEarly(line, split) {
   const shares = line[split]?.exit_shares;
   if (!shares || !isNumber(line.num_layers)) return line[split]?.shallow_ratio;
@@ -75,7 +75,7 @@ function headline(run) {
         "dl.cards",
         figure("Perplexity", ppl, (l) => l[split]?.ppl),
         figure("Hard-token perplexity", ppl, (l) => l[split]?.hard_ppl),
-        figure("Leaving early", percent, (l) => leavingEarly(l, split)),
+        figure("Exit early", percent, (l) => leavingEarly(l, split)),
         figure("FLOPs per token", flops, (l) => l[split]?.flops_per_token),
       ),
       note(`${capital(line.name)}, measured on the ${splitName(split)}${tokensIn(line, split)}.`),
@@ -92,7 +92,7 @@ const LINE_HEAD = [
   "accuracy",
   "hard-token perplexity",
   "tokens by exit",
-  "compute by formula",
+  "layers run per token",
   "FLOPs per token",
   "training FLOPs, time",
   "scoring time, speed",
@@ -107,8 +107,8 @@ function lineRows(run, split) {
     const speed = figures.tokens / figures.seconds;
     const policy =
       line.policy &&
-      `leaves at exit ${line.policy.exits?.join(", ")} from ${thresholds(line.policy.thresholds)}`;
-    const size = isNumber(line.num_layers) ? `${line.num_layers} layers, ` : "";
+      `exits at layer ${line.policy.exits?.join(", ")} from confidence ${thresholds(line.policy.thresholds)}`;
+    const size = isNumber(line.num_layers) ? `${plural(line.num_layers, "layer")}, ` : "";
     const hard = ppl(figures.hard_ppl);
     const fromBefore = [
       h("small", `${ppl(before)} → `),
@@ -128,6 +128,27 @@ function lineRows(run, split) {
         duration(figures.seconds),
         h("small", h("br"), isNumber(speed) ? `${flops(speed)}\u00a0tokens/s` : "–"),
       ],
+    ];
+  });
+}
+
+// The lines of runs that differ only in their random seed: mean ± half-width of the t interval.
+function seedRows({ lines }, split) {
+  const over = (format) => (value) =>
+    isNumber(value?.mean) ? `${format(value.mean)} ± ${format(value.half)}` : "–";
+  return lines.map((line, i) => {
+    const metrics = line[split] ?? {};
+    const size = isNumber(line.num_layers) ? plural(line.num_layers, "layer") : "";
+    return [
+      [lineName(lines, i), h("small", size)],
+      over(ppl)(metrics.ppl),
+      over(percent)(metrics.acc),
+      over(ppl)(metrics.hard_ppl),
+      isNumber(metrics.early?.mean) ? `${over(percent)(metrics.early)} exit early` : "–",
+      over(percent)(metrics.compute_cost),
+      over(flops)(metrics.flops_per_token),
+      over(flops)(line.train_flops),
+      "–",
     ];
   });
 }
@@ -153,10 +174,10 @@ function linesSection(run) {
     ),
     hard &&
       note(
-        `The hard set is the same for all lines: tokens below ${thresholds(hard.thresholds)} at exit ` +
-          `${hard.exits?.join(", ")}, fixed by ${hard.fixed_by ?? "phase 1"} (${percent(hard.train_ratio)} ` +
-          `of train and ${percent(hard.test_ratio)} of test tokens). ` +
-          "Before → after compares with the first line.",
+        "The hard set is the same for all lines: tokens with a confidence below " +
+          `${thresholds(hard.thresholds)} at exit ${hard.exits?.join(", ")} of ${hard.fixed_by ?? "phase 1"} ` +
+          `(${percent(hard.train_ratio)} of training and ${percent(hard.test_ratio)} of test tokens). ` +
+          "Arrows compare with the first line.",
       ),
     inSample(run),
   ];
@@ -176,20 +197,20 @@ function inSample(run) {
         ["change", change(before, after)],
         ["perplexity", ppl(figures.ppl)],
         ["accuracy", percent(figures.acc)],
-        ["leaving early", percent(figures.shallow_ratio)],
-        ["compute by formula", percent(figures.compute_cost)],
+        ["exit early", percent(figures.shallow_ratio)],
+        ["layers run per token", percent(figures.compute_cost)],
       ].map(([name, value]) => h("div", h("dt", name), h("dd", value))),
     );
   return h(
-    "div.beside",
+    "div.side-by-side",
     h(
       "section.insample",
-      h("h4", "in-sample: measured on tokens that training saw"),
+      h("h4", "in-sample: measured on training tokens"),
       rows(seen.hard_ppl_before, seen.hard_ppl_after, seen),
       h(
         "small",
-        `On the ${seen.split ?? "training"} split, by the recipe that trains and scores on the same tokens. ` +
-          "No claim rests on it.",
+        `On the ${seen.split ?? "training"} split, by the original recipe, which trains and scores on the same ` +
+          "tokens. This is no evidence of generalization.",
       ),
     ),
     h(
@@ -204,8 +225,8 @@ function inSample(run) {
 // ---------------------------------------------------------------------------------------------------------
 // 3. Phases and their curves
 
-// Points that several lines share (the early phases) are drawn once, with the first line that has them; a
-// later line starts at the last point it shares.
+// Points that several lines share (the early phases) are drawn once, with the first line that has them; later lines
+// start at the last shared point.
 function curveSeries(lines, x, y) {
   const identity = (point) => JSON.stringify([point.phase, point.step, point.flops, point.val_loss]);
   const words = ({ phase, epoch, step }) =>
@@ -265,9 +286,9 @@ function flopsBy(lines) {
   if (kinds.length === 0) return null;
   const cell = (line, kind) => barred(line.flops_by?.[kind], line.train_flops, flops(line.flops_by?.[kind]));
   return [
-    h("h4", "What the training FLOPs went into"),
+    h("h4", "Training FLOPs by kind"),
     table(
-      "Training FLOPs of each line, by what they were spent on",
+      "Training FLOPs of each line, by kind of work",
       ["line", ...kinds, "total"],
       lines.map((line, i) => [
         lineName(lines, i),
@@ -279,7 +300,7 @@ function flopsBy(lines) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 4. What each exit is worth
+// 4. Quality of every exit
 
 function exitsSection(run) {
   const { lines } = run.summary;
@@ -292,10 +313,10 @@ function exitsSection(run) {
       nth,
     })),
   );
-  if (rows.length === 0) return empty("This run measured no exit on its own.");
+  if (rows.length === 0) return empty("This run did not score its exits separately.");
   const most = Math.max(...rows.map(({ worth }) => worth.ppl).filter(isNumber));
   return table(
-    "Quality if every token left at this exit, measured on the held-out test split",
+    "Quality if all tokens exit here, measured on the held-out test split",
     ["line", "exit", "perplexity (shorter is better)", "accuracy (longer is better)"],
     rows.map(({ i, exit, worth, nth }) => [
       nth === 0 ? lineName(lines, i) : h("span.repeat", lines[i].name),
@@ -311,7 +332,7 @@ function exitsSection(run) {
 
 const COMPUTE = [
   ["flops_per_token", "FLOPs per token"],
-  ["compute_cost", "compute by formula"],
+  ["compute_cost", "layers run per token"],
 ];
 
 const sweepPoints = ({ summary }, x) =>
@@ -329,12 +350,18 @@ function linePoints(run, x) {
   }));
 }
 
-// `series(x)` gives what to draw against the measure `x` of compute.
+// Standard models of several depths, from cheap to expensive: the baseline front.
+function standardPoints(run, x) {
+  const points = linePoints(run, x).filter((point) => /^standard\b/.test(point.label) && isNumber(point.x));
+  return points.length > 1 ? points.map(({ label, ...point }) => point).sort((a, b) => a.x - b.x) : [];
+}
+
+// `series(x)` returns what to draw against the measure `x` of compute.
 function computeChart(label, words, series) {
   const drawable = ([x]) =>
     series(x).some(({ points }) => points.some((p) => isNumber(p.x) && isNumber(p.y)));
   const measures = COMPUTE.filter(drawable);
-  if (measures.length === 0) return empty("This run has no threshold sweep and no scored line to draw.");
+  if (measures.length === 0) return empty("This run has no threshold sweep and no scored line.");
   const format = { flops_per_token: flops, compute_cost: percent };
   return choices({ against: measures }, ({ against }) =>
     chart({
@@ -348,7 +375,7 @@ function computeChart(label, words, series) {
 }
 
 function computeSection(run) {
-  const { sweep, lines, plain: plainModels = [] } = run.summary;
+  const { sweep, lines } = run.summary;
   const at = Math.max(
     0,
     lines.findIndex((line) => line.name === sweep?.line),
@@ -369,18 +396,13 @@ function computeSection(run) {
       points: [point],
     })),
     {
-      name: "plain models",
+      name: "standard models",
       colour: "line-0",
       mark: "diamond",
       hollow: true,
       size: 5,
       dash: "2 4",
-      points: (plainModels ?? []).map((model) => ({
-        x: model[x],
-        y: model.ppl,
-        label: model.name,
-        tip: `${model.name}, no exits`,
-      })),
+      points: standardPoints(run, x),
     },
   ];
   const swept = sweep
@@ -394,7 +416,7 @@ function computeSection(run) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 7. Reliability (6, the ways to decode, has its own file)
+// 7. Reliability (6, decoding speed, is in decoding.js)
 
 function reliabilitySection(run) {
   const { reliability } = run.summary;
@@ -435,15 +457,16 @@ function reliabilitySection(run) {
   return [
     h("div.multiples", reliability.exits.map(diagram)),
     note(
-      `Measured on the ${splitName(reliability.split)}. On the dashed line a token with confidence 0.7 is ` +
-        "right 7 times in 10; below it, the exit is too sure of itself. Bars show where the tokens are. AUROC is the " +
-        "chance that a token on which the exit agrees with the last one is surer than one on which it does not.",
+      `Measured on the ${splitName(reliability.split)}. On the dashed line, a token with confidence 0.7 is ` +
+        "correct 7 times in 10; below it, the exit is overconfident. Bars show the distribution of the tokens. AUROC is " +
+        "the probability that a token on which the exit agrees with the last exit has a higher confidence than one on " +
+        "which it does not.",
     ),
   ];
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 9. How it was made (8, the exit explorer, has its own file too)
+// 9. Configuration of the run (8, the exit explorer, is in explorer.js)
 
 function say(value) {
   if (value === null || value === undefined || value === "") return "–";
@@ -468,14 +491,14 @@ function madeSection({ summary }) {
     );
   return h(
     "details.made",
-    h("summary", "Data, model, machine and seed"),
+    h("summary", "Data, model, machine and random seed"),
     h(
       "div.blocks",
       block("Data", Object.entries(data ?? {})),
       block("Model", [...Object.entries(model ?? {}), ["parameters", summary.parameters]]),
       block("Run", [
         ["strategy", summary.strategy],
-        ["seed", summary.seed],
+        ["random seed", summary.seed],
         ["ease", summary.ease_version],
         ...lines.filter((line) => line.policy).map((line) => [`policy of ${line.name}`, line.policy]),
         ...(hard ? [["hard set", hard]] : []),

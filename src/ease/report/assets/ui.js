@@ -1,9 +1,9 @@
 "use strict";
-// What every section is made of: elements, number formats, the tooltip and three small widgets.
-// Text from a run only ever becomes a text node.
+// Building blocks of all sections: elements, number formats, the tooltip and three small widgets.
+// Text from a run only becomes text nodes.
 
-// h("p.note", {id: "x"}, "text", node, [more]) makes <p class="note" id="x">; the attributes may be left out,
-// and children that are null, undefined or false are skipped.
+// h("p.note", {id: "x"}, "text", node, [more]) creates <p class="note" id="x">; attributes are optional, and children
+// that are null, undefined or false are skipped.
 const maker =
   (space) =>
   (name, ...rest) => {
@@ -26,7 +26,7 @@ const h = maker("http://www.w3.org/1999/xhtml");
 const s = maker("http://www.w3.org/2000/svg");
 
 // ---------------------------------------------------------------------------------------------------------
-// Numbers. A figure that is not there is a dash; a number and its unit stay on one line.
+// Numbers. A missing number is a dash; a number and its unit stay on one line.
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const shown = (format) => (value) => (isNumber(value) ? format(value) : "–");
@@ -53,9 +53,11 @@ const change = (before, after) => {
 };
 const thresholds = (list) => (list ?? []).map(fixed(2)).join(", ");
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+const sentence = (text) => (/[.!?]$/.test(text) ? capital(text) : `${capital(text)}.`);
+const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 // ---------------------------------------------------------------------------------------------------------
-// One tooltip for the page, kept above what it explains; `where` is a function that says where that is now.
+// The tooltip of the page, kept above the element it explains; `where` returns that element's current position.
 
 const tip = document.getElementById("tip");
 let tipWhere = null;
@@ -89,11 +91,11 @@ addEventListener("keydown", (event) => {
 
 let groups = 0;
 
-// Radio buttons for each question {question: [[value, label], ...]}; `draw` gets the answers
-// {question: value} and returns the node to show under them. A question with one answer is not asked.
+// Radio buttons for each question {question: [[value, label], ...]}; `draw` receives the answers {question: value} and
+// returns the node to show below. A question with a single option has no buttons.
 function choices(questions, draw) {
-  const asked = Object.entries(questions).filter(([, options]) => options.length > 0);
-  const answers = Object.fromEntries(asked.map(([question, options]) => [question, options[0][0]]));
+  const offered = Object.entries(questions).filter(([, options]) => options.length > 0);
+  const answers = Object.fromEntries(offered.map(([question, options]) => [question, options[0][0]]));
   const shownNow = h("div");
   const refresh = () => shownNow.replaceChildren(draw(answers));
   const radio = (question, group, value, checked) => {
@@ -113,13 +115,13 @@ function choices(questions, draw) {
   refresh();
   return h(
     "div",
-    h("div.choices", asked.filter(([, options]) => options.length > 1).map(fieldset)),
+    h("div.choices", offered.filter(([, options]) => options.length > 1).map(fieldset)),
     shownNow,
   );
 }
 
-// A table that scrolls sideways on a narrow screen. Cells are nodes or text; the first of a row names it. A
-// row that is one text heads the rows below it.
+// A table that scrolls horizontally on a narrow screen. Cells are nodes or text; the first cell of a row is its header.
+// A row that is a single text is a heading of the rows below it.
 function table(caption, head, rows) {
   const cells = (row) => row.map((cell, i) => (i === 0 ? h("th", { scope: "row" }, cell) : h("td", cell)));
   const heading = (text) => h("tr.group", h("th", { scope: "rowgroup", colspan: head.length }, text));
@@ -147,7 +149,7 @@ function table(caption, head, rows) {
   );
 }
 
-// Shares of tokens by exit, as a stacked bar with its figures in words.
+// Shares of tokens by exit, as a stacked bar with its numbers in text.
 function shareBar(shares, exits) {
   const known = exits.filter((exit) => isNumber(shares?.[exit]));
   if (known.length === 0) return "–";
@@ -156,7 +158,7 @@ function shareBar(shares, exits) {
   return [h("div.shares", { "aria-hidden": "true" }, parts), h("small", words.join(" · "))];
 }
 
-// A figure with a bar beside it whose length is `value / most`.
+// A number followed by a bar of length `value / most`.
 function barred(value, most, text, colour) {
   if (!isNumber(value)) return "–";
   return h(
@@ -171,7 +173,7 @@ function bar(share, colour) {
   return node;
 }
 
-// Early exits are cool and late ones warm. There are five colours: with more exits, neighbours share one.
+// Early exits have cool colors, late ones warm. There are five; with more exits, neighbors share a color.
 function exitColour(exit, exits) {
   const at = exits.indexOf(Number(exit));
   const many = exits.length;
