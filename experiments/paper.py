@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis import plots, scaling
-from experiments.analysis.fronts import Fronts, Place
+from experiments.analysis import looks, plots, scaling
+from experiments.analysis.fronts import Fronts, OperatingPoint
 from experiments.analysis.statistics import Interval
-from experiments.analysis.tables import Table, all_tables, difference, notes, percent, tex
-from experiments.harness.candidates import COMPARED
+from experiments.analysis.table import Table, difference, percent, tex
+from experiments.analysis.tables import all_tables, notes
 from experiments.studies import cost_at_1b
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,30 +44,6 @@ SEEDS = 3
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCALES = {"bpe": "WikiText-2 in byte pairs", "words": "WikiText-2 in whole words"}
 """Scales whose name is not "scale" and their letters."""
-WORDS = (
-    (r"plain, layers: 1\b", "standard, 1 layer"),
-    (r"plain, layers: (\d+)", r"standard, \1 layers"),
-    (r"\bcontinued\b", "phase 1 continued"),
-    (r"against phase 1 phase 1", "against phase 1"),
-    (r"\bgo on\b", "continue"),
-    (r"\bgoes on from\b", "starts from"),
-    (r", no head asked", ", classifier exit"),
-    (r"\bcorner\b", "on the front"),
-    (r"plain models of the same training FLOPs", "standard models of the same training FLOPs"),
-    (r"the straight line, in FLOPs per token and loss, between the standard", "the baseline front of the standard"),
-    (r"against plain models", "against the front"),
-    (r"from plain models", "from the baseline front"),
-    (r"\bplain models\b", "standard models"),
-    (r"every strategy where it stands best against the front", "every line at the routing that validation prefers"),
-    (r"what exits save at next to no loss", "what exits save at a loss close to the model's best"),
-    (r"what makes a token hard, and which tokens gain", "which tokens are hard, and which gain"),
-    (r"what the leak is worth", "in-sample and held-out figures"),
-    (r"what every line took", "cost of every line"),
-    (r"\bplain's\b", "the standard model's"),
-    (r"which asks one head", "which evaluates one head"),
-    (r"\bgoing_on\b", "keep"),
-)
-"""Patterns in tables and their replacements in the paper."""
 
 
 def prepare(data: Path, out: Path) -> None:
@@ -110,12 +86,12 @@ def prepare(data: Path, out: Path) -> None:
     if len(fronts) > 1:
         (out / "all").mkdir()
         table = scaling.table(fronts, ())
-        write(worded(replace(table, title="Distance from the baseline front as scale grows")), out / "all")
+        write(compact(table), out / "all")
         scaling.picture(fronts, out / "all" / table.name)
         index(out / table.name, [*picture(f"all/{table.name}", table.name, SCALING), taken(f"all/{table.name}")])
     made = cost_at_1b.table()
     (out / "cluster.md").write_text(made.markdown(), encoding="utf-8")
-    single(worded(made), out)
+    single(compact(made), out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -154,20 +130,12 @@ def picture(name: str, mark: str, text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Words
+# Text
 
 
-def worded(table: Table) -> Table:
-    """A table with shortened cells and the paper's terms."""
-    rows = [[wording(short(cell)) for cell in row] for row in table.rows]
-    header, about = [wording(cell) for cell in table.header], [wording(note) for note in table.notes]
-    return replace(table, title=wording(table.title), header=header, rows=rows, notes=about)
-
-
-def wording(text: str) -> str:
-    for old, new in WORDS:
-        text = re.sub(old, new, text)
-    return text
+def compact(table: Table) -> Table:
+    """A table with shortened cells."""
+    return replace(table, rows=[[short(cell) for cell in row] for row in table.rows])
 
 
 RANGE = r"\(([-+]?[\d.,]+)%? to ([-+]?[\d.,]+)%?\)"
@@ -188,7 +156,7 @@ def printed(table: Table, experiment: dict[str, Any]) -> Table:
         left = COLUMNS[table.name]
         rows = [[row[c] for c in left] for row in table.rows]
         table = replace(table, header=[table.header[c] for c in left], rows=rows)
-    return worded(replace(table, title=f"{name_of(experiment)}: {title}", notes=own))
+    return compact(replace(table, title=f"{name_of(experiment)}: {title}", notes=own))
 
 
 def on_other_data(experiment: dict[str, Any]) -> bool:
@@ -220,8 +188,8 @@ def caption(experiment: dict[str, Any], key: str) -> str:
     gap = difference(fronts.gap(fronts.best(best))).removesuffix(", noise")
     return (
         f"{name_of(experiment)}, {experiment['lab']['budget']:.0e} training FLOPs for every line: test perplexity "
-        f"against counted inference FLOPs (left) and measured time (right). {key} Validation prefers "
-        f"{plots.label(best)}; on test it is at {gap} of perplexity against the baseline front, paired by seed."
+        f"against counted inference FLOPs (left) and measured time (right). {key} Best on "
+        f"validation: {best}, on test at {gap} of perplexity against the baseline front, paired by seed."
     )
 
 
@@ -276,13 +244,13 @@ def distances(kept: Sequence[dict[str, Any]]) -> Table:
     scales = {scale: scales[scale] for scale in dict.fromkeys(map(column, kept))}
     names = {name for all_fronts in scales.values() for fronts in all_fronts for name in fronts.strategies}
     rows = []
-    for name in sorted(names, key=plots.order):
+    for name in sorted(names, key=looks.order):
         cells = []
         for all_fronts in scales.values():
-            fronts = next((fronts for fronts in all_fronts if name in fronts.places), None)
+            fronts = next((fronts for fronts in all_fronts if name in fronts.points), None)
             five = " †" if fronts and len(fronts.data["seeds"]) > SEEDS else ""
             cells.append(marked(fronts.gap(fronts.best(name))) + five if fronts else "")
-        rows.append([plots.label(name), *cells])
+        rows.append([name, *cells])
     note = (
         "At the same inference FLOPs and at the routing that validation prefers; negative is better. In brackets: 95% "
         "intervals over three seeds, or over five where † follows, differences paired by seed, not corrected for the "
@@ -311,27 +279,27 @@ def marked(interval: Interval) -> str:
 
 def ablation(experiment: dict[str, Any]) -> Table:
     """Variants of ASHEM at the routing where half of the tokens continue, and at full depth."""
-    fronts, original = Fronts(experiment), experiment["original"]
+    fronts = Fronts(experiment)
+    assert fronts.ablated is not None
 
-    def against(place: Place, name: str) -> str:
-        interval = fronts.beside(place, name)
-        return "" if interval is None or name == place.line else marked(interval)
+    def against(point: OperatingPoint, name: str) -> str:
+        interval = fronts.against_line(point, name)
+        return "" if interval is None or name == point.line else marked(interval)
 
     rows = []
-    for name in (*experiment["unfinished"], *experiment["plain"], *fronts.strategies):
-        half = next((place for place in fronts.places[name] if place.candidate.share == COMPARED), None)
-        full = fronts.full_depth(name)
-        compared = half or full
-        versus = [against(compared, other) for other in experiment["beside"]]
-        mean = f"{math.exp(compared.mean('loss')):.3f}"
-        rows.append([plots.label(name), mean, *versus, against(full, original) if half else ""])
+    for name in fronts.shown:
+        half, full = fronts.compared(name), fronts.full_depth(name)
+        point = half or full
+        versus = [against(point, other) for other in fronts.compared_with]
+        mean = f"{math.exp(point.mean('loss')):.3f}"
+        rows.append([name, mean, *versus, against(full, fronts.ablated) if half else ""])
     about = (
         "Test perplexity and, in per cent, against other lines (* where the interval over three seeds does not hold "
         "zero). Lines with an exit are at the routing where half of the tokens continue past it, the others at their "
         "only depth; the last column compares full depths. Negative is better."
     )
-    header = ["line", "PPL", *(f"vs. {plots.label(name)}" for name in experiment["beside"])]
-    header += [f"vs. {original}, full depth"]
+    header = ["line", "PPL", *(f"vs. {name}" for name in fronts.compared_with)]
+    header += [f"vs. {fronts.ablated}, full depth"]
     return Table("ablation", f"{name_of(experiment)}: ASHEM with one part changed at a time", header, rows, [about])
 
 
@@ -402,7 +370,7 @@ def from_markdown(
     assert lines, f"no table for {name}"
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[0].splitlines()[2:]]
     kept = [[bare(row[c]) if c < len(row) else "" for c in columns] for row in rows if wanted(row)]
-    return worded(Table(name, title, header, kept, [note]))
+    return compact(Table(name, title, header, kept, [note]))
 
 
 def bare(cell: str) -> str:

@@ -1,7 +1,6 @@
-"""Bar charts for the summary of the results, drawn from the tables in docs/data: `python -m experiments.analysis.charts`.
+"""Bar charts of the results page, made from the tables in docs/data: `python -m experiments.analysis.charts`.
 
-No measured number stands in this file: each bar names a table's row and column, so that a chart follows its table when
-that is measured again.
+This file holds no measured number: each bar names a row and a column of a table, so that charts follow their tables.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class Chart(NamedTuple):
 
     title: str
     label: str
-    """What the axis shows."""
+    """The label of the axis."""
     series: tuple[str, str]
     bars: dict[str, tuple[Cell | None, Cell | None]]
     """Name of a group -> the cells of both series; None: not measured."""
     mark: float | None = None
-    """Where a line marks the value of the reference."""
+    """The value of the reference, marked by a line."""
 
 
 def exits(run: str) -> tuple[Cell, Cell]:

@@ -1,8 +1,9 @@
-"""What `test.json` says: every line's candidates over the seeds, the line to beat, and how they stand to each other.
+"""Fronts of an experiment: every line's operating points over the seeds, the baseline front, and differences.
 
-Differences are of losses, seed by seed. The line to beat at some inference compute is the straight line, in FLOPs per
-token and loss, between the plain models on either side: what a coin that sends some sequences to the one and the rest
-to the other reaches. Its corners and every candidate that stands for a strategy are chosen on validation.
+Differences are of losses, paired by seed. The baseline front is the lowest convex curve of straight pieces, in FLOPs
+per token and loss, through the standard models of every depth: between two of them it is the loss reached by sending a
+random share of the sequences through one and the rest through the other. The standard models on it, and the operating
+point that stands for each strategy, are chosen on validation.
 """
 
 from __future__ import annotations
@@ -14,135 +15,177 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from experiments.analysis.statistics import Broken, Interval, corners
+from experiments.analysis import names
+from experiments.analysis.statistics import Interval, PiecewiseLinear, lower_hull
 from experiments.harness.candidates import COMPARED, Candidate, Point
 
 
-class Place(NamedTuple):
-    """One candidate of one line, with its figures of every seed, in the order of the seeds."""
+class OperatingPoint(NamedTuple):
+    """One candidate of one line, with its metrics for every seed, in the order of the seeds."""
 
     line: str
-    points: tuple[Point, ...]
+    by_seed: tuple[Point, ...]
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate.of(self.points[0])
+        return Candidate.of(self.by_seed[0])
 
-    def figure(self, name: str, split: str = "test") -> list[float]:
-        return [point[split][name] for point in self.points]
+    def metric(self, name: str, split: str = "test") -> list[float]:
+        """A metric's value for every seed."""
+        return [point[split][name] for point in self.by_seed]
 
     def mean(self, name: str, split: str = "test") -> float:
-        return statistics.mean(self.figure(name, split))
+        """A metric's mean over the seeds."""
+        return statistics.mean(self.metric(name, split))
 
     @property
     def routing(self) -> str:
-        """The candidate in words."""
+        """A description of the routing."""
         exits, share, threshold = self.candidate
         if not exits:
             return "full depth"
         where = " and ".join(map(str, exits))
-        return f"exit {where}, {share:.0%} go on" if share is not None else f"exit {where}, threshold {threshold:g}"
+        return f"exit {where}, {share:.0%} continue" if share is not None else f"exit {where}, threshold {threshold:g}"
 
 
-def above(place: Place, lines: Sequence[Broken], split: str) -> list[float]:
-    """Loss above lines of straight pieces, one per seed, at the same FLOPs per token."""
-    cost, loss = place.figure("flops_per_token", split), place.figure("loss", split)
-    return [b - line.at(a) for a, b, line in zip(cost, loss, lines, strict=True)]
+def above(point: OperatingPoint, curves: Sequence[PiecewiseLinear], split: str = "test") -> list[float]:
+    """Loss above curves at the same FLOPs per token, for every seed."""
+    cost, loss = point.metric("flops_per_token", split), point.metric("loss", split)
+    return [y - curve.at(x) for x, y, curve in zip(cost, loss, curves, strict=True)]
 
 
 @dataclass(frozen=True)
 class Fronts:
-    """Every line's candidates, and the line to beat."""
+    """The lines of one `test.json` and the baseline front."""
 
-    data: dict[str, Any]
+    kept: dict[str, Any]
+    """The content of `test.json`."""
 
     @cached_property
-    def places(self) -> dict[str, list[Place]]:
-        """Line -> its candidates from cheap to dear."""
+    def data(self) -> dict[str, Any]:
+        """The content of `test.json` with current names."""
+        return names.current(self.kept)
+
+    @property
+    def title(self) -> str:
+        return str(self.data["title"])
+
+    @property
+    def baselines(self) -> list[str]:
+        """The standard models."""
+        return list(self.data["plain"])
+
+    @property
+    def partial(self) -> list[str]:
+        """Lines that spend only a part of the budget, because other lines start from them."""
+        return list(self.data["unfinished"])
+
+    @property
+    def compared_with(self) -> list[str]:
+        """The lines that every other line is compared with."""
+        return list(self.data["beside"])
+
+    @property
+    def ablated(self) -> str | None:
+        """The line that the others are variants of, in an ablation."""
+        return self.data["original"]
+
+    @property
+    def strategies(self) -> list[str]:
+        """Lines other than standard models that spent the whole budget and were not trained on validation tokens."""
+        others = (*self.baselines, *self.partial, self.data["leaky"])
+        return [name for name in self.points if name not in others]
+
+    @property
+    def shown(self) -> list[str]:
+        """All lines except those trained on validation tokens, in the order of tables."""
+        return [*self.partial, *self.baselines, *self.strategies]
+
+    @cached_property
+    def points(self) -> dict[str, list[OperatingPoint]]:
+        """Line -> its operating points from cheap to expensive."""
         by_line: dict[str, list[dict[str, Any]]] = {}
         for entry in self.data["entries"]:
             by_line.setdefault(entry["line"], []).append(entry)
         return {
-            name: [Place(name, points) for points in zip(*(entry["points"] for entry in entries), strict=True)]
+            name: [OperatingPoint(name, seeds) for seeds in zip(*(entry["points"] for entry in entries), strict=True)]
             for name, entries in by_line.items()
         }
 
-    def front(self, name: str) -> list[Place]:
-        """A line's candidates that stand on its front: without fixed thresholds, and full depth only where it does."""
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """A line's entry of every seed."""
+        return [entry for entry in self.data["entries"] if entry["line"] == name]
+
+    def front(self, name: str) -> list[OperatingPoint]:
+        """A line's points that no cheaper one beats on validation, without those of fixed thresholds."""
         found, best = [], math.inf
-        for place in self.places[name]:
-            if place.candidate.threshold is None and place.mean("loss", "val") < best:
-                found, best = [*found, place], place.mean("loss", "val")
+        for point in self.points[name]:
+            if point.candidate.threshold is None and point.mean("loss", "val") < best:
+                found, best = [*found, point], point.mean("loss", "val")
         return found
 
-    def full_depth(self, name: str) -> Place:
-        return next(place for place in self.places[name] if not place.candidate.exits)
+    def full_depth(self, name: str) -> OperatingPoint:
+        return next(point for point in self.points[name] if not point.candidate.exits)
 
-    @property
-    def strategies(self) -> list[str]:
-        """Lines that are no plain models, spent their whole budget and were not trained on the tokens that choose."""
-        others = (*self.data["plain"], *self.data["unfinished"], self.data["leaky"])
-        return [name for name in self.places if name not in others]
+    def compared(self, name: str) -> OperatingPoint | None:
+        """The point at which lines are compared, where half of the tokens continue; None for a line without exits."""
+        return next((point for point in self.points[name] if point.candidate.share == COMPARED), None)
 
     @cached_property
-    def corners(self) -> list[Place]:
-        """The plain models that the line to beat goes through."""
-        plain = [self.full_depth(name) for name in self.data["plain"]]
-        return [plain[i] for i in corners([(p.mean("flops_per_token", "val"), p.mean("loss", "val")) for p in plain])]
+    def baseline_front(self) -> list[OperatingPoint]:
+        """The standard models on the baseline front."""
+        models = [self.full_depth(name) for name in self.baselines]
+        hull = lower_hull([(p.mean("flops_per_token", "val"), p.mean("loss", "val")) for p in models])
+        return [models[i] for i in hull]
 
-    def plain(self, split: str = "test") -> list[Broken]:
-        """The line to beat, of every seed."""
-        return self.broken(self.corners, split)
+    def baseline_curves(self, split: str = "test") -> list[PiecewiseLinear]:
+        """The baseline front of every seed."""
+        return self.curves(self.baseline_front, split)
 
-    def broken(self, places: Sequence[Place], split: str = "test") -> list[Broken]:
-        """The line through places, of every seed, in the order of what they cost that seed."""
-        figures = (zip(place.figure("flops_per_token", split), place.figure("loss", split)) for place in places)
-        return [Broken(*zip(*sorted(points))) for points in zip(*figures, strict=True)]
+    def curves(self, points: Sequence[OperatingPoint], split: str = "test") -> list[PiecewiseLinear]:
+        """The curve through points, for every seed, in the order of their cost with that seed."""
+        each = (zip(point.metric("flops_per_token", split), point.metric("loss", split)) for point in points)
+        return [PiecewiseLinear(*zip(*sorted(seed))) for seed in zip(*each, strict=True)]
 
-    def against(self, place: Place, lines: Sequence[Broken], split: str = "test") -> Interval:
-        """Loss above lines of straight pieces at the same FLOPs per token."""
-        return Interval.of(above(place, lines, split))
+    def above(self, point: OperatingPoint, split: str = "test") -> list[float]:
+        """Loss above the baseline front, for every seed."""
+        return above(point, self.baseline_curves(split), split)
 
-    def above(self, place: Place, split: str = "test") -> list[float]:
-        """Loss above the line to beat, of every seed."""
-        return above(place, self.plain(split), split)
+    def gap(self, point: OperatingPoint, split: str = "test") -> Interval:
+        """Loss above the baseline front."""
+        return Interval.of(self.above(point, split))
 
-    def gap(self, place: Place, split: str = "test") -> Interval:
-        """Loss above the line to beat."""
-        return Interval.of(self.above(place, split))
+    def best(self, name: str) -> OperatingPoint:
+        """The point with the smallest loss above the baseline front on validation, where the front is defined."""
+        front = self.front(name)
+        gaps = [self.gap(point, "val").mean for point in front]
+        return min(zip(gaps, front), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
 
-    def best(self, name: str) -> Place:
-        """The candidate that validation prefers: the lowest against the line to beat, where there is one."""
-        gaps = [self.gap(place, "val").mean for place in self.front(name)]
-        return min(zip(gaps, self.front(name)), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
-
-    def rival(self, place: Place) -> tuple[str, Interval] | None:
-        """The other strategy that validation prefers at the same FLOPs per token, and the loss above it."""
-        above = {
-            name: self.against(place, self.broken(self.front(name), "val"), "val").mean
+    def rival(self, point: OperatingPoint) -> tuple[str, Interval] | None:
+        """The strategy with the lowest validation loss at the same FLOPs per token, and the test loss above it."""
+        gaps = {
+            name: Interval.of(above(point, self.curves(self.front(name), "val"), "val")).mean
             for name in self.strategies
-            if name != place.line
+            if name != point.line
         }
-        above = {name: loss for name, loss in above.items() if not math.isnan(loss)}
-        if not above:
+        gaps = {name: gap for name, gap in gaps.items() if not math.isnan(gap)}
+        if not gaps:
             return None
-        name = max(above, key=lambda name: above[name])
-        return name, self.against(place, self.broken(self.front(name)))
+        name = max(gaps, key=lambda name: gaps[name])
+        return name, Interval.of(above(point, self.curves(self.front(name))))
 
-    def beside(self, place: Place, name: str) -> Interval | None:
-        """Loss above another line's that is routed in the same way; None where it was not measured.
+    def against_line(self, point: OperatingPoint, name: str) -> Interval | None:
+        """Loss above another line at the same routing; None where that was not measured.
 
-        Where only one of the two has exits, it stands where half of the tokens go on or at the other's full depth.
+        If only one of the two lines has exits, it is compared where half of the tokens continue, or at the full depth
+        of a point without exits.
         """
-        own, others = self.places[place.line], self.places[name]
+        own, others = self.points[point.line], self.points[name]
         if len(others) == 1:
-            wanted = others[0].candidate
+            required = others[0].candidate
         elif len(own) == 1:
-            wanted = next(other.candidate for other in others if other.candidate.share == COMPARED)
+            required = next(other.candidate for other in others if other.candidate.share == COMPARED)
         else:
-            wanted = place.candidate
-        alike = next((other for other in others if other.candidate == wanted), None)
-        return alike and Interval.of([a - b for a, b in zip(place.figure("loss"), alike.figure("loss"), strict=True)])
-
-    def entries(self, name: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.data["entries"] if entry["line"] == name]
+            required = point.candidate
+        same = next((other for other in others if other.candidate == required), None)
+        return same and Interval.of([a - b for a, b in zip(point.metric("loss"), same.metric("loss"), strict=True)])

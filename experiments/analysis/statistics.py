@@ -1,4 +1,4 @@
-"""What a few seeds allow one to say: intervals, the line between plain models, a fit over scales."""
+"""Statistics over few seeds: intervals by Student's t, piecewise-linear fronts, and a straight-line fit over scales."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 @cache
 def t95(df: int) -> float:
-    """The number of standard errors on either side of a mean that hold 95%, with `df` degrees of freedom.
+    """Half the width of a 95% interval in standard errors, with `df` degrees of freedom.
 
-    Student's density with t = sqrt(df) tan(a) is cos(a)^(df - 1), which is added up over a fine grid.
+    With t = sqrt(df) tan(a), Student's density is proportional to cos(a)^(df - 1), which is integrated on a fine grid.
     """
     angle = np.linspace(0.0, math.pi / 2, 200_001)
     density = np.cos(angle) ** (df - 1)
@@ -23,7 +23,7 @@ def t95(df: int) -> float:
 
 
 class Interval(NamedTuple):
-    """A mean over seeds with its 95% interval, which one seed alone does not have."""
+    """A mean over seeds with its 95% interval; with one seed the interval is None."""
 
     mean: float
     low: float | None = None
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """From one value a seed, by Student's t."""
+        """The interval of one value per seed, by Student's t."""
         mean, n = float(np.mean(values)), len(values)
         if n < 2:
             return cls(mean)
@@ -40,23 +40,23 @@ class Interval(NamedTuple):
 
     @property
     def noise(self) -> bool:
-        """Whether zero lies inside, so that the difference may be none."""
+        """Whether the interval contains zero, or is unknown."""
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
-class Broken(NamedTuple):
-    """A line of straight pieces."""
+class PiecewiseLinear(NamedTuple):
+    """A curve of straight pieces through points in order of x."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]
 
     def at(self, x: float) -> float:
-        """Its height: NaN left of its first corner, level right of its last one."""
+        """The curve's value: NaN below the first x, constant beyond the last."""
         return float(np.interp(x, self.x, self.y)) if x >= self.x[0] * (1 - 1e-9) else math.nan
 
 
-def corners(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of the points (x, y) are corners of the lowest line of straight pieces that falls, from left to right."""
+def lower_hull(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (x, y) on the decreasing part of the lower convex hull, in order of x."""
     kept: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         x, y = points[i]
@@ -64,7 +64,7 @@ def corners(points: Sequence[tuple[float, float]]) -> list[int]:
             continue
         while len(kept) > 1:
             (x0, y0), (x1, y1) = points[kept[-2]], points[kept[-1]]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):  # the middle one lies below the straight line
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):  # the middle point is below the straight line
                 break
             kept.pop()
         kept.append(i)
@@ -78,20 +78,20 @@ class Fit(NamedTuple):
     at_zero: float
     x: tuple[float, ...]
     error: float
-    """Standard deviation of the rest."""
+    """Standard deviation of the residuals."""
 
     @classmethod
     def of(cls, x: Sequence[float], y: Sequence[float]) -> Fit:
-        """Needs three points at two places or more."""
+        """Fit at least three points at two or more values of x."""
         a, b = np.asarray(x), np.asarray(y)
         slope, at_zero = np.polyfit(a, b, 1)
-        rest = b - at_zero - slope * a
-        error = math.sqrt(float(rest @ rest) / (len(a) - 2))
+        residuals = b - at_zero - slope * a
+        error = math.sqrt(float(residuals @ residuals) / (len(a) - 2))
         half = t95(len(a) - 2) * error / math.sqrt(float(((a - a.mean()) ** 2).sum()))
         return cls(Interval(float(slope), slope - half, slope + half), float(at_zero), tuple(a.tolist()), error)
 
     def at(self, x: float) -> Interval:
-        """What a new observation there is to be expected at (prediction interval)."""
+        """The 95% prediction interval of a new observation at x."""
         a = np.asarray(self.x)
         spread = 1 + 1 / len(a) + (x - a.mean()) ** 2 / float(((a - a.mean()) ** 2).sum())
         mean, half = self.at_zero + self.slope.mean * x, t95(len(a) - 2) * self.error * math.sqrt(spread)

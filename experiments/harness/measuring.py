@@ -1,8 +1,8 @@
-"""From trained lines to `test.json`: which candidates stand on a front, the test split, the clock.
+"""Measurement of trained lines, written to `test.json`: candidates on a line's front, test metrics, and wall-clock.
 
 Candidates are chosen on validation alone: those that no cheaper candidate of the same line beats in the mean over
-seeds. Each is then scored on the test split, once; what has been scored is kept. Wall-clock is measured on validation
-batches, all candidates of all lines taking turns.
+seeds. Each is scored on the test split once, and its scores are reused later. Wall-clock is measured on validation
+batches, with the candidates of all lines interleaved.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ import ease
 from ease.devices import machine
 from ease.evaluation.decoding_speed import in_turns
 from ease.training.mining import Quantile
-from experiments.harness import scheduler as lines
-from experiments.harness import token_groups as tokens
-from experiments.harness.candidates import Candidate, Point, compared, figures, policy
-from experiments.harness.scheduler import Plan, Row
+from experiments.harness import token_groups
+from experiments.harness.candidates import Candidate, Point, compared, metrics, policy
+from experiments.harness.scheduler import LOADED, Row, Scheduler, with_lab
 
-HARD_SET = 0.5  # of the validation tokens: those that phase 1's final model is least sure of
+HARD_SET = 0.5  # of the validation tokens: those with the lowest confidence of phase 1's final model
 TIMED = (5, 4)  # rounds, and validation batches in each
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a plan is reported for."""
+    """How an experiment is measured and reported."""
 
     title: str
     base: str
-    """The line whose final model says which tokens are hard."""
-    plain: tuple[str, ...]
-    """The plain models, between which lies the line to beat."""
-    beside: tuple[str, ...] = ()
-    """Lines that every other one is compared with."""
-    explained: tuple[str, ...] = ()
-    """The line of which it is told which tokens gained, and the one to compare it with there."""
-    original: str | None = None
-    """The line that others are variants of."""
-    both: tuple[str, ...] = ()
+    """The line whose final model determines the hard tokens."""
+    baselines: tuple[str, ...]
+    """The standard models that the baseline front is made of."""
+    compared_with: tuple[str, ...] = ()
+    """Lines that every other line is compared with."""
+    by_token_group: tuple[str, ...] = ()
+    """The line whose gains are shown by token group, and the line that it is compared with there."""
+    ablated: str | None = None
+    """The line that the others are variants of, in an ablation."""
+    on_validation: tuple[str, ...] = ()
     """Lines that are shown on validation tokens as well."""
-    leaky: str | None = None
-    """That one of them which was trained on validation tokens, and stands in no other table."""
+    in_sample: str | None = None
+    """The one of them that was trained on validation tokens, and is excluded from all other tables."""
     measures: tuple[str, ...] = ()
-    """Figures of quality that are shown beside perplexity, by their names in `tables.MEASURES`."""
+    """Task metrics that are shown in addition to perplexity, by their names in `tables.TASK_METRICS`."""
     command: str = ""
-    """What made it."""
+    """The command that reproduces the experiment."""
 
 
 def front(rows: Sequence[Row]) -> list[int]:
-    """Which candidates of a line, from its rows of every seed, no cheaper one beats on validation, from cheap to dear.
+    """Indices of the candidates of a line that no cheaper one beats on validation, from cheap to expensive.
 
-    Full depth, the one where learning rates are compared and fixed thresholds are always among them.
+    Full depth, the candidate at which learning rates are compared and fixed thresholds are always among them.
+
+    Args:
+        rows: the line's row of every seed.
     """
     sweeps = list(zip(*(row["sweep"] for row in rows), strict=True))
     cost = [statistics.mean(p["val"]["flops_per_token"] for p in points) for points in sweeps]
@@ -74,14 +76,21 @@ def front(rows: Sequence[Row]) -> list[int]:
 
 
 def measure(
-    plan: Plan, report: Report, seeds: Sequence[int], pool: ProcessPoolExecutor, say: Callable[[str], None] = print
+    scheduler: Scheduler,
+    report: Report,
+    seeds: Sequence[int],
+    pool: ProcessPoolExecutor,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Scores the lines that are finished with every seed, and writes `test.json`.
+    """Score the lines that are finished with every seed, and write `test.json`.
 
-    The line that fixes the hard set and a plain model have to be among them.
+    The line that determines the hard set and at least one standard model have to be among them.
+
+    Returns:
+        The content of `test.json`.
     """
-    done, finished = plan.progress(seeds).done, plan.finished(seeds)
-    path = plan.folder / "test.json"
+    done, finished = scheduler.status(seeds).done, scheduler.finished(seeds)
+    path = scheduler.folder / "test.json"
     scored = scored_before(path)
     entries, waiting = [], []
     for name in finished:
@@ -89,43 +98,43 @@ def measure(
         chosen = front(rows)
         for row in rows:
             entry = {key: row[key] for key in ("key", "line", "seed", "lr", "flops", "seconds", "memory", "strategy")}
-            entry["lr"] = row["lr"] if plan.lines[name].rates else None
+            entry["lr"] = row["lr"] if scheduler.lines[name].rates else None
             entry["points"] = [dict(row["sweep"][i]) for i in chosen]
             entries.append(entry)
             base = done[report.base, row["seed"]]
             entry["base"] = base["key"]
-            wanted = {"test", "groups"} if name in report.explained else {"test"}
-            new = [point for point in entry["points"] if not wanted <= scored.get(scoring(entry, point), {}).keys()]
-            future = pool.submit(score_test, plan.closed, row, new, base, report) if new else None
+            required = {"test", "groups"} if name in report.by_token_group else {"test"}
+            new = [point for point in entry["points"] if not required <= scored.get(scoring(entry, point), {}).keys()]
+            future = pool.submit(score_test, scheduler.without_lab, row, new, base, report) if new else None
             waiting.append((entry, new, future))
     for entry, new, future in waiting:
         if future is not None:
             for point, found in zip(new, future.result(), strict=True):
                 scored[scoring(entry, point)] = found
-            say(f"test split: {entry['line']}, seed {entry['seed']}")
+            log(f"test split: {entry['line']}, seed {entry['seed']}")
         entry["points"] = [point | scored[scoring(entry, point)] for point in entry["points"]]
     if any(new for _, new, _ in waiting):
         timed = [(done[e["line"], e["seed"]], e["points"]) for e in entries if e["seed"] == seeds[0]]
-        seen = pool.submit(clock, plan.closed, timed).result()
-        for point, taken in zip((point for _, points in timed for point in points), seen, strict=True):
-            point["microseconds"] = taken
+        clocked = pool.submit(clock, scheduler.without_lab, timed).result()
+        for point, microseconds in zip((point for _, points in timed for point in points), clocked, strict=True):
+            point["microseconds"] = microseconds
     data = {
         "title": report.title,
         "command": report.command,
-        "lab": plan.lab.describe(),
+        "lab": scheduler.lab.describe(),
         "seeds": list(seeds),
-        "machine": machine(plan.device),
+        "machine": machine(scheduler.device),
         "timed": {"seed": seeds[0], "rounds": TIMED[0], "batches": TIMED[1]},
         "base": report.base,
-        "plain": [name for name in report.plain if name in finished],
-        "unfinished": [name for name in finished if plan.lines[name].share < 1],
-        "beside": [name for name in report.beside if name in finished],
-        "explained": report.explained if set(report.explained) <= set(finished) else (),
-        "original": report.original if report.original in finished else None,
-        "both": [name for name in report.both if name in finished],
-        "leaky": report.leaky,
+        "plain": [name for name in report.baselines if name in finished],
+        "unfinished": [name for name in finished if scheduler.lines[name].share < 1],
+        "beside": [name for name in report.compared_with if name in finished],
+        "explained": report.by_token_group if set(report.by_token_group) <= set(finished) else (),
+        "original": report.ablated if report.ablated in finished else None,
+        "both": [name for name in report.on_validation if name in finished],
+        "leaky": report.in_sample,
         "measures": list(report.measures),
-        "missing": plan.missing(seeds),
+        "missing": scheduler.missing(seeds),
         "entries": entries,
     }
     unfinished = path.with_suffix(".partial")
@@ -138,68 +147,71 @@ Scoring = tuple[str, str, Candidate]
 
 
 def scoring(entry: Mapping[str, Any], point: Point) -> Scoring:
-    """What figures on the test split depend on: the model, the one that says what is hard, the routing."""
+    """What test metrics depend on: the model, the model that determines the hard tokens, and the routing."""
     return entry["key"], entry["base"], Candidate.of(point)
 
 
 def scored_before(path: Path) -> dict[Scoring, Point]:
-    """What `test.json` says of candidates already."""
+    """The scores that `test.json` already holds, if it exists."""
     if not path.exists():
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    kept = ("test", "groups", "val", "microseconds")
+    fields = ("test", "groups", "val", "microseconds")
     return {
-        scoring(entry, point): {name: point[name] for name in kept if name in point}
+        scoring(entry, point): {name: point[name] for name in fields if name in point}
         for entry in entries
         for point in entry["points"]
     }
 
 
 @lru_cache(4)
-def before(folder: Path, key: str) -> tuple[dict[str, ease.Scores], float]:
+def base_scores(folder: Path, key: str) -> tuple[dict[str, ease.Scores], float]:
     """Phase 1's scores on validation and test, and the confidence below which a token is hard."""
-    plan, quantile = lines.OPEN[folder], Quantile()
-    model = plan.model(plan.rows()[key])
-    scores = {split: ease.score(model, getattr(plan.lab, split)) for split in ("val", "test")}
+    scheduler, quantile = LOADED[folder], Quantile()
+    model = scheduler.model(scheduler.rows()[key])
+    scores = {split: ease.score(model, getattr(scheduler.lab, split)) for split in ("val", "test")}
     quantile.add(scores["val"].confidences)
     return scores, quantile(HARD_SET)
 
 
 @lru_cache(1)
-def kinds(folder: Path) -> tokens.Kinds:
-    return tokens.kinds(lines.OPEN[folder].lab)
+def kinds(folder: Path) -> token_groups.Kinds:
+    """The token groups of a worker's lab."""
+    return token_groups.kinds(LOADED[folder].lab)
 
 
-def score_test(plan: Plan, row: Row, points: Iterable[Point], base: Row, report: Report) -> list[dict[str, Any]]:
-    """A worker's part: what a line's candidates do on the test split."""
-    plan = lines.opened(plan)
-    model, (first, threshold) = plan.model(row), before(plan.folder, base["key"])
+def score_test(
+    scheduler: Scheduler, row: Row, points: Iterable[Point], base: Row, report: Report
+) -> list[dict[str, Any]]:
+    """A worker's part of `measure`: a line's candidates on the test split."""
+    scheduler = with_lab(scheduler)
+    model, (first, threshold) = scheduler.model(row), base_scores(scheduler.folder, base["key"])
     hard, found = {split: scores.confidences < threshold for split, scores in first.items()}, []
     for point in points:
-        scores = ease.score(model, plan.lab.test, policy(point))
-        further = plan.lab.further(model, policy(point))
-        found.append({"test": figures(scores, plan.lab.depth, hard["test"]) | further})
-        if row["line"] in report.explained:
-            found[-1]["groups"] = tokens.groups(kinds(plan.folder), first["test"], scores, hard["test"])
-        if row["line"] in report.both:
-            seen = ease.score(model, plan.lab.val, policy(point))
-            found[-1]["val"] = figures(seen, plan.lab.depth, hard["val"])
+        scores = ease.score(model, scheduler.lab.test, policy(point))
+        extra = scheduler.lab.extra_metrics(model, policy(point))
+        found.append({"test": metrics(scores, scheduler.lab.depth, hard["test"]) | extra})
+        if row["line"] in report.by_token_group:
+            found[-1]["groups"] = token_groups.groups(kinds(scheduler.folder), first["test"], scores, hard["test"])
+        if row["line"] in report.on_validation:
+            on_val = ease.score(model, scheduler.lab.val, policy(point))
+            found[-1]["val"] = metrics(on_val, scheduler.lab.depth, hard["val"])
     return found
 
 
-def clock(plan: Plan, timed: Sequence[tuple[Row, list[Point]]]) -> list[dict[str, float]]:
-    """A worker's part: microseconds per token of every point, the median of rounds in which all take turns, and range.
+def clock(scheduler: Scheduler, timed: Sequence[tuple[Row, list[Point]]]) -> list[dict[str, float]]:
+    """A worker's part of `measure`: microseconds per token of every point, median and range over interleaved rounds.
 
-    A model may be too large for one more process to hold it.
+    It runs in a worker because a model may be too large for one more process to hold it.
     """
-    plan = lines.opened(plan)
+    scheduler = with_lab(scheduler)
     rounds, batches = TIMED
-    text = list(islice(plan.lab.val, batches))
-    turns = [(plan.model(row), point) for row, points in timed for point in points]
+    text = list(islice(scheduler.lab.val, batches))
+    turns = [(scheduler.model(row), point) for row, points in timed for point in points]
     calls = {i: partial(ease.score, model, text, policy(point)) for i, (model, point) in enumerate(turns)}
     seconds, scores = in_turns(calls, rounds)
     found = []
     for i in calls:
-        seen = [1e6 * taken / scores[i].processed for taken in seconds[i]]
-        found.append({"median": statistics.median(seen), "low": min(seen), "high": max(seen)})
+        each = [1e6 * taken / scores[i].processed for taken in seconds[i]]
+        found.append({"median": statistics.median(each), "low": min(each), "high": max(each)})
     return found

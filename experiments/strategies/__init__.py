@@ -1,0 +1,1 @@
+"""Strategies that only the experiments use."""

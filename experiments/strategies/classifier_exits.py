@@ -1,8 +1,8 @@
-"""Exits that say without their head whether they are sure, from the state: what `ease.learn_agreement` makes of them.
+"""Classifier exits: exit classifiers added to a finished model, so that its confidence needs no output head.
 
-At these sizes a head costs a third of a layer and more, and a token that goes on has paid for one that nobody reads.
-The strategy trains no phase: it takes a finished model with exits and learns, on a little text of the same order, how
-likely each agrees with the last one.
+At these sizes a head costs a third of a layer or more, and a token that continues past an exit has paid for a head
+whose logits are not used. The strategy trains no phase: `ease.learn_agreement` fits a linear classifier for each exit
+on a small amount of text, in the order of the training text, that predicts agreement with the last exit.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ from dataclasses import dataclass, field
 
 import ease
 from ease.flops import exit_flops, run_flops
-from experiments.harness.scheduler import Trial
+from experiments.harness.line import Trial
 
-SHARE = 0.01  # of the budget, on top of it
+SHARE = 0.01  # of the budget, in addition to it
 
 
 @dataclass(frozen=True)
-class HeadlessConfig:
+class ClassifierExitsConfig:
     """A classifier for each exit of a finished model."""
 
     flops: float
-    """For reading the text that it is learned from, which comes after all that the model was trained on."""
+    """FLOPs for reading the text that the classifiers are fitted on, which follows all text of the training."""
 
     @property
     def num_layers(self) -> None:
-        """The model is a finished one and brings its depth."""
+        """None: the finished model has its own depth."""
 
-    def strategy(self) -> Headless:
-        return Headless(self)
+    def strategy(self) -> ClassifierExits:
+        return ClassifierExits(self)
 
 
-def headless(trial: Trial) -> HeadlessConfig:
-    return HeadlessConfig(SHARE * trial.lab.budget)
+def classifier_exits(trial: Trial) -> ClassifierExitsConfig:
+    """The strategy of a line, with a share of its lab's budget."""
+    return ClassifierExitsConfig(SHARE * trial.lab.budget)
 
 
 @dataclass
-class Headless:
+class ClassifierExits:
     """The strategy."""
 
-    config: HeadlessConfig
+    config: ClassifierExitsConfig
     spent: dict[str, float] = field(default_factory=dict)
 
     def policy(self) -> ease.Policy:

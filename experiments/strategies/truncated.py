@@ -1,4 +1,4 @@
-"""What exits on a finished model are measured against: the model as it is, and the model without its last layers."""
+"""Baselines for exits on a finished model: the model as it is, and the model truncated to its first layers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 import ease
 from ease.training.config import create_standard_config
-from experiments.harness.scheduler import Trial
+from experiments.harness.line import Trial
 
 
 @dataclass(frozen=True)
-class WholeConfig:
-    """A finished model, of which nothing learns."""
+class UnchangedConfig:
+    """A finished model without any training."""
 
     @property
     def num_layers(self) -> None:
-        """The model is a finished one and brings its depth."""
+        """None: the finished model has its own depth."""
 
-    def strategy(self) -> Whole:
-        return Whole()
-
-
-def whole(trial: Trial) -> WholeConfig:
-    return WholeConfig()
+    def strategy(self) -> Unchanged:
+        return Unchanged()
 
 
-class Whole:
+def unchanged(trial: Trial) -> UnchangedConfig:
+    """The strategy of a line."""
+    return UnchangedConfig()
+
+
+class Unchanged:
     """The strategy: no phase."""
 
     def policy(self) -> ease.Policy:
@@ -36,21 +37,21 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutConfig(ease.PhaseOptions):
-    """The first layers of a finished model, frozen, under a norm that learns, as an exit's does."""
+class TruncatedConfig(ease.PhaseOptions):
+    """The first layers of a finished model, frozen, with a trained norm before the head, as an exit has."""
 
     num_layers: int
-    """Layers that are left."""
+    """The number of layers that remain."""
 
-    def strategy(self) -> Cut:
-        return Cut(self)
+    def strategy(self) -> Truncated:
+        return Truncated(self)
 
 
 @dataclass
-class Cut:
+class Truncated:
     """The strategy: one phase."""
 
-    config: CutConfig
+    config: TruncatedConfig
     done: bool = False
 
     def policy(self) -> ease.Policy:
@@ -62,4 +63,4 @@ class Cut:
         self.done = True
         last = model.num_layers
         config = create_standard_config(last)
-        return ease.Phase("cut", config, data.train, data.val, self.config, first=last + 1, exits=(last,))
+        return ease.Phase("truncated", config, data.train, data.val, self.config, first=last + 1, exits=(last,))

@@ -1,7 +1,7 @@
-"""What a run at 1B parameters would take, line by line: tokens, FLOPs and hours, by the trainer's own count.
+"""Cost of every line at 1B parameters: tokens, FLOPs and hours, by the trainer's own count.
 
-Nothing is trained. Every line's phases are laid out on a model without weights, and `Trainer.step_flops`, which counts
-real runs, says what a training token costs in each. Not counted are validation and trials of learning rate.
+Nothing is trained. Every line's phases are set up on a model without weights, and `Trainer.step_flops`, which also
+counts real runs, gives the cost of a training token in each. Validation and trials of learning rates are not counted.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import torch
 
 import ease
 from ease.flops import classifier_flops, full_depth_flops, head_flops, layer_flops
-from experiments.analysis.tables import Table
-from experiments.harness.scheduler import PART
-from experiments.reproduce import SCALES, TIERS, rivals
+from experiments.analysis.table import Table
+from experiments.harness.line import PART, standard_name
+from experiments.tiers.scales import DEFAULT_SCALES, SCALES
+from experiments.tiers.tier1_front import strategies
 
 TOKENS = 20
-"""For each parameter (Hoffmann et al. 2022, arXiv:2203.15556)."""
+"""Per parameter (Hoffmann et al. 2022, arXiv:2203.15556)."""
 SUSTAINED = 380e12
-"""FLOP/s of one H100: the least that Grattafiori et al. 2024 (arXiv:2407.21783) report in Table 4."""
+"""FLOP/s of one H100: the lowest value that Grattafiori et al. 2024 (arXiv:2407.21783) report in Table 4."""
 SEEDS = 3
-HALF = 0.5
-"""Of the tokens go on, in training and at inference."""
+CONTINUING = 0.5
+"""Share of the tokens that continues past the exit, in training and at inference."""
 WITHOUT_WEIGHTS = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and the layers after which tokens may leave it."""
+    """The size of a model, and its exit after layer `brick`."""
 
     vocab_size: int
     dim: int
@@ -44,7 +45,7 @@ class Shape:
         return ease.ModelConfig(self.vocab_size, self.dim, layers, self.heads, tie_embeddings=True)
 
     def model(self, layers: int) -> ease.StandardTransformer:
-        """Without weights."""
+        """A model without weights."""
         with WITHOUT_WEIGHTS:
             return ease.StandardTransformer(**vars(self.config(layers)))
 
@@ -57,16 +58,16 @@ class Part:
     """One phase of a line."""
 
     share: float
-    """Of the line's FLOPs."""
+    """Share of the line's FLOPs."""
     per_token: float
-    """FLOPs of training on one token."""
+    """FLOPs of training per token."""
 
 
 def lines(shape: Shape) -> dict[str, list[Part]]:
-    """Line -> its phases, set up as the front's lines are."""
+    """Line -> its phases, configured as in tier 1."""
     L, E = shape.layers, shape.brick
     exits, by_depth = {"num_layers": L, "exit_layer": E}, (E / (E + L), L / (E + L))
-    planned: dict[str, tuple[Any, Sequence[float]]] = {
+    configs: dict[str, tuple[Any, Sequence[float]]] = {
         "deep supervision": (ease.DeepSupervisionConfig(num_layers=L), (1.0,)),
         "early exit": (ease.EarlyExitConfig(**exits), (1.0,)),
         "early exit, distilled": (ease.EarlyExitConfig(**exits, objective="both"), (1.0,)),
@@ -80,16 +81,16 @@ def lines(shape: Shape) -> dict[str, list[Part]]:
     (whole,) = parts(ease.StandardConfig(num_layers=L), shape, (1.0,))
     (tuned,) = parts(ease.TuneConfig(exits=(E,)), shape, (0.1,))
     return {
-        f"plain, layers: {L}": [whole],
-        f"plain, layers: {E}": list(parts(ease.StandardConfig(num_layers=E), shape, (1.0,))),
+        standard_name(L): [whole],
+        standard_name(E): list(parts(ease.StandardConfig(num_layers=E), shape, (1.0,))),
         "ASHEM": list(ashem(shape)),
-        **{name: list(parts(config, shape, shares)) for name, (config, shares) in planned.items()},
+        **{name: list(parts(config, shape, shares)) for name, (config, shares) in configs.items()},
         "tuned exit": [Part(0.9, whole.per_token), tuned],
     }
 
 
 def parts(config: Any, shape: Shape, shares: Sequence[float]) -> Iterator[Part]:
-    """The phases that a strategy plans without looking at data."""
+    """The phases of a strategy that does not depend on data."""
     strategy, nothing = config.strategy(), ease.Data([], [])
     model = shape.model(config.num_layers or shape.layers)
     for share in shares:
@@ -100,7 +101,7 @@ def parts(config: Any, shape: Shape, shares: Sequence[float]) -> Iterator[Part]:
 
 
 def ashem(shape: Shape) -> Iterator[Part]:
-    """Phase 2 reads every token twice: to mine, and in a frozen trunk, whose states no memory holds at this size."""
+    """ASHEM's phases. Phase 2 runs the frozen layers twice, in mining and in training: their states exceed memory."""
     strategy = ease.ASHEMConfig(phase1_layers=shape.brick, phase2_layers=shape.layers).strategy()
     model, nothing = shape.model(shape.brick), ease.Data([], [])
     phase = strategy.next_phase(model, nothing)
@@ -111,48 +112,49 @@ def ashem(shape: Shape) -> Iterator[Part]:
         model.grow(shape.layers)
     training = ease.create_standard_config(shape.layers)
     phase = ease.Phase("phase 2", training, [], [], phase.options, first=shape.brick + 1)
-    yield Part(1 - PART, mining + per_token(phase, model, shape, some(shape, HALF)))
+    yield Part(1 - PART, mining + per_token(phase, model, shape, some(shape, CONTINUING)))
 
 
 def per_token(
     phase: ease.Phase, model: ease.StandardTransformer, shape: Shape, active: torch.Tensor | None = None
 ) -> float:
-    """FLOPs of a training step on one sequence, by token; with a curriculum, the mean over a phase's steps."""
+    """FLOPs per token of a training step on one sequence; with a curriculum, the mean over a phase's steps."""
     x = torch.zeros(1, shape.seq, dtype=torch.long)
     batch = ease.Batch(x, x, active)
     model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits)
-    trainer, going_on = ease.Trainer(phase.config, shape.vocab_size), phase.config.going_on
-    went = {exit: some(shape, share) for exit, share in going_on.items()}
-    steps = [phase.step(number, number / 100) for number in range(100)] if phase.step else [None]
+    trainer = ease.Trainer(phase.config, shape.vocab_size)
+    continuing = {exit: some(shape, share) for exit, share in phase.config.selection.keep.items()}
+    steps = [phase.curriculum(n, n / 100) for n in range(100)] if phase.curriculum else [None]
     counts = [
-        trainer.step_flops(model, batch, int(batch.running.sum()), phase.first, step, went).values() for step in steps
+        trainer.step_flops(model, batch, int(batch.running.sum()), phase.first, step, continuing).values()
+        for step in steps
     ]
     model.freeze_below(1)
     return sum(map(sum, counts)) / len(counts) / shape.seq
 
 
 def some(shape: Shape, share: float) -> torch.Tensor:
-    """(1, T) a share of the tokens, spread evenly."""
+    """(1, T) mask of a share of the tokens, spread evenly."""
     at = torch.arange(shape.seq, dtype=torch.double)
     return (((at + 1) * share).floor() > (at * share).floor())[None]
 
 
 def mean(line: Sequence[Part]) -> float:
-    """FLOPs of training on one token, over all phases."""
+    """FLOPs of training per token, over all phases."""
     return sum(part.share for part in line) / sum(part.share / part.per_token for part in line)
 
 
-def inference(shape: Shape, *, headless: bool = False) -> float:
-    """FLOPs per token where half of the tokens leave at the exit; headless: a classifier says which."""
+def inference(shape: Shape, *, classifier: bool = False) -> float:
+    """FLOPs per token if half of the tokens leave at the exit, by the confidence of the head or of a classifier."""
     config, T = shape.config(shape.layers), shape.seq
-    pairs, stay = T * (T + 1) / 2, int(HALF * T)
-    asked = classifier_flops(config, T) + head_flops(config, T - stay) if headless else head_flops(config, T)
+    pairs, stay = T * (T + 1) / 2, int(CONTINUING * T)
+    exit = classifier_flops(config, T) + head_flops(config, T - stay) if classifier else head_flops(config, T)
     layers = shape.brick * layer_flops(config, T, T, int(pairs))
-    layers += (shape.layers - shape.brick) * layer_flops(config, T, stay, int(HALF * pairs))
-    return (layers + asked + head_flops(config, stay)) / T
+    layers += (shape.layers - shape.brick) * layer_flops(config, T, stay, int(CONTINUING * pairs))
+    return (layers + exit + head_flops(config, stay)) / T
 
 
-WHOLE = ("progressive growth", "discriminative")
+WITHOUT_EXIT = ("progressive growth", "discriminative")
 """Lines without an exit."""
 
 
@@ -161,13 +163,13 @@ def table(shape: Shape = BILLION) -> Table:
     made, config = lines(shape), shape.config(shape.layers)
     size = sum(weight.numel() for weight in shape.model(shape.layers).parameters())
     tokens = TOKENS * size
-    plain, whole = (f"plain, layers: {layers}" for layers in (shape.layers, shape.brick))
-    budget = tokens * mean(made[plain])
+    deep, shallow = standard_name(shape.layers), standard_name(shape.brick)
+    budget = tokens * mean(made[deep])
     full = full_depth_flops(config, shape.seq)
     costs: Mapping[str, float] = {
-        **dict.fromkeys((plain, *WHOLE), full),
-        whole: full_depth_flops(shape.config(shape.brick), shape.seq),
-        "gated": inference(shape, headless=True),
+        **dict.fromkeys((deep, *WITHOUT_EXIT), full),
+        shallow: full_depth_flops(shape.config(shape.brick), shape.seq),
+        "gated": inference(shape, classifier=True),
     }
     rows = []
     for name, line in made.items():
@@ -176,7 +178,7 @@ def table(shape: Shape = BILLION) -> Table:
             [
                 name,
                 f"{mean(line) / 1e9:.2f}",
-                f"{mean(line) / mean(made[plain]):.0%}",
+                f"{mean(line) / mean(made[deep]):.0%}",
                 f"{tokens * mean(line):.2e}",
                 f"{hours(tokens * mean(line)):,.0f}",
                 f"{budget / mean(line) / 1e9:.1f}",
@@ -185,31 +187,31 @@ def table(shape: Shape = BILLION) -> Table:
             ]
         )
     head = head_flops(config, 1) / (full - head_flops(config, 1)) * shape.layers
-    many = len(rivals(SCALES["m"])) * (len(SCALES["m"].settings["lrs"]) + SEEDS - 1)
-    largest = max(SCALES[name].settings["budget"] for name in TIERS["1"])
+    many = len(strategies(SCALES["m"])) * (len(SCALES["m"].settings["lrs"]) + SEEDS - 1)
+    largest = max(SCALES[name].settings["budget"] for name in DEFAULT_SCALES["1"])
     return Table(
         "cluster",
-        f"What the lines would take at {size / 1e9:.2f}B parameters, counted and not run",
+        f"Cost of every line at {size / 1e9:.2f}B parameters, counted and not run",
         ["line", "training", "share", "run", "H100 hours", "tokens at equal FLOPs", "inference", "share"],
         rows,
         [
-            "Training and inference: GFLOPs per token, every head in them, each beside its share of the first line's. "
-            f"Run: the FLOPs of training on {TOKENS} tokens a parameter, {tokens / 1e9:.1f}B, each counted in every "
-            "phase that reads it. Tokens at equal FLOPs: billions that the line reads for the FLOPs of the first one's "
-            "run.",
+            "Training and inference: GFLOPs per token, including every head, each with its share of the first line's. "
+            f"Run: the FLOPs of training on {TOKENS} tokens per parameter, {tokens / 1e9:.1f}B, each counted in every "
+            "phase that reads it. Tokens at equal FLOPs: billions of tokens that the line reads for the FLOPs of the "
+            "first line's run.",
             f"{shape.layers} layers, dim {shape.dim:,}, vocabulary {shape.vocab_size:,}, tied head, sequences of "
-            f"{shape.seq:,}; the exit after layer {shape.brick}, where {HALF:.0%} of the tokens go on, in training and "
-            f"at inference. A head costs {head:.2f} layers. Phases share FLOPs as they do on the front. Every token of "
-            "ASHEM's phase 2 passes the frozen layers twice, once to mine and once to train.",
-            f"Hours at {SUSTAINED / 1e12:.0f} TFLOP/s sustained on one H100, the least that Llama 3's training reports "
+            f"{shape.seq:,}; the exit after layer {shape.brick}, past which {CONTINUING:.0%} of the tokens continue "
+            f"in training and at inference. A head costs {head:.2f} layers. Phases share FLOPs as in tier 1. Every "
+            "token of ASHEM's phase 2 passes the frozen layers twice, once in mining and once in training.",
+            f"Hours at {SUSTAINED / 1e12:.0f} TFLOP/s sustained on one H100, the lowest value reported for Llama 3 "
             "(arXiv:2407.21783, Table 4), for lines and sizes that have not been run there. At equal FLOPs every line "
-            f"takes plain's {hours(budget):,.0f} hours. A front of scale m has {many} trainings; at this size they "
-            f"would take up to {many * budget:.1e} FLOPs, {many * hours(budget):,.0f} hours. The largest scale of tier "
+            f"takes {hours(budget):,.0f} hours. Tier 1 at scale m has {many} trainings; at this size they would take "
+            f"up to {many * budget:.1e} FLOPs, {many * hours(budget):,.0f} hours. The largest scale of tier "
             f"1 has {largest:.0e} FLOPs a line, {math.log10(budget / largest):.1f} decades less than one line here.",
         ],
     )
 
 
 def hours(flops: float) -> float:
-    """Of one accelerator."""
+    """Hours of one accelerator."""
     return flops / SUSTAINED / 3600

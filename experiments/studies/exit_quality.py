@@ -1,13 +1,13 @@
-"""What exits on a finished model are worth: the runs given, side by side, on tokens that chose nothing.
+"""Quality of exits on finished models: perplexity, agreement and savings of the given runs on held-out tokens.
 
     ease run deep
-    ease tune runs/deep --exits 4,8 --out runs/deep-tuned                  # and other ways to make exits
+    ease tune runs/deep --exits 4,8 --out runs/deep-tuned                  # or another way to add exits
     python -m experiments.studies.exit_quality runs/deep-tuned [MORE ...] [--out results/exits.json]
 
-Per exit, and for all exits together: perplexity, how often the exit names what the model's last exit names, and for
-several targets (agreement with the last exit, a perplexity at most so much higher) the share of tokens that leave, the
-FLOPs they then take, every head in them, as a share of full depth without exits, and the perplexity. Validation
-proposes thresholds, one drawn half of the test split chooses them, the other half is what every figure is measured on.
+For each exit, and for all exits together: perplexity, agreement (the share of tokens for which the exit predicts the
+same token as the last exit), and for several targets (agreement, or a bound on the increase of perplexity) the share of
+tokens that exit early, inference FLOPs including every head as a share of full depth without exits, and perplexity.
+Validation proposes thresholds, a random half of the test split chooses them, and the other half is scored.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 
 import ease
 from ease import Policy
-from ease.evaluation.calibration import Sequences
 from ease.evaluation.scoring import perplexity, score
+from ease.evaluation.sequences import Sequences
 from ease.runs.reopen import calibration_halves, open_run
 
 TARGETS = {
@@ -35,20 +35,25 @@ TARGETS = {
 
 
 def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
-    """A row for every exit of the run's model, one for all of them together, and one for the last."""
+    """Rows for every exit of a run's model, for all exits together, and for the last exit.
+
+    Args:
+        folder: of the run.
+        batches: of validation and of each half of test; as in the run by default.
+    """
     model, _, corpus, data = open_run(folder)
     data = replace(data, eval_batches=batches or data.eval_batches)
     exits = model.policy.exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = calibration_halves(corpus.test, data)
-    seen = Sequences(model, held_out, Policy(exits, (1.0,) * len(exits)))
-    agrees = dict(zip(exits, seen.views.agrees.double().mean(1).tolist()))
+    sequences = Sequences(model, held_out, Policy(exits, (1.0,) * len(exits)))
+    agreement = dict(zip(exits, sequences.views.agrees.double().mean(1).tolist()))
     rows: list[dict[str, Any]] = []
     for some in [*((e,) for e in exits), *([exits] if len(exits) > 1 else [])]:
         row: dict[str, Any] = {"run": folder.name, "exits": some}
         if len(some) == 1:
             row["ppl"] = perplexity(score(model, held_out, last=some[0]).losses)
-            row["agreement"] = agrees[some[0]]
+            row["agreement"] = agreement[some[0]]
         for name, target in TARGETS.items():
             print(f"{folder.name}: exits {some} at {name}", file=sys.stderr, flush=True)
             policy = Policy(some, (1.0,) * len(some))
@@ -56,20 +61,20 @@ def study(folder: Path, batches: int | None) -> list[dict[str, Any]]:
         rows.append(row)
     return [
         *rows,
-        {"run": folder.name, "exits": (model.num_layers,), "ppl": perplexity(seen.full.losses), "agreement": 1},
+        {"run": folder.name, "exits": (model.num_layers,), "ppl": perplexity(sequences.full.losses), "agreement": 1},
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--batches", type=int, help="of validation and of each half of test (as the run's by default)")
+    parser.add_argument("--batches", type=int, help="of validation and of each half of test (as in the run by default)")
     parser.add_argument("--out", type=Path, default=Path("results/exits.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for folder in args.runs for row in study(folder, args.batches)]
-    at = " | ".join(f"at {name}: leave | FLOPs | PPL" for name in TARGETS)
-    print(f"| run | exits | PPL | agrees | {at} |\n|---|---|---|---|{'---|' * 3 * len(TARGETS)}")
+    at = " | ".join(f"at {name}: exit early | FLOPs | PPL" for name in TARGETS)
+    print(f"| run | exits | PPL | agreement | {at} |\n|---|---|---|---|{'---|' * 3 * len(TARGETS)}")
     for row in rows:
         cells = [row["run"], ", ".join(map(str, row["exits"]))]
         cells += [f"{row['ppl']:.3f}", f"{row['agreement']:.1%}"] if "ppl" in row else ["", ""]

@@ -1,4 +1,4 @@
-"""Should the output head be the embedding? Both ways at equal training FLOPs, each at its better learning rate.
+"""Tied against untied output heads at equal training FLOPs, each at two learning rates.
 
 python -m experiments.studies.tied_head
 """
@@ -27,11 +27,11 @@ def main() -> None:
                 options = ease.PhaseOptions(
                     lr=lr, schedule="cosine", warmup=0.05, patience=None, max_epochs=100_000, max_flops=BUDGET
                 )
-                phase = ease.Phase("plain", ease.create_standard_config(2), train, val, options)
+                phase = ease.Phase("standard", ease.create_standard_config(2), train, val, options)
                 ease.Trainer(phase.config, corpus.vocab_size).run(model, phase)
-                ppl.append(ease.score(model, val).figures()["ppl"])
-            figures = ", ".join(f"{p:.1f}" for p in ppl)
-            print(f"{'tied' if tied else 'untied':7} lr {lr:g}: validation PPL {figures}", flush=True)
+                ppl.append(ease.score(model, val).metrics()["ppl"])
+            shown = ", ".join(f"{p:.1f}" for p in ppl)
+            print(f"{'tied' if tied else 'untied':7} lr {lr:g}: validation PPL {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Experiments of the paper by tier: fronts, ablation and user data."""

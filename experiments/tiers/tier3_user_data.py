@@ -1,13 +1,14 @@
-"""Tier 3: the tables of tier 1 on what is given: `ease reproduce 3 --data DATA [--model CHECKPOINT]`.
+"""Tier 3: the tables of tier 1 on user data: `ease reproduce 3 --data DATA [--model CHECKPOINT]`.
 
-DATA                                                   what is learned
+DATA                                                   task
 a folder with train.jsonl of {"text", "label"}         labels
 a folder with train.jsonl of {"prompt", "completion"}  completions, scored by ROUGE-L too
 .jsonl or .parquet files, or hf:NAME/CONFIG            a stream of documents
-any other text that `ease.load_corpus` reads           text, on a checkpoint only: tier 1 is that without one
+any other text that `ease.load_corpus` reads           text, with a checkpoint only (without one, use tier 1)
 
-Without a checkpoint, new models of several depths are the line to beat. With one, none of its layers learns, exits are
-put after a third and two thirds of them, and the line to beat goes through the checkpoint as it is and cut there.
+Without a checkpoint, new standard models of several depths form the baseline front. With one, its layers are frozen,
+exits are added after a third and two thirds of them, and the baseline front consists of the checkpoint as it is and
+truncated at those layers.
 """
 
 from __future__ import annotations
@@ -29,39 +30,41 @@ from ease.flops import full_depth_flops
 from ease.hf import checkpoint as hf
 from ease.hf.config import read_config
 from ease.interface import ModelConfig
+from experiments.analysis.pages import write
 from experiments.harness.candidates import SHARES
+from experiments.harness.lab import Lab
+from experiments.harness.line import BASE, CONTINUED, Line, baselines, grow, make, standard_names
 from experiments.harness.measuring import Report
 from experiments.harness.running import Experiment, Settings, run
-from experiments.harness.scheduler import BASE, Lab, Line, grow, make, plain, plain_names
 from experiments.harness.task_labs import Checkpoint, CheckpointExamples, CheckpointStream, Examples, Stream
-from experiments.strategies.classifier_exits import headless
-from experiments.strategies.truncated import CutConfig, whole
+from experiments.strategies.classifier_exits import classifier_exits
+from experiments.strategies.truncated import TruncatedConfig, unchanged
 
-WHOLE = "checkpoint"
-GIVE = "a folder with train.jsonl (texts with labels, or prompts with completions), .jsonl documents or hf:NAME"
+UNCHANGED = "checkpoint"
+ACCEPTED = "a folder with train.jsonl (texts with labels, or prompts with completions), .jsonl documents or hf:NAME"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained, and of a new model what."""
+    """Sizes of training, and of new models."""
 
     lab: Mapping[str, Any]
     """Settings of the lab of new models."""
     depths: tuple[int, ...]
-    """Of plain models; tokens leave after the first, of models as deep as the last."""
+    """Depths of the standard models; deeper models have the depth of the last and an exit after the first."""
     tokenizer: str
     epochs: int
-    """Over examples, of the deepest plain model."""
+    """Epochs over examples that the deepest standard model could train for within a third of the budget."""
     budget: float
-    """Training FLOPs of a line on a stream."""
+    """Training FLOPs of a line on a document stream."""
     held_out: int
     """Documents of a stream for validation, and for test."""
     buffer: int
-    """Rows of a stream to shuffle among."""
+    """Rows of a stream's shuffle buffer."""
     tune: Mapping[str, Any]
-    """Settings of the lab on a checkpoint."""
+    """Settings of the lab for exits on a checkpoint."""
     tokens: int
-    """That a checkpoint could read at full depth within a line's budget."""
+    """Tokens that a checkpoint could read at full depth within a line's budget."""
 
 
 SIZES = {
@@ -109,17 +112,22 @@ LABS: dict[tuple[str, bool], type[Lab]] = {
     ("documents", True): CheckpointStream,
     ("text", True): Checkpoint,
 }
-"""(kind of data, on a checkpoint) -> the lab."""
+"""(kind of data, with a checkpoint) -> the lab."""
 REFUSED = {
-    ("labels", True): "a checkpoint has a head of tokens and none of labels: leave out --model, or give records with "
-    "a prompt and a completion",
-    ("text", False): f"{{data}} is no data for tier 3 without --model CHECKPOINT: add it, give {GIVE}, or take tier 1",
+    (
+        "labels",
+        True,
+    ): "a checkpoint has no head for labels: leave out --model, or give records with a prompt and a completion",
+    (
+        "text",
+        False,
+    ): f"{{data}} is no data for tier 3 without --model CHECKPOINT: add it, give {ACCEPTED}, or use tier 1",
 }
-MEASURES = {"labels": ("acc", "f1"), "completions": ("acc", "rouge_l")}
+TASK_METRICS = {"labels": ("acc", "f1"), "completions": ("acc", "rouge_l")}
 
 
 def kind_of(data: str) -> str:
-    """labels, completions, documents or text."""
+    """The kind of data: labels, completions, documents or text."""
     records = Path(data) / "train.jsonl"
     if records.is_file():
         with records.open(encoding="utf-8-sig", errors="replace") as file:
@@ -128,8 +136,8 @@ def kind_of(data: str) -> str:
             found = set(json.loads(line))
         except (ValueError, TypeError):
             found = set()
-        for kind, wanted in (("labels", {"text", "label"}), ("completions", {"prompt", "completion"})):
-            if wanted <= found:
+        for kind, required in (("labels", {"text", "label"}), ("completions", {"prompt", "completion"})):
+            if required <= found:
                 return kind
         raise ease.EaseError(
             f"{records} begins with no record for tier 3 (fields: {', '.join(sorted(map(str, found))) or 'none'}): "
@@ -144,50 +152,50 @@ def kind_of(data: str) -> str:
 
 
 def shape_of(model: str) -> ModelConfig:
-    """Of a checkpoint, whose weights are not read."""
+    """A checkpoint's configuration, without reading its weights."""
     return read_config(hf.read_json(hf.checkpoint_folder(model) / hf.CONFIG))
 
 
-def cuts(layers: int) -> tuple[int, ...]:
-    """A third and two thirds of a checkpoint's layers."""
+def exits_of(layers: int) -> tuple[int, ...]:
+    """Exits of a checkpoint with `layers` layers: after a third and two thirds of them."""
     return tuple(sorted({max(1, layers // 3), max(1, 2 * layers // 3)}))
 
 
 def make_lab(name: str, data: str, model: str | None, device: str) -> Lab:
-    """What is given, at a size."""
+    """The lab for data, and a checkpoint if there is one, at a size of `SIZES`."""
     size, kind = SIZES[name], kind_of(data)
     return new_lab(size, kind, data) if model is None else checkpoint_lab(size, kind, data, model, device)
 
 
 def new_lab(size: Size, kind: str, data: str) -> Lab:
-    """For new models."""
-    given, tokenizer, about = READ[kind](size, size.lab, data, size.tokenizer, None)
+    """The lab for new models."""
+    fields, tokenizer, about = READ[kind](size, size.lab, data, size.tokenizer, None)
     heads = size.lab.get("heads", Lab.heads)
-    tied = kind != "labels"  # labels have a head of their own
+    tied = kind != "labels"  # labels have their own head
     shape = ModelConfig(tokenizer.get_vocab_size(), size.lab["dim"], size.depths[-1], heads, tie_embeddings=tied)
     budget = size.budget
     if kind != "documents":
-        tokens = sum(len(example.ids) for example in given["text"]["train"])
-        length = max(1, tokens // len(given["text"]["train"]))
+        tokens = sum(len(example.ids) for example in fields["text"]["train"])
+        length = max(1, tokens // len(fields["text"]["train"]))
         budget = 3 * size.epochs * tokens * full_depth_flops(shape, length)
     ends = {"brick": size.depths[0], "depth": size.depths[-1], "budget": rounded(budget), "tie_embeddings": tied}
     corpus = f"{called(data)}, {about}, {size.tokenizer}"
-    return LABS[kind, False](corpus=corpus, vocab_size=shape.vocab_size, **ends, **size.lab, **given)
+    return LABS[kind, False](corpus=corpus, vocab_size=shape.vocab_size, **ends, **size.lab, **fields)
 
 
 def checkpoint_lab(size: Size, kind: str, data: str, model: str, device: str) -> Lab:
-    """For exits on a checkpoint."""
+    """The lab for exits on a checkpoint."""
     shape, settings = shape_of(model), dict(size.tune)
-    if shape.max_positions:  # half of them, so that some are left for a completion
+    if shape.max_positions:  # half of them, to leave positions for a completion
         settings["seq"] = min(settings["seq"], shape.max_positions // 2)
-    given, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
+    fields, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
     settings |= {name: getattr(shape, name) for name in ("vocab_size", "dim", "tie_embeddings")}
-    # Layers that learned nothing of exits lose nothing only where most tokens go on.
+    # Layers that were not trained with exits keep their quality only where most tokens continue.
     settings |= {"shares": (*SHARES, 0.85, 0.95)}
-    settings |= {"heads": shape.num_heads, "brick": cuts(shape.num_layers)[0], "depth": shape.num_layers}
+    settings |= {"heads": shape.num_heads, "brick": exits_of(shape.num_layers)[0], "depth": shape.num_layers}
     budget = rounded(size.tokens * full_depth_flops(shape, settings["seq"]))
-    corpus = f"{called(data)}, {about}; {Path(model).resolve().name}, of which exits alone learn"
-    return LABS[kind, True](corpus=corpus, budget=budget, path=model, device=device, **settings, **given)
+    corpus = f"{called(data)}, {about}; {Path(model).resolve().name}, of which only exits are trained"
+    return LABS[kind, True](corpus=corpus, budget=budget, path=model, device=device, **settings, **fields)
 
 
 def rounded(flops: float) -> float:
@@ -197,11 +205,11 @@ def rounded(flops: float) -> float:
 def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
     load = load_classification if kind_of(data) == "labels" else load_completion
     task = load(data, tokenizer, eos=eos, seq_len=settings["seq"])
-    what = f"texts with {len(task.labels)} labels" if task.labels else "prompts with completions"
+    about = f"texts with {len(task.labels)} labels" if task.labels else "prompts with completions"
     text = {"train": task.train, "val": task.val, "test": task.test}
     found = {"text": text, "task": task, "labels": len(task.labels) or None}
     counts = ", ".join(f"{len(examples):,} {split}" for split, examples in text.items())
-    return found, task.tokenizer, f"{what} ({counts})"
+    return found, task.tokenizer, f"{about} ({counts})"
 
 
 def read_stream(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
@@ -217,11 +225,11 @@ def read_text(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any
 
 
 READ = {"labels": read_examples, "completions": read_examples, "documents": read_stream, "text": read_text}
-"""Kind of data -> what reads it: fields of the lab, the tokenizer, and what to call it."""
+"""Kind of data -> its reader, which returns fields of the lab, the tokenizer and a description."""
 
 
 def called(data: str) -> str:
-    """A source by its name: a path on this machine is nobody's business."""
+    """A source's name without its folder, so that reports contain no local paths."""
     return data if data.startswith("hf:") else Path(data).resolve().name
 
 
@@ -230,34 +238,36 @@ def called(data: str) -> str:
 
 
 def new_lines(size: Size, kind: str) -> dict[str, Line]:
-    """Of new models."""
+    """The lines of new models."""
     brick, deep = size.depths[0], size.depths[-1]
     joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
     lines = {
-        **plain(size.depths),
+        **baselines(size.depths),
         "ASHEM": Line(grow(deep), on=BASE),
         "progressive growth": Line(make(ease.GrowthConfig, layers=size.depths)),
         "deep supervision": Line(make(ease.DeepSupervisionConfig, num_layers=deep)),
         "early exit": Line(make(ease.EarlyExitConfig, **joint)),
         "early exit, distilled": Line(make(ease.EarlyExitConfig, **joint, objective="both")),
     }
-    if kind == "labels":  # decided once a text, by a head that costs next to nothing
+    if kind == "labels":  # one decision per text, by a head of negligible cost
         return lines
     gated = Line(make(ease.GatedConfig, deep_layers=deep, exit_layer=brick))
-    return lines | {"gated": gated, "early exit, no head asked": Line(headless, on="early exit")}
+    return lines | {"gated": gated, "early exit, classifier exit": Line(classifier_exits, on="early exit")}
 
 
 def checkpoint_lines(layers: int) -> dict[str, Line]:
-    """Of a checkpoint of so many layers."""
-    tuned = partial(make, ease.TuneConfig, exits=cuts(layers), weight_decay=0.0)
+    """The lines of a checkpoint with `layers` layers."""
+    exits = exits_of(layers)
+    truncated = partial(make, TruncatedConfig, weight_decay=0.0)
+    tuned = partial(make, ease.TuneConfig, exits=exits, weight_decay=0.0)
     return {
-        **{f"cut after layer {k}": Line(make(CutConfig, num_layers=k, weight_decay=0.0)) for k in cuts(layers)},
-        WHOLE: Line(whole),
+        **{f"truncated after layer {k}": Line(truncated(num_layers=k)) for k in exits},
+        UNCHANGED: Line(unchanged),
         "exits": Line(tuned()),
         "exits, distilled": Line(tuned(objective="distillation")),
         "exits with adapters": Line(tuned(adapter="mlp")),
         "exits with adapters, distilled": Line(tuned(adapter="mlp", objective="distillation")),
-        "exits, distilled, no head asked": Line(headless, on="exits, distilled"),
+        "exits, distilled, classifier exit": Line(classifier_exits, on="exits, distilled"),
     }
 
 
@@ -266,48 +276,55 @@ def checkpoint_lines(layers: int) -> dict[str, Line]:
 
 
 def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequence[int]) -> Experiment:
+    """Tier 3's experiment at a size of `SIZES`."""
     size, kind = SIZES[name], kind_of(data)
-    measures, told = MEASURES.get(kind, ()), f"--data {called(data)}"
+    measures, options = TASK_METRICS.get(kind, ()), f"--data {called(data)}"
     if model is None:
         title, lines = f"{called(data)} at scale {name}", new_lines(size, kind)
-        base, beaten, beside = BASE, plain_names(size.depths), ("continued",)
+        base, standard, compared_with = BASE, standard_names(size.depths), (CONTINUED,)
     else:
         layers = shape_of(model).num_layers
         if layers < 2:
-            raise ease.EaseError(f"{model} has one layer, after which all tokens leave: give a deeper checkpoint")
+            raise ease.EaseError(f"{model} has one layer and therefore no early exit: give a deeper checkpoint")
         title, lines = f"Exits on {Path(model).name} at scale {name}", checkpoint_lines(layers)
-        base, beaten, beside = WHOLE, (*(n for n in lines if n.startswith("cut")), WHOLE), (WHOLE,)
-        told = f"--model {Path(model).name} {told}"
-    command = f"ease reproduce 3 {told} --seeds {','.join(map(str, seeds))} --scales {name}"
-    report = Report(title, base, beaten, beside, command=command, measures=measures)
+        truncated = [name for name in lines if name.startswith("truncated")]
+        base, standard, compared_with = UNCHANGED, (*truncated, UNCHANGED), (UNCHANGED,)
+        options = f"--model {Path(model).name} {options}"
+    command = f"ease reproduce 3 {options} --seeds {','.join(map(str, seeds))} --scales {name}"
+    report = Report(title, base, standard, compared_with, command=command, measures=measures)
     parts = ([] if model is None else [Path(model).resolve().name]) + [called(data).removeprefix("hf:"), name]
     folder = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
     return Experiment(folder, partial(make_lab, name, data, model, device), lines, report)
 
 
 def reproduce(data: str | None, model: str | None, scales: Sequence[str], settings: Settings) -> list[str]:
-    """Trains what is missing, and writes tables and figures; returns what is still missing.
+    """Train what is missing, and write tables and figures.
 
     Args:
-        data, model: see the top of this file.
-        scales: of `SIZES`; s by default.
+        data: see the top of this file.
+        model: a checkpoint, or None for new models.
+        scales: names of `SIZES`; s by default.
+        settings: output folder, seeds, parallel jobs and time budget.
+
+    Returns:
+        The lines that are not trained yet.
 
     Raises:
-        EaseError: what is given is no data or no checkpoint for this tier, or a package is missing.
+        EaseError: data or checkpoint are not usable for this tier, or a package is missing.
     """
     if data is None:
         raise ease.EaseError(
-            f"tier 3 has no data of its own: give --data {GIVE}; or, for exits on a checkpoint, --model CHECKPOINT and "
-            "any text"
+            f"tier 3 has no data of its own: give --data {ACCEPTED}; or, for exits on a checkpoint, --model CHECKPOINT "
+            "and any text"
         )
     if unknown := [name for name in scales if name not in SIZES]:
         raise ease.EaseError(f"unknown scale {unknown[0]!r}: use {', '.join(SIZES)}")
-    what = kind_of(data), model is not None
-    if what in REFUSED:
-        raise ease.EaseError(REFUSED[what].format(data=data))
-    if what[0] == "completions":
+    kind = kind_of(data), model is not None
+    if kind in REFUSED:
+        raise ease.EaseError(REFUSED[kind].format(data=data))
+    if kind[0] == "completions":
         require("rouge_score.rouge_scorer", "eval")
     settings.check()
     device = choose_device(settings.device)
-    made = [experiment(name, data, model, device, settings.seeds) for name in scales or ("s",)]
-    return run(made, settings._replace(out=settings.out / "3")).missing
+    experiments = [experiment(name, data, model, device, settings.seeds) for name in scales or ("s",)]
+    return run(experiments, settings._replace(out=settings.out / "3"), write).missing

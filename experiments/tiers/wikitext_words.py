@@ -1,9 +1,9 @@
-"""WikiText-2 by whole words at the seed's sizes, and what may gain there, where phase 1 overfits at once.
+"""WikiText-2 in whole words at the sizes of the original recipe, and variants of ASHEM against overfitting.
 
-15,936 words, 330,000 training tokens, dim 64, 2 -> 4 layers. Phase 1 memorises its training tokens, so the states of
-its training tokens are not those of held-out ones, and what phase 2 learns from them may not carry over. The variants
-of ASHEM try to take that difference away: phase 1 stopped earlier, phase 2 on text that phase 1 has not seen, more
-dropout, every token instead of the hard half.
+15,936 words, 330,000 training tokens, dim 64, 2 -> 4 layers. Phase 1 memorises its training tokens, so their states
+differ from those of held-out tokens, and what phase 2 learns from them may not generalise. The variants reduce that
+difference: phase 1 stopped earlier, phase 2 on text that phase 1 has not seen, more dropout, every token instead of the
+hard half.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import ease
-from experiments.harness.scheduler import BASE, PART, Lab, Line, grow, make
+from experiments.harness.lab import Lab
+from experiments.harness.line import BASE, PART, Line, grow, make
 from experiments.utils import load_wikitext_words
 
 TRAIN_TOKENS, VAL_TOKENS = 330_000, 66_000
-SEEN = 0.75  # of the training text, where phase 1 leaves some for phase 2
+SEEN = 0.75  # of the training text for phase 1, in the variant whose phase 2 has its own text
 
-shallow, every = make(ease.StandardConfig, num_layers=2), grow(4, hard_example_ratio=1.0)
+shallow, all_tokens = make(ease.StandardConfig, num_layers=2), grow(4, hard_example_ratio=1.0)
 VARIANTS = {
-    "ASHEM, all tokens": Line(every, on=BASE),
+    "ASHEM, all tokens": Line(all_tokens, on=BASE),
     "phase 1 on three quarters": Line(shallow, share=PART, part=(0.0, SEEN)),
     "ASHEM on the unseen quarter": Line(grow(4), on="phase 1 on three quarters", part=(SEEN, 1.0)),
     "ASHEM, dropout 0.4": Line(grow(4), on=BASE, shape={"dropout": 0.4}),
@@ -29,7 +30,7 @@ VARIANTS = {
 
 
 def lab(data: str | None, **settings: object) -> Lab:
-    """The seed's text, its words and sizes; `settings` take their place."""
+    """The text, vocabulary and sizes of the original recipe, unless `settings` replace them."""
     words, vocab = load_wikitext_words(data)
     text = {"train": words["train"][:TRAIN_TOKENS], "val": words["val"][:VAL_TOKENS], "test": words["test"]}
     sizes = {

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reproduce import fake
+from data_front import fake
 
 import ease
 from experiments import paper
-from experiments.analysis.tables import tex
-from experiments.reproduce import SCALES, rivals
-from experiments.studies import cost_at_1b as cluster
+from experiments.analysis.table import tex
+from experiments.studies import cost_at_1b
+from experiments.tiers.scales import SCALES
+from experiments.tiers.tier1_front import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "paper"
@@ -95,14 +96,14 @@ def test_generated_material_is_guarded() -> None:
     assert sorted(places) == sorted([*paper.SHOWN, *paper.MADE])
 
 
-SMALL = cluster.Shape(vocab_size=100, dim=16, layers=4, brick=2, heads=2, seq=8)
+SMALL = cost_at_1b.Shape(vocab_size=100, dim=16, layers=4, brick=2, heads=2, seq=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """A model that is laid out in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.table, "__defaults__", (SMALL,))
+        patch.setattr(cost_at_1b.table, "__defaults__", (SMALL,))
         yield
 
 
@@ -112,17 +113,17 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("laid")
     shutil.copytree(PAPER, root / "paper", ignore=shutil.ignore_patterns("build"))
     for number, budget in enumerate((1e13, 1e12)):
-        told = {"title": f"Front {number}", "command": "ease reproduce 1 --data stdlib --scales x"}
-        keep(root / "data" / f"1-{number}", fake(budget=budget) | told)
+        own = {"title": f"Front {number}", "command": "ease reproduce 1 --data stdlib --scales x"}
+        keep(root / "data" / f"1-{number}", fake(budget=budget) | own)
     keep(root / "data" / "2-0", fake() | {"title": "Apart", "original": "exits & more_"})
-    (root / "data" / "2-0" / "last-layer.tex").write_text(cluster.table().latex(), encoding="utf-8")
+    (root / "data" / "2-0" / "last-layer.tex").write_text(cost_at_1b.table().latex(), encoding="utf-8")
     paper.prepare(root / "data", root / "paper" / "build" / "data")
     return root / "paper"
 
 
-def keep(folder: Path, told: dict[str, object]) -> None:
+def keep(folder: Path, data: dict[str, object]) -> None:
     folder.mkdir(parents=True)
-    (folder / "test.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "test.json").write_text(json.dumps(data), encoding="utf-8")
 
 
 def taken(folder: Path, place: str) -> list[str]:
@@ -177,7 +178,7 @@ def test_it_compiles_with_data(laid: Path) -> None:
     assert list(latex(laid)) == []
 
 
-# What a cluster run would take
+# Cost at 1B parameters
 
 
 def trained(config: object, text: torch.Tensor) -> list[float]:
@@ -196,7 +197,7 @@ def trained(config: object, text: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize(
     ("line", "config"),
     {
-        "plain, layers: 4": ease.StandardConfig(num_layers=4, max_epochs=1),
+        "standard, 4 layers": ease.StandardConfig(num_layers=4, max_epochs=1),
         "deep supervision": ease.DeepSupervisionConfig(num_layers=4, max_epochs=1),
         "early exit": ease.EarlyExitConfig(num_layers=4, exit_layer=2, max_epochs=1),
         "early exit, distilled": ease.EarlyExitConfig(num_layers=4, exit_layer=2, objective="both", max_epochs=1),
@@ -213,18 +214,18 @@ def trained(config: object, text: torch.Tensor) -> list[float]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_line_is_counted_as_it_would_be_trained(line: str, config: object, text: torch.Tensor) -> None:
-    told = [part.per_token for part in cluster.lines(SMALL)[line]]
-    assert told == pytest.approx(trained(config, text % SMALL.vocab_size), rel=0.02)
+    counted = [part.per_token for part in cost_at_1b.lines(SMALL)[line]]
+    assert counted == pytest.approx(trained(config, text % SMALL.vocab_size), rel=0.02)
 
 
 def test_an_exit_on_a_finished_model_is_counted_as_it_would_be_tuned(text: torch.Tensor) -> None:
-    (told,) = cluster.parts(ease.TuneConfig(exits=(2,)), SMALL, (0.1,))
-    assert [told.per_token] == pytest.approx(trained(ease.TuneConfig(exits=(2,), max_epochs=1), text % 100), rel=0.02)
+    (part,) = cost_at_1b.parts(ease.TuneConfig(exits=(2,)), SMALL, (0.1,))
+    assert [part.per_token] == pytest.approx(trained(ease.TuneConfig(exits=(2,), max_epochs=1), text % 100), rel=0.02)
 
 
 def test_lines_have_the_names_of_the_front() -> None:
-    known = set(rivals(SCALES["m"])) | {f"plain, layers: {layers}" for layers in (2, 4)} | {"progressive growth"}
-    assert set(cluster.lines(SMALL)) <= known
+    known = set(strategies(SCALES["m"])) | {f"standard, {layers} layers" for layers in (2, 4)} | {"progressive growth"}
+    assert set(cost_at_1b.lines(SMALL)) <= known
 
 
 def test_half_of_the_tokens_leave_at_inference(text: torch.Tensor) -> None:
@@ -233,17 +234,17 @@ def test_half_of_the_tokens_leave_at_inference(text: torch.Tensor) -> None:
     batches = [(x % 100, y % 100) for x, y in ease.TokenBatches(text, SMALL.seq, 10, max_batches=20)]
     threshold = ease.compute_confidence_threshold(model, batches, 0.5, exit=2)
     scores = ease.score(model, batches, ease.Policy((2,), (threshold,)))
-    assert cluster.inference(SMALL) == pytest.approx(scores.flops / scores.processed, rel=0.03)
+    assert cost_at_1b.inference(SMALL) == pytest.approx(scores.flops / scores.processed, rel=0.03)
 
 
 def test_phases_share_flops_and_hours_follow() -> None:
-    line = [cluster.Part(0.5, 1.0), cluster.Part(0.5, 3.0)]
-    assert cluster.mean(line) == pytest.approx(1.5), "half of the FLOPs read three tokens for one of the other half"
-    assert cluster.hours(cluster.SUSTAINED * 3600) == pytest.approx(1.0)
-    rows = {row[0]: row for row in cluster.table(SMALL).rows}
-    assert rows["plain, layers: 4"][2] == rows["plain, layers: 4"][-1] == "100%"
+    line = [cost_at_1b.Part(0.5, 1.0), cost_at_1b.Part(0.5, 3.0)]
+    assert cost_at_1b.mean(line) == pytest.approx(1.5), "half of the FLOPs read three tokens for one of the other half"
+    assert cost_at_1b.hours(cost_at_1b.SUSTAINED * 3600) == pytest.approx(1.0)
+    rows = {row[0]: row for row in cost_at_1b.table(SMALL).rows}
+    assert rows["standard, 4 layers"][2] == rows["standard, 4 layers"][-1] == "100%"
 
 
 def test_the_model_laid_out_has_a_billion_parameters() -> None:
-    D, L, V = cluster.BILLION.dim, cluster.BILLION.layers, cluster.BILLION.vocab_size
+    D, L, V = cost_at_1b.BILLION.dim, cost_at_1b.BILLION.layers, cost_at_1b.BILLION.vocab_size
     assert pytest.approx(1e9, rel=0.05) == 12 * D * D * L + V * D

@@ -24,7 +24,7 @@ def test_a_chart_shows_the_numbers_of_its_table_and_is_on_the_page(name: str, tm
     drawn = tmp_path / f"{name}.svg"
     draw(CHARTS[name], table, drawn)
     assert expected <= texts(drawn)
-    assert texts(drawn) == texts(DATA / f"{name}.svg"), "the kept chart is drawn again by python -m experiments.analysis.charts"
+    assert texts(drawn) == texts(DATA / f"{name}.svg"), "draw it again by python -m experiments.analysis.charts"
     assert f"](../data/{name}.svg)" in PAGE
 
 

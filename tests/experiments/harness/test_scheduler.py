@@ -1,4 +1,4 @@
-"""Experiments' lines: equal budgets, the same order of text, choices on validation, and nothing lost or done twice."""
+"""Scheduling of lines: equal budgets, the same order of text, choices on validation, no result lost or made twice."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import ease
-from experiments.harness import scheduler as lines
 from experiments.harness.candidates import Candidate, candidates, compared
-from experiments.harness.scheduler import Lab, Line, Plan, grow, make
+from experiments.harness.lab import Lab
+from experiments.harness.line import Line, grow, make
+from experiments.harness.scheduler import LOADED, Scheduler, with_lab
 
 BUDGET = 6e8
 
@@ -28,7 +29,7 @@ def make_lab(text: torch.Tensor, **settings: Any) -> Lab:
 SHALLOW = make(ease.StandardConfig, num_layers=1)
 LINES = {
     "phase 1": Line(SHALLOW, share=0.6),
-    "plain, layers: 2": Line(make(ease.StandardConfig, num_layers=2)),
+    "standard, 2 layers": Line(make(ease.StandardConfig, num_layers=2)),
     "continued": Line(SHALLOW, on="phase 1"),
     "ASHEM": Line(grow(2), on="phase 1", thresholds=(0.9,)),
     "early exit": Line(make(ease.EarlyExitConfig, num_layers=2, exit_layer=1, routing_threshold=0.0)),
@@ -37,21 +38,21 @@ LINES = {
 
 
 @pytest.fixture
-def plan(text: torch.Tensor, tmp_path: Path) -> Callable[..., Plan]:
-    """Makes a plan in the test's folder."""
+def schedule(text: torch.Tensor, tmp_path: Path) -> Callable[..., Scheduler]:
+    """Makes a scheduler in the test's folder."""
 
-    def make_plan(chosen: dict[str, Line] | None = None, **settings: Any) -> Plan:
-        return Plan(partial(make_lab, text, **settings), LINES if chosen is None else chosen, tmp_path)
+    def make_scheduler(chosen: dict[str, Line] | None = None, **settings: Any) -> Scheduler:
+        return Scheduler(partial(make_lab, text, **settings), LINES if chosen is None else chosen, tmp_path)
 
-    return make_plan
+    return make_scheduler
 
 
-def train_all(plan: Plan, seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
-    """Everything that there is to train, here and now."""
+def train_all(scheduler: Scheduler, seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
+    """Train everything that is due."""
     rows = []
-    while todo := plan.progress(seeds).todo:
-        rows.append(plan.run(todo[0]))
-        plan.keep(rows[-1])
+    while todo := scheduler.status(seeds).todo:
+        rows.append(scheduler.train(todo[0]))
+        scheduler.store(rows[-1])
     return rows
 
 
@@ -64,10 +65,10 @@ def no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_test_split")
-def test_every_line_spends_the_same_and_never_sees_the_test_split(plan: Callable[..., Plan]) -> None:
-    made = plan()
+def test_every_line_spends_the_same_and_never_sees_the_test_split(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule()
     rows = train_all(made)
-    done = made.progress([0]).done
+    done = made.status([0]).done
     assert {name for name, _ in done} == set(LINES)
     for name, line in LINES.items():
         spent = done[name, 0]["flops"]
@@ -79,7 +80,7 @@ def test_every_line_spends_the_same_and_never_sees_the_test_split(plan: Callable
     assert all(row["memory"] > 0 for row in rows)
 
 
-def test_what_goes_on_from_a_line_reads_on_where_it_stopped(plan: Callable[..., Plan], monkeypatch) -> None:
+def test_what_goes_on_from_a_line_reads_on_where_it_stopped(schedule: Callable[..., Scheduler], monkeypatch) -> None:
     read: list[list[torch.Tensor]] = []
     batches = ease.TokenBatches._batches
 
@@ -92,11 +93,11 @@ def test_what_goes_on_from_a_line_reads_on_where_it_stopped(plan: Callable[..., 
             yield x, y
 
     monkeypatch.setattr(ease.TokenBatches, "_batches", watched)
-    made = plan({name: LINES[name] for name in ("phase 1", "continued", "ASHEM")}, lrs=(1e-2,))
+    made = schedule({name: LINES[name] for name in ("phase 1", "continued", "ASHEM")}, lrs=(1e-2,))
     orders = []
     for _ in range(3):
         read.clear()
-        made.keep(made.run(made.progress([0]).todo[0]))
+        made.store(made.train(made.status([0]).todo[0]))
         orders.append([list(epoch) for epoch in read])
     base, continued, mined = orders
     lab = made.lab
@@ -107,38 +108,38 @@ def test_what_goes_on_from_a_line_reads_on_where_it_stopped(plan: Callable[..., 
     assert torch.equal(mined[0][0], epochs[len(base)][0]), "growth mines what the line continued trains on"
 
 
-def test_learning_rates_are_chosen_with_the_first_seed_on_validation(plan: Callable[..., Plan]) -> None:
-    made = plan({"phase 1": LINES["phase 1"]})
-    first = made.progress([0, 1]).todo
+def test_learning_rates_are_chosen_with_the_first_seed_on_validation(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule({"phase 1": LINES["phase 1"]})
+    first = made.status([0, 1]).todo
     assert [(task.seed, task.lr) for task in first] == [(0, 1e-2), (0, 2e-2)]
     for task, loss in zip(first, (3.0, 2.0), strict=True):
-        made.keep({"key": task.key, "lr": task.lr, "val": {"loss": loss}})
-    state = made.progress([0, 1])
+        made.store({"key": task.key, "lr": task.lr, "val": {"loss": loss}})
+    state = made.status([0, 1])
     assert state.done["phase 1", 0]["lr"] == 2e-2
     assert [(task.seed, task.lr) for task in state.todo] == [(1, 2e-2)], "the other seeds run at what was chosen"
     # Another rate is another trial and leaves those that there are.
-    more = plan({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 2e-2, 4e-2))
-    assert [(task.seed, task.lr) for task in more.progress([0, 1]).todo] == [(0, 4e-2)]
-    without = plan({"phase 1": replace(LINES["phase 1"], rates=False)})
-    assert len(without.progress([0, 1]).todo) == 1, "a line without a rate is trained once a seed"
+    more = schedule({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 2e-2, 4e-2))
+    assert [(task.seed, task.lr) for task in more.status([0, 1]).todo] == [(0, 4e-2)]
+    without = schedule({"phase 1": replace(LINES["phase 1"], rates=False)})
+    assert len(without.status([0, 1]).todo) == 1, "a line without a rate is trained once a seed"
 
 
-def test_a_changed_line_is_trained_again_and_no_other(plan: Callable[..., Plan]) -> None:
+def test_a_changed_line_is_trained_again_and_no_other(schedule: Callable[..., Scheduler]) -> None:
     some = {"phase 1": LINES["phase 1"], "ASHEM": LINES["ASHEM"]}
-    made = plan(some, lrs=(1e-2,))
+    made = schedule(some, lrs=(1e-2,))
     train_all(made)
-    assert not made.progress([0]).todo
-    changed = plan({**some, "ASHEM": Line(grow(2, hard_example_ratio=0.3), on="phase 1")}, lrs=(1e-2,))
-    assert [task.line for task in changed.progress([0]).todo] == ["ASHEM"]
-    renamed = plan({"the first": LINES["phase 1"]}, lrs=(1e-2,))
-    assert renamed.progress([0]).done["the first", 0]["line"] == "the first"
-    sizes = plan(some, lrs=(1e-2,), dim=32)
-    assert [task.line for task in sizes.progress([0]).todo] == ["phase 1"], "its phase 1 is another, too"
+    assert not made.status([0]).todo
+    changed = schedule({**some, "ASHEM": Line(grow(2, hard_example_ratio=0.3), on="phase 1")}, lrs=(1e-2,))
+    assert [task.line for task in changed.status([0]).todo] == ["ASHEM"]
+    renamed = schedule({"the first": LINES["phase 1"]}, lrs=(1e-2,))
+    assert renamed.status([0]).done["the first", 0]["line"] == "the first"
+    sizes = schedule(some, lrs=(1e-2,), dim=32)
+    assert [task.line for task in sizes.status([0]).todo] == ["phase 1"], "its phase 1 is another, too"
 
 
-def test_a_key_says_what_a_line_stands_on_and_what_it_reads(plan: Callable[..., Plan]) -> None:
+def test_a_key_says_what_a_line_stands_on_and_what_it_reads(schedule: Callable[..., Scheduler]) -> None:
     part = replace(LINES["continued"], part=(0.5, 1.0))
-    made = plan({**LINES, "on a part": part, "wide": replace(LINES["phase 1"], shape={"dropout": 0.1})})
+    made = schedule({**LINES, "on a part": part, "wide": replace(LINES["phase 1"], shape={"dropout": 0.1})})
     base = {"phase 1": {"key": "a", "flops": 3e8}}
     other = {"phase 1": {"key": "b", "flops": 3e8}}
     named = [("continued", base), ("continued", other), ("on a part", base), ("phase 1", {}), ("wide", {})]
@@ -153,39 +154,39 @@ def test_what_a_lab_adds_to_a_key_is_what_kept_rows_were_made_with(text: torch.T
     assert lab.identity() == told | {"hash": lab.hash}, "or every row there is would be trained again"
 
 
-def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(plan: Callable[..., Plan]) -> None:
-    made = plan()
+def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule()
     made.folder.mkdir(exist_ok=True)
-    made.keep({"key": "one"})
+    made.store({"key": "one"})
     with (made.folder / "rows.jsonl").open("a") as file:
         file.write('{"key": "tw')
     assert set(made.rows()) == {"one"}
-    made.keep({"key": "three"})
+    made.store({"key": "three"})
     assert set(made.rows()) == {"one", "three"}
 
 
-def test_training_that_breaks_down_is_a_row_and_is_never_chosen(plan: Callable[..., Plan]) -> None:
-    made = plan({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 1e18))
+def test_training_that_breaks_down_is_a_row_and_is_never_chosen(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 1e18))
     rows = train_all(made)
     assert "lower the learning rate" in rows[1]["failed"]
-    assert made.progress([0]).done["phase 1", 0]["lr"] == 1e-2
-    only = plan({"phase 1": LINES["phase 1"]}, lrs=(1e18,))
-    assert not only.progress([0]).todo
+    assert made.status([0]).done["phase 1", 0]["lr"] == 1e-2
+    only = schedule({"phase 1": LINES["phase 1"]}, lrs=(1e18,))
+    assert not only.status([0]).todo
     assert only.missing([0]) == ["phase 1 (failed)"]
 
 
-def test_the_model_comes_back_as_it_was(plan: Callable[..., Plan]) -> None:
-    made = plan({name: LINES[name] for name in ("phase 1", "ASHEM")}, lrs=(1e-2,))
+def test_the_model_comes_back_as_it_was(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule({name: LINES[name] for name in ("phase 1", "ASHEM")}, lrs=(1e-2,))
     train_all(made)
-    row = made.progress([0]).done["ASHEM", 0]
+    row = made.status([0]).done["ASHEM", 0]
     model = made.model(row)
     assert (model.num_layers, model.trained_exits, row["exits"]) == (2, {1, 2}, [1])
     full = next(point for point in row["sweep"] if not point["exits"])
-    assert ease.score(model, made.lab.val).figures()["loss"] == pytest.approx(full["val"]["loss"])
+    assert ease.score(model, made.lab.val).metrics()["loss"] == pytest.approx(full["val"]["loss"])
 
 
-def test_exits_that_training_left_behind_are_none(plan: Callable[..., Plan]) -> None:
-    made = plan({"growth": LINES["growth"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
+def test_exits_that_training_left_behind_are_none(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule({"growth": LINES["growth"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
     rows = {row["line"]: row for row in train_all(made)}
     assert rows["growth"]["exits"] == [], "its first phase trained exit 1, and the second moved on without it"
     assert rows["early exit"]["exits"] == [1]
@@ -200,12 +201,12 @@ def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
     assert [c.share for c in candidates([1, 2], (), (0.0, 0.9)) if c.exits] == [0.0, 0.9, 0.0, 0.9, 0.9]
 
 
-def test_a_plan_is_sent_to_workers_without_its_lab(plan: Callable[..., Plan]) -> None:
-    made = plan()
+def test_a_plan_is_sent_to_workers_without_its_lab(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule()
     assert made.lab is made.lab
-    assert "lab" not in vars(made.closed)
-    lines.OPEN.clear()
-    assert lines.opened(made) is lines.opened(made.closed)
+    assert "lab" not in vars(made.without_lab)
+    LOADED.clear()
+    assert with_lab(made) is with_lab(made.without_lab)
     other = replace(made, folder=made.folder / "other")
-    assert lines.opened(other) is other
-    assert list(lines.OPEN) == [other.folder], "a worker holds one lab at a time"
+    assert with_lab(other) is other
+    assert list(LOADED) == [other.folder], "a worker holds one lab at a time"

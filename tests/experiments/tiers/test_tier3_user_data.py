@@ -1,4 +1,4 @@
-"""Tier 3 on stand-ins: tables for whatever is given, one copy of a checkpoint, keys that say what decides a row."""
+"""Tier 3 on tiny stand-ins: tables for every kind of data, one copy of a checkpoint, keys without local paths."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ import ease
 from ease.cli.main import main
 from ease.data.tokenizers import train_tokenizer
 from ease.evaluation.tasks import classification_metrics
+from experiments.analysis.pages import write as write_pages
 from experiments.harness import running
-from experiments.harness.scheduler import BASE, PART, Plan
-from experiments.tiers import tier3_user_data as given
+from experiments.harness.line import BASE, PART
+from experiments.harness.scheduler import Scheduler
+from experiments.tiers import tier3_user_data as tier3
 
 pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
-# What is given
+# User data
 
 
 def write(folder: Path, records: list[dict[str, str]]) -> None:
@@ -39,7 +41,7 @@ def write(folder: Path, records: list[dict[str, str]]) -> None:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A folder with labelled texts, prompts with completions, documents, a text, and a checkpoint of three layers."""
-    folder = tmp_path_factory.mktemp("given")
+    folder = tmp_path_factory.mktemp("user_data")
     labels = {"kind": "good", "wise": "good", "mean": "bad", "rude": "bad"}
     texts = product(("Ada", "Bob", "Cem", "Dan", "Eve"), ("is", "was", "seems"), labels)
     write(folder / "people", [{"text": f"{a} {b} {c} today", "label": labels[c]} for a, b, c in texts])
@@ -109,7 +111,7 @@ def data_of(kind: str) -> dict[str, Any]:
 
 
 def lab_of(kind: str, **settings: Any) -> Any:
-    return replace(given.make_lab("tiny", *KINDS[kind], "cpu"), **settings)
+    return replace(tier3.make_lab("tiny", *KINDS[kind], "cpu"), **settings)
 
 
 # End to end
@@ -117,15 +119,15 @@ def lab_of(kind: str, **settings: Any) -> Any:
 
 @every_kind
 @pytest.mark.usefixtures("place")
-def test_whatever_is_given_ends_with_its_tables(kind: str) -> None:
-    told = data_of(kind)
+def test_every_kind_of_data_ends_with_its_tables(kind: str) -> None:
+    data = data_of(kind)
     folder = folder_of(kind)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "failed" in row]
-    assert told["missing"] == []
-    entries = {entry["line"]: entry for entry in told["entries"]}
+    assert data["missing"] == []
+    entries = {entry["line"]: entry for entry in data["entries"]}
     for name, entry in entries.items():
-        spent = {BASE: PART, given.WHOLE: 0.0}.get(name, 1.0) * told["lab"]["budget"]
+        spent = {BASE: PART, tier3.UNCHANGED: 0.0}.get(name, 1.0) * data["lab"]["budget"]
         assert entry["flops"] == pytest.approx(spent, rel=0.3), name
     page = (folder / "front.md").read_text()
     assert "what exits save" in page
@@ -152,16 +154,16 @@ def test_a_second_run_trains_nothing_and_scores_nothing(capsys: pytest.CaptureFi
 def test_a_budget_that_is_used_up_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "3", *arguments("labels"), "--scales", "tiny", "--budget", "1e-9", "--out", "later"]) == 0
     missing = capsys.readouterr().out.split("goes on: ")[1].strip().split("; ")
-    assert missing == [f"people-tiny: {name}" for name in given.new_lines(given.SIZES["tiny"], "labels")]
+    assert missing == [f"people-tiny: {name}" for name in tier3.new_lines(tier3.SIZES["tiny"], "labels")]
     assert not list(Path("later").rglob("rows.jsonl"))
 
 
 def test_workers_train_it_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     monkeypatch.setenv("EASE_CACHE", str(here / "cache"))
-    made = given.experiment("tiny", "people", None, "cpu", (0,))
-    few = made._replace(lines={name: made.lines[name] for name in (BASE, "plain, layers: 1")})
-    done = running.run([few], running.Settings(here / "workers", (0,), say=lambda _: None))
+    made = tier3.experiment("tiny", "people", None, "cpu", (0,))
+    few = made._replace(lines={name: made.lines[name] for name in (BASE, "standard, 1 layer")})
+    done = running.run([few], running.Settings(here / "workers", (0,), log=lambda _: None), write_pages)
     assert done.missing == []
     assert {entry["line"] for entry in done.data[0]["entries"]} == set(few.lines)
 
@@ -171,11 +173,11 @@ def test_workers_train_it_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("place")
 def test_accuracy_and_f1_are_those_of_the_model_that_was_kept() -> None:
-    told = data_of("labels")
+    data = data_of("labels")
     lab = lab_of("labels")
-    plan = Plan(lambda: lab, {}, folder_of("labels"))
-    (entry,) = [entry for entry in told["entries"] if entry["line"] == "early exit"]
-    model = plan.model(plan.rows()[entry["key"]])
+    scheduler = Scheduler(lambda: lab, {}, folder_of("labels"))
+    (entry,) = [entry for entry in data["entries"] if entry["line"] == "early exit"]
+    model = scheduler.model(scheduler.rows()[entry["key"]])
     for point in entry["points"]:
         policy = ease.Policy(tuple(point["exits"]), tuple(point["thresholds"]))
         found = classification_metrics(model, lab.test, policy)
@@ -194,7 +196,7 @@ def test_rouge_is_that_of_what_is_written_under_the_routing(monkeypatch: pytest.
     monkeypatch.setattr("experiments.harness.task_labs.completion_metrics", figures)
     policies = [ease.Policy((1,), (0.3,), "classifier"), ease.Policy()]
     model = lab.model(2)
-    assert [lab.further(model, policy) for policy in policies] == [{"rouge_l": 0.5}] * 2
+    assert [lab.extra_metrics(model, policy) for policy in policies] == [{"rouge_l": 0.5}] * 2
     longest = max(int((example.targets >= 0).sum()) for example in lab.text["test"][:3])
     assert seen == [(policy, "routed", 3, longest) for policy in policies]
 
@@ -211,14 +213,14 @@ def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_p
         ease.save_pretrained(ease.StandardTransformer(300, 32, 3, hidden_dim=64), tmp_path / "untied")
         lab = replace(lab_of("text on a checkpoint"), path=str(tmp_path / "untied"))
     before = {name: value.clone() for name, value in lab.backbone.state_dict().items()}
-    plan = Plan(lambda: lab, given.checkpoint_lines(3), tmp_path / "plan")
-    while todo := plan.progress([0]).todo:
-        plan.keep(plan.run(todo[0]))
-    rows = {row["line"]: row for row in plan.rows().values()}
+    scheduler = Scheduler(lambda: lab, tier3.checkpoint_lines(3), tmp_path / "lines")
+    while todo := scheduler.status([0]).todo:
+        scheduler.store(scheduler.train(todo[0]))
+    rows = {row["line"]: row for row in scheduler.rows().values()}
     assert all(torch.equal(value, before[name]) for name, value in lab.backbone.state_dict().items())
     for name, row in rows.items():
-        model = plan.model(row)
-        kept = load_file(plan.weights(row["key"]))
+        model = scheduler.model(row)
+        kept = load_file(scheduler.weights(row["key"]))
         assert all(part.startswith("exit_") for part in kept), "the checkpoint is not written again"
         assert all(torch.equal(model.state_dict()[part], value) for part, value in kept.items())
         for part, value in model.named_parameters():
@@ -229,9 +231,9 @@ def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_p
         assert ease.score(model, lab.val).metrics()["loss"] == pytest.approx(full["loss"]), name
     untouched = ease.score(ease.from_pretrained(lab.path), lab.val).metrics()["loss"]
     full = {name: next(p for p in row["sweep"] if not p["exits"])["val"]["loss"] for name, row in rows.items()}
-    whole = {name: loss for name, loss in full.items() if not name.startswith("cut")}
+    whole = {name: loss for name, loss in full.items() if not name.startswith("truncated")}
     assert whole == pytest.approx(dict.fromkeys(whole, untouched)), "exits change nothing at full depth"
-    assert rows["exits"]["exits"] == rows["exits, distilled, no head asked"]["exits"] == [1, 2]
+    assert rows["exits"]["exits"] == rows["exits, distilled, classifier exit"]["exits"] == [1, 2]
     assert rows["checkpoint"]["flops"] == 0
 
 
@@ -239,15 +241,15 @@ def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_p
 def test_a_cut_checkpoint_is_its_first_layers_and_learns_its_norm_alone(tmp_path: Path) -> None:
     lab = lab_of("text on a checkpoint")
     ids = next(iter(lab.val))[0].long()
-    cut, whole = lab.model(2), lab.model(None)
-    assert torch.equal(cut(ids), whole.logits(whole.forward_to_layer(ids, 2), 2))
-    before = {name: value.clone() for name, value in cut.state_dict().items()}  # whose layers the line's model shares
-    plan = Plan(lambda: lab, given.checkpoint_lines(3), tmp_path)
-    row = plan.run(next(task for task in plan.progress([0]).todo if task.line == "cut after layer 2"))
-    trained = plan.model(row).state_dict()
+    truncated, whole = lab.model(2), lab.model(None)
+    assert torch.equal(truncated(ids), whole.logits(whole.forward_to_layer(ids, 2), 2))
+    before = {name: value.clone() for name, value in truncated.state_dict().items()}  # its layers are shared
+    scheduler = Scheduler(lambda: lab, tier3.checkpoint_lines(3), tmp_path)
+    row = scheduler.train(next(task for task in scheduler.status([0]).todo if task.line == "truncated after layer 2"))
+    trained = scheduler.model(row).state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, trained[name])}
     assert moved == {"exit_norms.1.weight"}
-    assert row["val"]["loss"] < ease.score(cut, lab.val).metrics()["loss"]
+    assert row["val"]["loss"] < ease.score(truncated, lab.val).metrics()["loss"]
 
 
 def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +264,10 @@ def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypat
 
 
 @every_kind
-def test_a_key_holds_what_is_given_and_not_where_it_lies(kind: str, place: Path, tmp_path: Path) -> None:
+def test_a_key_depends_on_the_data_and_not_on_its_path(kind: str, place: Path, tmp_path: Path) -> None:
     def lab_in(folder: Path) -> Any:
         data, model = KINDS[kind]
-        return given.make_lab("tiny", str(folder / data), model and str(folder / model), "cpu")
+        return tier3.make_lab("tiny", str(folder / data), model and str(folder / model), "cpu")
 
     before, other = lab_in(place), tmp_path / "elsewhere"
     shutil.copytree(place, other, ignore=shutil.ignore_patterns("out", "later", "workers", "cache"))
@@ -337,9 +339,9 @@ def test_bad_input_is_one_sentence(
         (place / name).mkdir(exist_ok=True)
         (place / name / "train.jsonl").write_text(line)
     assert main(["reproduce", "3", *args, "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert says in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -376,10 +378,10 @@ def test_a_model_is_for_tier_3_alone(capsys: Any) -> None:
     ],
 )
 def test_a_source_says_by_its_name_what_it_is(data: str, kind: str) -> None:
-    assert given.kind_of(data) == kind
+    assert tier3.kind_of(data) == kind
 
 
 @pytest.mark.parametrize(("layers", "exits"), [(2, (1,)), (3, (1, 2)), (12, (4, 8)), (32, (10, 21))])
 def test_exits_stand_at_a_third_and_two_thirds(layers: int, exits: tuple[int, ...]) -> None:
-    assert given.cuts(layers) == exits
+    assert tier3.exits_of(layers) == exits
     assert all(exit < layers for exit in exits)

@@ -1,0 +1,65 @@
+"""Scales of tiers 1 and 2: sizes of model and data that fit a laptop, and the depths trained at each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ease
+from ease.data.tokenizers import token_strings
+from experiments.harness.lab import Lab
+from experiments.harness.line import Line
+from experiments.tiers import wikitext_words
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of model and data, and the depths trained at it."""
+
+    settings: Mapping[str, Any]
+    """Settings of the lab."""
+    tokenizer: str | None = "byte"
+    """None for whole words, as in the original recipe."""
+    depths: tuple[int, ...] = (1, 2, 3)
+    """Depths of the standard models; the first is phase 1's, after which tokens may exit."""
+    deep: int = 2
+    """Layers of the models with an early exit."""
+    more: Mapping[str, Line] = field(default_factory=dict)
+    """Lines in addition to every strategy."""
+
+
+def sizes(dim: int, budget: float, lrs: tuple[float, ...], **settings: Any) -> dict[str, Any]:
+    """Settings of a lab, with those that most scales share."""
+    own = {"dim": dim, "budget": budget, "lrs": lrs, "seq": 128, "batch": 32}
+    return own | {"epoch_batches": 200, "eval_batches": (20, 80)} | settings
+
+
+SCALES = {
+    "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
+    "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2)),
+    "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4)),
+    "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
+    "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
+    "words": Scale({"lrs": (1e-2,)}, None, depths=(2, 3, 4), deep=4, more=wikitext_words.VARIANTS),
+    "bpe": Scale(sizes(64, 2e12, (1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
+}
+
+
+def make_lab(name: str, data: str) -> Lab:
+    """The lab at a scale, on whatever text `ease.load_corpus` reads."""
+    scale = SCALES[name]
+    shape = {"brick": scale.depths[0], "depth": scale.depths[-1], **scale.settings}
+    if scale.tokenizer is None:
+        return wikitext_words.lab(None if data == "wikitext-2" else data, **shape)
+    corpus = ease.load_corpus(data, scale.tokenizer)
+    text = {"train": corpus.train, "val": corpus.val, "test": corpus.test}
+    pieces = token_strings(corpus.tokenizer, range(corpus.vocab_size))
+    description = f"{corpus.name}, {corpus.tokenizer_spec}"
+    return Lab(text, description, corpus.vocab_size, pieces=tuple(pieces), **shape)
+
+
+DEFAULT_SCALES = {"smoke": ("tiny",), "1": ("xs", "s", "m"), "2": ("s",)}
+"""Tier -> its scales on the standard library."""
+OTHER_DATA_SCALES = ("words", "bpe")
+"""Scales on other data."""
