@@ -1,6 +1,6 @@
 """The training loop.
 
-- A `Trainer` computes the loss of a `TrainingConfig`, creates the optimizer, and runs epochs. `fit` is the only loop.
+- A `Trainer` computes the loss of a `TrainingConfig`, creates the optimizer, and runs epochs. `fit` is the only state.
 - `train` runs the phases that a strategy yields. Neither depends on any particular strategy.
 """
 
@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.evaluation.scoring import Scores, score
-from ease.flops import full_depth_flops
 from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
 from ease.policy import Policy
 from ease.progress import PrintProgress, Progress
-from ease.storage import digest
 from ease.training.checkpoint import Checkpoint, Interrupts, deferred_interrupts
 from ease.training.config import PhaseOptions, TrainingConfig
 
@@ -33,6 +30,7 @@ from ease.training.config import StageConfig as StageConfig
 from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.training.config import create_standard_config as create_standard_config
 from ease.training.phases import Data, History, Phase, Step, Strategy
+from ease.training.state import PhaseState, phase_identity
 from ease.training.step import step_flops, step_loss
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -233,72 +231,72 @@ class Trainer:
         x = next(iter(val), (None,))[0]
         if x is None or not len(train):
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
-        loop = _Loop(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
+        state = PhaseState(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
         identity = phase_identity(model, phase, x) if checkpoint else ""
         saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
-        resumed = loop.restore(saved.load())
-        finished = loop.epoch > phase.options.max_epochs
+        resumed = state.restore(saved.load())
+        finished = state.epoch > phase.options.max_epochs
         failed = True
         with deferred_interrupts(checkpoint is not None) as interrupts:
             try:
-                for row in loop.history.rows:
+                for row in state.history.rows:
                     progress.epoch(row)
                 if resumed:
-                    progress.step(1.0 if finished else loop.fraction_done())
+                    progress.step(1.0 if finished else state.fraction_done())
                     if not finished:
-                        progress.resumed(loop.epoch, loop.history.steps)
+                        progress.resumed(state.epoch, state.history.steps)
                     train_mode(model)
                     saved.replay()
-                while loop.epoch <= phase.options.max_epochs and not loop.over:
-                    self._train_epoch(loop, saved, progress, interrupts)
-                    self._validate(loop, saved, val, progress, interrupts)
+                while state.epoch <= phase.options.max_epochs and not state.over:
+                    self._train_epoch(state, saved, progress, interrupts)
+                    self._validate(state, saved, val, progress, interrupts)
                 failed = False
             finally:
                 # After an error or an interrupt, too, the model has its best weights.
                 if failed or phase.restore_best:
-                    model.load_state_dict(loop.best, strict=False)  # frozen weights have not changed
+                    model.load_state_dict(state.best, strict=False)  # frozen weights have not changed
             if not finished:
-                saved.finish(**loop.state(phase.options.max_epochs + 1), best={})
-        return loop.history
+                saved.finish(**state.as_dict(phase.options.max_epochs + 1), best={})
+        return state.history
 
-    def _train_epoch(self, loop: _Loop, saved: Checkpoint, progress: Progress, interrupts: Interrupts) -> None:
+    def _train_epoch(self, state: PhaseState, saved: Checkpoint, progress: Progress, interrupts: Interrupts) -> None:
         """The rest of an epoch's steps, up to the budget."""
         for loss, scored, flops in self._steps(
-            loop.model, saved, loop.optimizer, loop.phase.first, loop.step, learned=loop.tokens
+            state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens
         ):
-            loop.took_step(loss, scored, flops)
-            progress.step(loop.fraction_done(), loss)
-            if loop.fraction_done() >= 1:
+            state.took_step(loss, scored, flops)
+            progress.step(state.fraction_done(), loss)
+            if state.fraction_done() >= 1:
                 break
             if saved.due() or interrupts.pending:
-                loop.save(saved, loop.epoch)
+                state.save(saved, state.epoch)
                 interrupts.raise_pending()
 
     def _validate(
-        self, loop: _Loop, saved: Checkpoint, val: Batches, progress: Progress, interrupts: Interrupts
+        self, state: PhaseState, saved: Checkpoint, val: Batches, progress: Progress, interrupts: Interrupts
     ) -> None:
         """Scores the model after an epoch, keeps the best weights, and decides whether the phase is over."""
-        phase, model = loop.phase, loop.model
+        phase, model = state.phase, state.model
         try:
             with interrupts.allowed():  # scoring changes nothing, so that an interrupt needs no wait
                 policy, route_flops = phase.route(model) if phase.route else (None, 0.0)
                 # Up to the deepest loss: where only exits learn, the layers above them give the same every time.
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
         except KeyboardInterrupt:
-            loop.save(saved, loop.epoch)
+            state.save(saved, state.epoch)
             raise
         metrics = scores.metrics()
-        progress.epoch(loop.add_row(metrics, scores.flops + route_flops))
+        progress.epoch(state.add_row(metrics, scores.flops + route_flops))
         if not math.isfinite(metrics["loss"]):
             raise EaseError(f"the validation loss is {metrics['loss']}: {LOWER_LR}")
-        loop.end_epoch(metrics["loss"])
-        if loop.history.stopped_early:
-            progress.step(1.0, loop.loss)  # done, whatever number of epochs was allowed
-        if loop.over:
+        state.end_epoch(metrics["loss"])
+        if state.history.stopped_early:
+            progress.step(1.0, state.loss)  # done, whatever number of epochs was allowed
+        if state.over:
             return
         saved.turn()
         if saved.due() or interrupts.pending:
-            loop.save(saved, loop.epoch)
+            state.save(saved, state.epoch)
             interrupts.raise_pending()
 
     def _steps(
@@ -340,131 +338,6 @@ class Trainer:
 
 
 LOWER_LR = "training stopped, and a model in memory has its last good weights again; lower the learning rate"
-
-
-class _Loop:
-    """The state of the loop over one phase.
-
-    Args:
-        num_batches: batches of a training epoch.
-        val_tokens, seq_len: tokens of validation and of a sequence, for the first estimate of its FLOPs.
-    """
-
-    def __init__(
-        self,
-        phase: Phase,
-        model: ExitModel,
-        optimizer: torch.optim.Optimizer,
-        num_batches: int,
-        val_tokens: int,
-        seq_len: int,
-    ) -> None:
-        self.phase, self.model, self.optimizer = phase, model, optimizer
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.total_steps = phase.options.max_epochs * max(1, num_batches)
-        self.history = History(flops=dict(phase.spent))
-        self.best_loss, self.best = math.inf, snapshot(model)
-        self.start = time.perf_counter()
-        self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
-        self.over, self.loss = False, math.nan
-        # FLOPs of the next validation pass: those of the last one, and before the first an estimate.
-        limited = phase.options.max_flops is not None
-        self.validation = val_tokens * full_depth_flops(model.config, seq_len) if limited else 0.0
-
-    def restore(self, saved: Mapping[str, Any] | None) -> bool:
-        """Continues from what `state` gave; without it, sets the first learning rate and returns False."""
-        if saved is None:
-            self._set_lr()
-            return False
-        self.history = History(**saved["history"])
-        self.best_loss, self.best, self.validation = saved["best_loss"], saved["best"], saved["validation"]
-        self.epoch, self.total, self.tokens = saved["epoch"], saved["total"], saved["tokens"]
-        self.start -= self.history.seconds
-        return True
-
-    def state(self, epoch: int) -> dict[str, Any]:
-        """All but the best weights."""
-        return {
-            "history": asdict(self.history),
-            "best_loss": self.best_loss,
-            "validation": self.validation,
-            "epoch": epoch,
-            "total": self.total,
-            "tokens": self.tokens,
-        }
-
-    def save(self, saved: Checkpoint, epoch: int) -> None:
-        if saved.path is None:
-            return
-        self.history.seconds = time.perf_counter() - self.start
-        saved.save(**self.state(epoch), best=self.best)
-
-    def fraction_done(self) -> float:
-        """The share of the phase that is done, in [0, 1], by steps or by FLOPs, whichever is larger."""
-        limit = self.phase.options.max_flops
-        # The validation pass that ends the epoch is part of the budget.
-        spent = sum(self.history.flops.values()) + self.validation
-        return min(1.0, max(self.history.steps / self.total_steps, spent / limit if limit else 0.0))
-
-    def step(self) -> Step | None:
-        """Loss weights and layer dropout of the next step, if the phase has a curriculum."""
-        return self.phase.curriculum and self.phase.curriculum(self.history.steps, self.fraction_done())
-
-    def took_step(self, loss: float, scored: int, flops: Mapping[str, float]) -> None:
-        self.loss, self.total, self.tokens = loss, self.total + loss * scored, self.tokens + scored
-        for kind, count in flops.items():
-            self.history.flops[kind] = self.history.flops.get(kind, 0.0) + count
-        self.history.steps += 1
-        self._set_lr()
-
-    def add_row(self, metrics: Mapping[str, Any], flops: float) -> dict[str, float]:
-        """The row of the epoch that ended, with the metrics and FLOPs of its validation pass."""
-        history, self.validation = self.history, flops
-        history.flops["validation"] = history.flops.get("validation", 0.0) + flops
-        history.seconds = time.perf_counter() - self.start
-        row = {
-            "epoch": self.epoch,
-            "step": history.steps,
-            "train_loss": self.total / self.tokens,
-            "val_loss": metrics["loss"],
-            "val_ppl": metrics["ppl"],
-            "val_acc": metrics["acc"],
-            "flops": sum(history.flops.values()),
-            "seconds": history.seconds,
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-        history.rows.append(row)
-        return row
-
-    def end_epoch(self, val_loss: float) -> None:
-        """Keeps the weights if they are the best so far, stops if patience has run out, or begins the next epoch."""
-        history, patience = self.history, self.phase.options.patience
-        if val_loss < self.best_loss:
-            self.best_loss, history.best_epoch = val_loss, self.epoch
-            self.best = snapshot(self.model)
-        elif patience is not None and self.epoch - history.best_epoch >= patience:
-            history.stopped_early = True
-        self.over = history.stopped_early or self.fraction_done() >= 1
-        if not self.over:
-            self.epoch, self.total, self.tokens = self.epoch + 1, 0.0, 0
-
-    def _set_lr(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * self.phase.options.lr_factor(self.fraction_done())
-
-
-def snapshot(model: ExitModel) -> dict[str, Tensor]:
-    """A copy of the weights that learn."""
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
-    """A hash of what distinguishes a phase: its plan, the model's shape, the frozen weights, and a validation batch."""
-    # A mined threshold is computed again on resuming, and on another machine not to the last bit.
-    config = replace(phase.config, routing_threshold=0.0)
-    plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
-    frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
-    return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
 
 
 def train(

@@ -226,8 +226,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         text = json.dumps(_split_tensors(state, tensors))
     except TypeError as error:
         raise EaseError(
-            f"the checkpoint {path} cannot be written ({error}): the state_dict of batches may hold tensors, numbers, and "
-            "strings, under string keys"
+            f"the checkpoint {path} cannot be written ({error}): a state_dict of batches may hold tensors, "
+            "numbers, and strings, under string keys"
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
