@@ -1,4 +1,4 @@
-"""Layouts, and what every model of the seam has for free."""
+"""Layouts, and what every model that implements the interface supports."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ease import EaseError, ExitModel, Layout, ModelConfig, StandardTransformer, route, score
+from ease import EaseError, ExitModel, Layout, ModelConfig, Policy, StandardTransformer, route, score
 from ease.interface import learnable, train_mode
 
 
@@ -130,3 +130,11 @@ def test_whoever_keeps_the_seam_is_routed_scored_and_trained() -> None:
         trainer.train_epoch(model, [(ids, ids)], optimizer)
     assert trainer.evaluate(model, [(ids, ids)])["loss"] < before / 2
     assert not isinstance(model, StandardTransformer)
+
+
+@pytest.mark.parametrize("name", ["exit_layer", "routing_threshold", "policy_options"])
+def test_a_model_has_one_policy(name: str, tiny: Callable[..., StandardTransformer]) -> None:
+    model = tiny(2)
+    with pytest.raises(EaseError, match=r"set model\.policy = ease\.Policy"):
+        setattr(model, name, 1)
+    assert model.policy == Policy()

@@ -347,7 +347,7 @@ def test_a_share_goes_on_above_a_frozen_trunk(tiny: Make) -> None:
     expected, _ = by_hand(model, Batch(x, y), config)
     for state in (None, model.forward_to_layer(x, 1).detach()):
         torch.testing.assert_close(Trainer(config, 256).compute_loss(model, x, y, state=state, first=2), expected)
-    with pytest.raises(EaseError, match="everyone runs in the frozen trunk below layer 3"):
+    with pytest.raises(EaseError, match="in the frozen trunk below layer 3, which runs all tokens"):
         Trainer(config, 256).compute_loss(model, x, y, first=3)
 
 
@@ -397,7 +397,7 @@ def test_a_choice_above_the_deepest_loss_of_a_step_is_not_made(tiny: Make) -> No
 def test_a_share_of_whole_sequences_is_refused(tiny: Make) -> None:
     trainer = Trainer(TrainingConfig(layer_weights={1: 0.5, 2: 0.5}, selection=LeastConfident({1: 0.4})), 3)
     x, _ = pair()
-    with pytest.raises(EaseError, match="this model decides once a sequence: leave it out"):
+    with pytest.raises(EaseError, match="one decision per sequence: use AllTokens"):
         trainer.compute_loss(tiny(2, num_labels=3), x, x % 3)
 
 
@@ -428,7 +428,7 @@ def test_bad_batches_are_refused(tiny: Make) -> None:
     with pytest.raises(EaseError, match=r"x and y must have one shape, got \(2, 9\) and \(2, 8\)") as error:
         trainer.compute_loss(model, x, y[:, 1:])
     assert "\n" not in str(error.value)
-    with pytest.raises(EaseError, match="use the tokenizer that the model was made with, or a larger vocab_size"):
+    with pytest.raises(EaseError, match="use the tokenizer that the model was trained with, or a larger vocab_size"):
         trainer.compute_loss(model, x + 250, y)
 
 
@@ -590,7 +590,7 @@ def script(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[st
     def scores(_: Trainer, model: StandardTransformer, batches: object, **options: object) -> SimpleNamespace:
         epochs.append(snapshot(model))
         loss = losses[len(epochs) - 1]
-        return SimpleNamespace(flops=7.0, figures=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})
+        return SimpleNamespace(flops=7.0, metrics=lambda: {"loss": loss, "ppl": math.exp(loss), "acc": 0.5})
 
     monkeypatch.setattr(Trainer, "scores", scores)
     return epochs

@@ -63,7 +63,7 @@ def short_ashem(protocol: str) -> ASHEMConfig:
 
 
 def test_data_has_no_test_split() -> None:
-    assert Data._fields == ("train", "val", "watch")
+    assert Data._fields == ("train", "val", "progress")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -160,12 +160,18 @@ def test_both_protocols_share_phase_one(tiny: Make, text_data: Callable[..., Dat
     assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
 
 
+def test_the_old_name_of_the_original_recipe_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match='now called "original"'):
+        config = ASHEMConfig(protocol="seed")
+    assert config == ASHEMConfig(protocol="original")
+
+
 def test_options_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(EaseError, match="protocol must be held-out or seed"):
+    with pytest.raises(EaseError, match="protocol must be held-out or original"):
         ASHEMConfig(protocol="held_out")  # type: ignore[arg-type]
     with pytest.raises(EaseError, match="schedule must be constant or cosine"):
         ASHEMConfig(schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(EaseError, match="lr must be above 0"):
         ASHEMConfig(phase2_lr=0)
-    with pytest.raises(EaseError, match="first phase learns from all tokens"):
+    with pytest.raises(EaseError, match="first phase is trained on all tokens"):
         StagedConfig((PhaseConfig(layers=1, ratio=0.5), PhaseConfig(layers=2)))
