@@ -1,4 +1,4 @@
-"""What a person types and sees: recipes, a whole run at a tiny size, and one sentence for bad input."""
+"""The command line: recipes, a whole run at a tiny size, and one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import ease
 from ease import STRATEGIES
 from ease.cli.main import main
 from ease.cli.recipes import load_recipe, recipes
+from ease.policy import Policy
 from ease.runs import runner as runs
 from ease.runs.store import load_model
 
@@ -144,7 +145,7 @@ def test_a_recipe_must_return_a_run_configuration(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal as POSIX does")
-def test_a_run_that_is_told_to_end_leaves_nothing_behind(text_file: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_its_state_before_the_first_checkpoint(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ease", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -152,9 +153,13 @@ def test_a_run_that_is_told_to_end_leaves_nothing_behind(text_file: Path, tmp_pa
             if "epoch" in line:
                 process.terminate()
                 break
-        assert "nothing was written" in process.communicate(timeout=300)[1]
+        told = process.communicate(timeout=300)[1]
     assert process.returncode == 130
-    assert list(tmp_path.iterdir()) == []
+    partial = tmp_path / ".r.partial"
+    assert told.endswith(f"ease: interrupted; the same command resumes ({partial})\n")
+    done = subprocess.run([*command, *TINY, *budget("6e7")], capture_output=True, text=True, timeout=300, check=False)
+    assert "differs in config.strategy.phase1_max_flops" in done.stderr, "other options are another run"
+    assert list((partial / "checkpoints").rglob("*.safetensors"))
 
 
 MISSING = """
@@ -202,7 +207,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["report"], "no run given"),
         (["export", "no/such/run", "out"], "not a run folder"),
         (["generate", "no/such/model", "--prompt", "x\udcff"], "the prompt is not valid text at character 2"),
-        (["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"], "--threshold is for mode routed"),
+        (
+            ["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"],
+            "--threshold applies to mode routed",
+        ),
         (["export", "some", "./some", "--overwrite"], "is the run itself"),
         (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),
         (["run", "demo", "--start", "x", "--data.tokenizer", "bpe:300"], "leave out --model.* and --data.tokenizer"),
@@ -239,7 +247,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(args, says, capsys, tmp_path:
         (["--data.seq-len", "0"], "seq_len must be at least 1"),
     ],
 )
-def test_a_bad_override_is_told_by_name(override: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_override_is_reported_by_name(override: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["run", "demo", *override])
     assert caught.value.code == 2
@@ -258,6 +266,6 @@ def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert "phase 1 continued" in done.stdout
-    assert "Speed beside full decoding: with 1 row, routed at " in done.stdout
+    assert "Speed compared with full decoding: with 1 row, routed at " in done.stdout
     assert "epoch" in done.stderr
     assert "\ndecoding\n" in done.stderr

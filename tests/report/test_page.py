@@ -279,9 +279,7 @@ def test_browser_says_what_a_bare_run_lacks(browser: Any, tmp_path: Path) -> Non
 
 
 def test_browser_compares_runs(browser: Any, tmp_path: Path) -> None:
-    other = synthetic_summary(
-        name="other", in_sample=None, sweep=None, reliability=None, data={"hash": "beef"}
-    )
+    other = synthetic_summary(name="other", in_sample=None, sweep=None, reliability=None, data={"hash": "beef"})
     runs = [
         run_folder(tmp_path / "one", synthetic_summary(), synthetic_explorer()),
         run_folder(tmp_path / "two", with_line(other, "phase 2", ppl=60.0, exit_shares=None)),

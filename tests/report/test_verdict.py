@@ -83,7 +83,8 @@ def test_verdict_details_metrics_and_cost() -> None:
     assert verdict(synthetic_summary()).detail == (
         "Perplexity 38.40 against 42.10 (8.8% lower) overall, 128.0 against 150.0 (14.7% lower) on hard "
         "tokens, on held-out test tokens. A token costs 1.48 times the FLOPs of a token of phase 1 continued. "
-        "A token costs 0.74 times the FLOPs of a token of standard. One random seed: differences under 1% count as even."
+        "A token costs 0.74 times the FLOPs of a token of standard. "
+        "One random seed: differences under 1% count as even."
     )
 
 

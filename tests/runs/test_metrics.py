@@ -67,7 +67,7 @@ def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
     assert decoded is not None
     assert torch.equal(torch.get_rng_state(), random)
     assert model.policy == own, "the model stays as it was"
-    assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (17, 17), "the last new token stands at position 34, unread"
+    assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (17, 17), "position 34 is never read"
     assert [(row["batch"], row["way"]) for row in decoded["rows"]] == [
         (batch, way) for batch in (1, 8) for way in ("full", "routed, own policy", "exact, auto", "exact, exit 1")
     ]
@@ -84,7 +84,9 @@ def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
 
 
 def test_decoding_fits_the_shortest_sequences_and_the_fewest_rows(trained: StandardTransformer, text: Tensor) -> None:
-    decoded = decoding_metrics(lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Progress())
+    decoded = decoding_metrics(
+        lined(trained, Policy((1,), (0.5,))), TokenBatches(text[:2], 1, 1), lambda name: Progress()
+    )
     assert decoded is not None
     assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (1, 1)
     assert {row["batch"] for row in decoded["rows"]} == {1}

@@ -14,7 +14,8 @@ from torch import Tensor
 import ease
 from ease import EaseError, Target, TokenBatches
 from ease.cli.main import main
-from ease.runs import reopen as finished
+from ease.policy import Policy
+from ease.runs import reopen
 from ease.runs.store import load_model
 
 
@@ -37,7 +38,7 @@ def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]
     assert record["model"]["dim"] == 16
     assert record["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     # What eval then measures are the figures of the policy, on the same held-out half.
-    evaluated = finished.evaluate(cached, [])[0]
+    evaluated = reopen.evaluate(cached, [])[0]
     assert {k: evaluated[k] for k in ("ppl", "acc", "tokens")} == {
         k: record["held_out"][k] for k in ("ppl", "acc", "tokens")
     }
@@ -50,11 +51,13 @@ def test_a_run_keeps_its_policy(cached: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, corpus, data = finished.open_run(cached)
+    _, _, corpus, data = reopen.open_run(cached)
     used: list[list[Any]] = []
-    monkeypatch.setattr("ease.evaluation.calibration.calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0)
+    monkeypatch.setattr(
+        "ease.evaluation.calibration.calibrate", lambda m, p, t, *sets, **_: used.extend(map(list, sets[:3])) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
-        finished.calibrate(cached, Target("target_ratio", 0.5))
+        reopen.calibrate(cached, Target("target_ratio", 0.5))
     windows = [{tuple(row) for x, _ in batches for row in x.tolist()} for batches in used]
     proposes, decides, reports = windows
 
@@ -68,10 +71,10 @@ def test_no_token_both_chooses_and_is_reported(cached: Path, monkeypatch: pytest
     assert not (decides & reports) - repeated
     assert sum(map(len, used[1:])) == 16
     # The draw is the same every time, else a later evaluation would score what chose.
-    again = finished.calibration_halves(corpus.test, data)
+    again = reopen.calibration_halves(corpus.test, data)
     assert all(torch.equal(a[0], b[0]) for half, old in zip(again, used[1:]) for a, b in zip(half, old, strict=True))
     with pytest.raises(EaseError, match="calibration needs two"):
-        finished.calibration_halves(corpus.test[:150], data)
+        reopen.calibration_halves(corpus.test[:150], data)
 
 
 def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +113,7 @@ def test_what_fails_leaves_the_policy_as_it_was(
         (["--compute-budget", "0.01"], "the best on these 64 sequences is 0."),
         ([], "give one target, and no more: --min-agreement"),
         (["--target-ratio", "0.5", "--min-agreement", "0.9"], "give one target, and no more"),
-        (["--target-ratio", "2"], "is no target: give a share"),
+        (["--target-ratio", "2"], "target_ratio must lie in [0, 1], got 2"),
     ):
         assert main(["calibrate", str(cached), *args]) == 2
         error = capsys.readouterr().err
@@ -154,11 +157,11 @@ def test_a_run_that_does_not_say_its_data_is_reported(
 
 
 def test_a_run_without_exits_is_reported(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config, *rest = finished.open_run(cached)
+    model, config, *rest = reopen.open_run(cached)
     model.policy, model.trained_exits = Policy(), {model.num_layers}
-    monkeypatch.setattr(finished, "open_run", lambda folder: (model, config, *rest))
+    monkeypatch.setattr(reopen, "open_run", lambda folder: (model, config, *rest))
     with pytest.raises(EaseError, match="has no exits to calibrate: tune it first"):
-        finished.calibrate(cached, Target("target_ratio", 0.5))
+        reopen.calibrate(cached, Target("target_ratio", 0.5))
 
 
 def test_without_a_policy_the_trained_exits_below_the_last_layer_route(cached: Path) -> None:
@@ -166,12 +169,12 @@ def test_without_a_policy_the_trained_exits_below_the_last_layer_route(cached: P
     edited |= {"trained_exits": [1, 2], "policy": {"exits": [], "thresholds": []}}
     (cached / "config.json").write_text(json.dumps(edited))
     assert load_model(cached)[0].early_exits == (1, 2)
-    assert finished.evaluate(cached, [0.5])[0]["thresholds"] == (0.5, 0.5)
-    assert finished.calibrate(cached, Target("target_ratio", 0.5))["policy"]["exits"] == (1, 2)
+    assert reopen.evaluate(cached, [0.5])[0]["thresholds"] == (0.5, 0.5)
+    assert reopen.calibrate(cached, Target("target_ratio", 0.5))["policy"]["exits"] == (1, 2)
 
 
 def test_eval_scores_the_test_split_at_thresholds(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = finished.evaluate(cached, [])[0]
+    own = reopen.evaluate(cached, [])[0]
     summary = json.loads((cached / "summary.json").read_text())
     phase2 = next(line for line in summary["lines"] if line["name"] == "phase 2")
     assert own["ppl"] == phase2["test"]["ppl"], "what eval says is what the report says"

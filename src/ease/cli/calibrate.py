@@ -20,7 +20,7 @@ def main(args: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Arguments:
-        """Choose the thresholds of a run for one target and store them as its policy (policy.json in its folder)."""
+        """Choose the thresholds of a run for one target and store them as its policy."""
 
         run: tyro.conf.Positional[Path]
         """The run folder."""

@@ -35,7 +35,9 @@ def main(args: list[str]) -> None:
         """
         return run, folder, tokenizer, overwrite
 
-    run, folder, tokenizer, overwrite = tyro.cli(export_, args=args, prog="ease export")
+    run, folder, tokenizer, overwrite = tyro.cli(
+        export_, args=args, prog="ease export", config=(tyro.conf.FlagCreatePairsOff,)
+    )
     if folder.resolve() == run.resolve():
         raise EaseError(f"{folder} is the run itself: choose another folder")
     model, config = load_model(run)

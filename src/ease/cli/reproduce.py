@@ -17,15 +17,11 @@ def main(args: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Arguments:
-        """Train the missing lines of a tier of the paper's experiments and write its tables and figures.
-
-        Tiers: smoke (all code at a size without meaning), 1 (every strategy against standard models at equal training
-        FLOPs), 2 (ablation of ASHEM), 3 (the tables of tier 1 on your --data and --model). Trained lines are stored
-        in OUT/TIER, and the same command resumes where it was stopped. Tables name the lines that are missing.
-        """
+        """Train the missing lines of a tier of the paper and write tables and figures."""
 
         tier: tyro.conf.Positional[str]
-        """smoke, 1, 2 or 3."""
+        """smoke (all code at a size without meaning), 1 (every strategy against standard models at equal training
+        FLOPs), 2 (ablation of ASHEM) or 3 (the tables of tier 1 on your --data and --model)."""
         data: str | None = None
         """stdlib (by default), a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or
         hf:NAME/CONFIG. For tier 3: a folder with train.jsonl (texts with labels, or prompts with completions); .jsonl
@@ -43,7 +39,8 @@ def main(args: list[str]) -> None:
         device: str = "cpu"
         """cpu, cuda, mps or auto; sizes that fit a laptop are faster on a CPU."""
         out: Path = Path("results/reproduce")
-        """Folder of all results."""
+        """Folder of all results. Trained lines are stored in OUT/TIER, and the same command resumes where it was
+        stopped; tables name the lines that are missing."""
 
     given = tyro.cli(Arguments, args=args, prog="ease reproduce")
     root = Path(__file__).resolve().parents[3]
