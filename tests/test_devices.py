@@ -9,7 +9,7 @@ from ease import EaseError
 from ease.devices import choose_device, choose_dtype, machine
 
 
-def test_a_device_is_one_that_works_here() -> None:
+def test_only_devices_of_this_machine_are_accepted() -> None:
     assert choose_device("cpu") == "cpu"
     torch.empty(0, device=choose_device("auto"))
     for name in ("abacus", "cuda:99", "meta"):
@@ -25,7 +25,7 @@ def test_a_dtype_may_be_named() -> None:
             choose_dtype(bad)
 
 
-def test_a_machine_is_named_by_what_a_time_depends_on() -> None:
+def test_the_machine_description_has_device_cpu_and_threads() -> None:
     about = machine("cpu")
     assert about["device"] == "cpu"
     assert about["cpu"]

@@ -1,7 +1,7 @@
 """Output folders that appear whole or not at all, JSON files, and fingerprints of what they hold.
 
-A folder is written under a hidden name beside its place and renamed at the end, so that a run or checkpoint that exists
-is complete, and overwriting one never costs the old one before the new one is there.
+A folder is written under a hidden name in the same parent folder and renamed at the end. A run or checkpoint that
+exists is therefore complete, and one that is overwritten stays until its replacement is.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes the three files of a task: `write(train=[record or line, ...])`; splits not named get a record each."""
+    """Writes the three files of a task: `write(train=[record or line, ...])`; other splits get default records."""
 
     def make(**splits: list[Any]) -> Path:
         default: dict[str, list[Any]] = {"train": [A, B], "valid": [C], "test": [{**C, "text": "text 9"}]}
@@ -47,7 +47,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def examples() -> list[Example]:
-    """Texts of all lengths from 1 to 40, the label of each at its last token."""
+    """Examples of all lengths from 1 to 40, with a label at the last token."""
     lengths = (torch.randperm(40) + 1).tolist()
     rows = [torch.randint(1, 256, (n,), dtype=torch.int32) for n in lengths]
     return [

@@ -74,13 +74,13 @@ def test_max_batches_slices_a_pass() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"seq_len": 0}, {"batch_size": 0}, {"max_batches": 0}, {"seed": -1}])
-def test_batches_refuse_sizes_below_their_least(bad: dict[str, int]) -> None:
+def test_sizes_below_1_are_refused(bad: dict[str, int]) -> None:
     sizes: dict[str, Any] = {"seq_len": 4, "batch_size": 2, **bad}
     with pytest.raises(EaseError, match=next(iter(bad))):
         TokenBatches(torch.arange(100), **sizes)
 
 
-def test_batches_refuse_what_is_not_a_row_of_ids() -> None:
+def test_only_1d_integer_ids_are_accepted() -> None:
     for ids in (torch.zeros(100), torch.zeros(10, 10, dtype=torch.int64)):
         with pytest.raises(EaseError, match="1-D"):
             TokenBatches(ids, 4, 2)
@@ -92,7 +92,7 @@ def test_batches_refuse_what_is_not_a_row_of_ids() -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("bucket", [False, True])
-def test_every_example_comes_once_an_epoch_and_padding_is_none_of_it(
+def test_an_epoch_takes_every_example_once_without_its_padding(
     shuffle: bool, bucket: bool, examples: list[Example]
 ) -> None:
     batches = ExampleBatches(examples, 6, shuffle=shuffle, bucket=bucket, seed=3)
@@ -103,7 +103,7 @@ def test_every_example_comes_once_an_epoch_and_padding_is_none_of_it(
         assert batch.layout is not None
         real = batch.layout.real
         assert torch.equal(real, real.sum(1, keepdim=True) > torch.arange(real.shape[1]))
-        assert real.any(0).all()  # as long as the longest and no longer
+        assert real.any(0).all()  # no column is padding only
         assert (batch.y[~real] == -100).all()
         rows += [(x[r].tolist(), y[r].tolist()) for x, y, r in zip(batch.x, batch.y, real)]
     made = [(e.ids.tolist(), e.targets.tolist()) for e in examples]
@@ -114,4 +114,4 @@ def test_every_example_comes_once_an_epoch_and_padding_is_none_of_it(
     again.epoch = 1
     assert all(torch.equal(a.x, b.x) for a, b in zip(second, again))
     padding = sum(int((~batch.layout.real).sum()) for batch in first if batch.layout)
-    assert padding < 100 if bucket else padding > 200  # 1 + 2 + 3 + 4 + 5 a batch, where lengths are sorted
+    assert padding < 100 if bucket else padding > 200  # 1 + 2 + 3 + 4 + 5 per batch of sorted lengths

@@ -35,7 +35,7 @@ def test_the_tokenizer_learns_from_train_alone(folder: Path, cache: Path) -> Non
     assert load_corpus(folder, "bpe:280", cache_dir=cache).tokenizer.to_str() == before
 
 
-def test_the_hash_follows_the_text_and_the_tokenizer(folder: Path, cache: Path) -> None:
+def test_the_hash_depends_on_text_tokenizer_and_max_tokens(folder: Path, cache: Path) -> None:
     hashes = [load_corpus(folder, "byte", cache_dir=cache).hash]
     assert load_corpus(folder, "byte", cache_dir=cache / "other").hash == hashes[0]
     hashes.append(load_corpus(folder, "word", cache_dir=cache).hash)
@@ -45,7 +45,7 @@ def test_the_hash_follows_the_text_and_the_tokenizer(folder: Path, cache: Path) 
     assert len(set(hashes)) == 4
 
 
-def test_max_tokens_keeps_the_first_of_train_and_all_that_is_held_out(folder: Path, cache: Path) -> None:
+def test_max_tokens_limits_train_alone(folder: Path, cache: Path) -> None:
     whole = load_corpus(folder, "bpe:280", cache_dir=cache)
     part = load_corpus(folder, "bpe:280", max_tokens=50, cache_dir=cache)
     assert torch.equal(part.train, whole.train[:50])
@@ -65,13 +65,13 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(folder: Path, cache: Path, m
     monkeypatch.setattr(corpus_module, "train_tokenizer", train)
     first = load_corpus(folder, "bpe:280")
     load_corpus(folder, "bpe:280")
-    (file,) = cache.iterdir()  # one file, and nothing temporary is left
+    (file,) = cache.iterdir()  # no temporary file is left
     assert len(trained) == 1
 
     whole = file.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    narrower = whole.replace(b"'<i4'", b"'<i2'", 1)  # numpy alone would read half of the ids and be content
+    narrower = whole.replace(b"'<i4'", b"'<i2'", 1)  # numpy alone would read half of the ids without an error
     damaged = [b"", b"junk", whole[:middle], flipped, narrower]
     for i, content in enumerate(damaged):
         file.write_bytes(content)
@@ -82,7 +82,7 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(folder: Path, cache: Path, m
         assert again.hash == first.hash
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(folder: Path) -> None:
+def test_a_cache_that_cannot_be_written_gives_a_warning(folder: Path) -> None:
     with pytest.warns(UserWarning, match="EASE_CACHE"):
         assert len(load_corpus(folder, "byte", cache_dir=folder / "train.txt").train)
 

@@ -72,7 +72,7 @@ def test_stdlib_splits_are_real_and_share_no_package(cache: Path, monkeypatch: p
     assert not any({"test", "tests", "site-packages", "encodings", "__pycache__"} & set(p.split("/")) for p in seen)
 
 
-def test_a_python_without_its_sources_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_library_sources_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(EaseError, match="instead of stdlib"):
         read_splits("stdlib")
@@ -84,7 +84,7 @@ def write_rows(path: Path, texts: list[str], column: str = "text") -> None:
 
 
 class Hub:
-    """Stands in for `datasets.load_dataset`: keeps the calls and hands out rows, or raises."""
+    """A replacement of `datasets.load_dataset` that records its calls and returns rows or raises."""
 
     def __init__(self, outcome: dict[str, list[str]] | Exception) -> None:
         self.outcome = outcome
@@ -136,7 +136,7 @@ def test_a_hub_data_set_is_read_as_far_as_needed_and_once(cache: Path, monkeypat
     assert load_corpus("hf:owner/name", "byte", max_tokens=100, cache_dir=cache).hash == corpus.hash
 
 
-def test_wikitext_is_one_document_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wikitext_has_one_document_per_split(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["", " = Title = \n", "", " Text .\n"]
     hub = put_hub(monkeypatch, {"train": lines, "validation": lines, "test": lines})
     assert read_splits("wikitext-103")["test"] == [" = Title = \n Text .\n"]
@@ -144,15 +144,13 @@ def test_wikitext_is_one_document_a_split(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it"), ValueError("unknown config"), OSError()])
-def test_a_hub_out_of_reach_names_the_local_ways(
-    error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_the_hub_name_local_sources(error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_hub(monkeypatch, error)
     with pytest.raises(EaseError, match=r"--data DIR.*stdlib"):
         load_corpus("wikitext-2", cache_dir=cache)
 
 
-def test_hub_sets_without_train_or_text_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_without_train_and_a_missing_library_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     put_hub(monkeypatch, {"test": ["x"]})
     with pytest.raises(EaseError, match="no split 'train'"):
         read_splits("hf:owner/name")

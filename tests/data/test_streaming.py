@@ -39,7 +39,7 @@ def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def segments(batches: Any) -> list[tuple[list[int], list[int]]]:
-    """Ids and targets of each segment, row by row; positions are checked on the way."""
+    """Ids and targets of each segment, row by row; also checks the positions."""
     found = []
     for x, y, *_, layout in batches:
         for row in range(len(x)):
@@ -86,7 +86,7 @@ def test_rows_are_full_and_documents_are_segments() -> None:
 
 
 @torch.no_grad()
-def test_a_document_of_which_the_tokenizer_leaves_nothing_ends_no_split(tmp_path: Path) -> None:
+def test_a_document_without_tokens_does_not_end_the_stream(tmp_path: Path) -> None:
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     (tmp_path / "texts.jsonl").write_text(
@@ -110,7 +110,7 @@ def test_no_token_sees_another_document(tiny: Make) -> None:
 # Splits
 
 
-def test_every_document_is_trained_on_once_a_pass_and_what_is_held_out_never(corpus: str) -> None:
+def test_a_pass_trains_on_every_document_once_except_held_out_ones(corpus: str) -> None:
     stream = load_stream(corpus, "byte", **OPTIONS | {"buffer": 1})
     decode = stream.tokenizer.decode
 
@@ -137,7 +137,7 @@ def test_a_corpus_keeps_its_own_splits(tmp_path: Path) -> None:
     assert [start[:4] for start in starts] == ["<0> ", "<100", "<200"]
 
 
-def test_the_order_is_the_seeds_and_the_buffer_shuffles(corpus: str) -> None:
+def test_the_seed_determines_the_order_and_the_buffer_shuffles(corpus: str) -> None:
     first, again, other = (list(load_stream(corpus, "byte", seed=seed, **OPTIONS).train) for seed in (0, 0, 1))
     plain = list(load_stream(corpus, "byte", **OPTIONS | {"buffer": 1}).train)
     assert all(same(a, b) for a, b in zip(first, again))
@@ -149,7 +149,7 @@ def test_the_order_is_the_seeds_and_the_buffer_shuffles(corpus: str) -> None:
 # Memory and resumption
 
 
-def test_no_more_is_held_than_asked_for(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_rows_are_held_than_the_buffer(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, sizes = load_stream(corpus, "byte", **OPTIONS), []
     packed, given = Packer.row, 0
     read = 0
@@ -157,7 +157,7 @@ def test_no_more_is_held_than_asked_for(corpus: str, monkeypatch: pytest.MonkeyP
     def row(packer: Packer) -> torch.Tensor | None:
         nonlocal read
         read += 1
-        sizes.append(read - given)  # rows that were read and not given yet
+        sizes.append(read - given)  # rows read and not yet in a batch
         return packed(packer)
 
     monkeypatch.setattr(Packer, "row", row)
@@ -171,7 +171,9 @@ def test_no_more_is_held_than_asked_for(corpus: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 13, 31])
-def test_a_stream_goes_on_from_its_state_to_the_bit(taken: int, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_resumes_bit_identically_from_its_state(
+    taken: int, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ease.data.streaming.TOKENIZER_DOCUMENTS", 5)
 
     def batches(stream: StreamBatches) -> Any:
@@ -185,17 +187,17 @@ def test_a_stream_goes_on_from_its_state_to_the_bit(taken: int, corpus: str, mon
     state = whole.state_dict()
     kept = copy.deepcopy(state)
     expected = list(islice(endless, 60))
-    assert whole.passes >= 2  # the documents started anew behind it
+    assert whole.passes >= 2  # the documents have started again
     assert repr(state) == repr(kept)
 
     resumed = load_stream(corpus, "bpe:300", **OPTIONS).train
-    next(iter(resumed))  # wherever it stood before
+    next(iter(resumed))  # the state replaces any position
     resumed.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(expected, islice(batches(resumed), 60), strict=True))
     assert repr(state) == repr(kept)
 
 
-def test_a_state_is_data(corpus: str, tmp_path: Path) -> None:
+def test_a_state_can_be_saved_as_data(corpus: str, tmp_path: Path) -> None:
     stream = load_stream(corpus, "byte", **OPTIONS).train
     next(iter(stream))
     torch.save(stream.state_dict(), tmp_path / "state.pt")
@@ -221,9 +223,9 @@ def test_a_strategy_trains_on_a_stream(corpus: str) -> None:
     assert score(model, stream.test).metrics()["ppl"] < 0.3 * before
 
 
-def test_bad_streams_end_in_one_sentence(tmp_path: Path) -> None:
-    def refused(said: str, source: str, **options: Any) -> None:
-        with pytest.raises(EaseError, match=said) as error:
+def test_bad_streams_are_reported_in_one_sentence(tmp_path: Path) -> None:
+    def refused(message: str, source: str, **options: Any) -> None:
+        with pytest.raises(EaseError, match=message) as error:
             list(load_stream(source, "byte", **OPTIONS | options).train)
         assert "\n" not in str(error.value)
 

@@ -35,14 +35,14 @@ def recipe(name: str) -> Any:
 
 
 def split(write: Write, records: list[dict[str, Any]]) -> Path:
-    """Three splits of the records, of which the last two get a tenth each."""
+    """Writes the records as three splits; validation and test get a tenth each."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     records, tenth = [records[i] for i in order], len(records) // 10
     return write(train=records[2 * tenth :], valid=records[:tenth], test=records[tenth : 2 * tenth])
 
 
-def test_a_classifier_from_file_to_figure(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # The word that was said last of somebody counts.
+def test_the_classification_recipe(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The last adjective of a name decides the label.
     names = [f"n{i}" for i in range(8)]
     adjectives = {"good": ("kind", "wise", "brave"), "bad": ("mean", "rude", "lazy")}
     records: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def test_a_classifier_from_file_to_figure(write: Write, tmp_path: Path, capsys: 
         assert "classif" in capsys.readouterr().err
 
 
-def test_completions_from_file_to_figure(write: Write, tmp_path: Path) -> None:
+def test_the_completion_recipe(write: Write, tmp_path: Path) -> None:
     pytest.importorskip("rouge_score")
     asks = [
         "what is the capital of",
@@ -106,7 +106,7 @@ def test_completions_from_file_to_figure(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["classify", "complete"])
-def test_a_recipe_ends_bad_input_in_one_sentence(name: str, tmp_path: Path) -> None:
+def test_a_recipe_reports_bad_input_in_one_sentence(name: str, tmp_path: Path) -> None:
     script = ROOT / "recipes" / "tasks" / f"{name}.py"
     command = [sys.executable, str(script), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ A, B, C = ({"text": f"text {i}", "label": label} for i, label in enumerate(("no"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_any_line_end_a_mark_and_empty_lines_are_read(end: str, tmp_path: Path) -> None:
+def test_all_line_ends_a_byte_order_mark_and_empty_lines_are_read(end: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b"\xef\xbb\xbf" + end.join(['{"text": "a\u2028b"}', "", "  ", '{"text": "c", "more": 1}']).encode()
@@ -29,7 +29,7 @@ def test_any_line_end_a_mark_and_empty_lines_are_read(end: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": "a"', "is not valid JSON"),
         ("[1, 2]", "is not a JSON object"),
@@ -42,14 +42,14 @@ def test_any_line_end_a_mark_and_empty_lines_are_read(end: str, tmp_path: Path) 
         ('{"text": "a", "label": "perhaps"}', "unknown label 'perhaps' (known: 'no', 'yes')"),
     ],
 )
-def test_a_bad_line_is_named(line: str, said: str, write: Write) -> None:
+def test_a_bad_line_is_named(line: str, message: str, write: Write) -> None:
     folder = write(valid=[C, "", line])
-    with pytest.raises(EaseError, match=re.escape(f"{folder / 'valid.jsonl'}:3") + ".*" + re.escape(said)) as error:
+    with pytest.raises(EaseError, match=re.escape(f"{folder / 'valid.jsonl'}:3") + ".*" + re.escape(message)) as error:
         load_classification(folder, "byte")
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_missing_empty_or_no_text_are_refused(write: Write) -> None:
+def test_missing_empty_and_undecodable_files_are_refused(write: Write) -> None:
     folder = write()
     (folder / "test.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(EaseError, match=r"test.jsonl as UTF-8"):
@@ -74,7 +74,7 @@ def test_a_label_is_the_target_of_the_last_token(write: Write) -> None:
     assert task.train[1].targets.tolist() == [-100] * len(ids) + [1]
 
 
-def test_labels_are_integers_or_strings_and_a_finished_head_keeps_its_order(write: Write) -> None:
+def test_labels_are_integers_or_strings_in_a_given_or_sorted_order(write: Write) -> None:
     numbers = [{"text": str(i), "label": label} for i, label in enumerate((10, 9))]
     folder = write(train=numbers, valid=[{"text": "x", "label": 9}], test=[{"text": "y", "label": 10}])
     assert load_classification(folder, "byte").labels == (9, 10)
@@ -86,7 +86,7 @@ def test_labels_are_integers_or_strings_and_a_finished_head_keeps_its_order(writ
             load_classification(folder, "byte")
 
 
-def test_a_completion_is_scored_after_its_prompt_and_the_prompt_is_not(write: Write) -> None:
+def test_only_the_completion_is_scored(write: Write) -> None:
     records = [{"prompt": "ab", "completion": "cd"}, {"prompt": "xyz", "completion": "u"}]
     task = load_completion(
         write(
@@ -101,12 +101,14 @@ def test_a_completion_is_scored_after_its_prompt_and_the_prompt_is_not(write: Wr
     assert task.train[0].targets.tolist() == [-100, c, d, task.eos]
 
 
-def test_what_is_cut_or_left_out_is_said(write: Write) -> None:
+def test_a_warning_counts_cut_texts_and_records_left_out(write: Write) -> None:
     long, wide = {"prompt": "abcdef", "completion": "xy"}, {"prompt": "a", "completion": "123456"}
     short = {"prompt": "a", "completion": "b"}
     folder = write(train=[short, long, wide], valid=[{**short, "prompt": "c"}], test=[{**short, "prompt": "d"}])
-    said = r"train.jsonl \(3 records\): 1 prompts lose their beginning, 1 records are left out because their completion"
-    with pytest.warns(UserWarning, match=said):
+    message = (
+        r"train.jsonl \(3 records\): 1 prompts lose their beginning, 1 records are left out because their completion"
+    )
+    with pytest.warns(UserWarning, match=message):
         task = load_completion(folder, "byte", seq_len=5)
     assert [task.tokenizer.decode(e.ids.tolist()) for e in task.train] == ["ab", "defxy"]
     assert [e.targets.tolist().count(-100) for e in task.train] == [0, 2]
@@ -127,7 +129,7 @@ def test_what_is_cut_or_left_out_is_said(write: Write) -> None:
     assert [e.targets[-1].item() for e in texts.train] == [0, 1]
 
 
-def test_what_train_holds_is_not_scored_again(write: Write) -> None:
+def test_records_of_train_are_left_out_of_validation(write: Write) -> None:
     with pytest.warns(UserWarning, match=r"valid.jsonl \(2 records\): 1 records are left out because an earlier split"):
         task = load_classification(write(valid=[{**A, "label": "yes"}, C]), "byte")
     assert len(task.val) == 1

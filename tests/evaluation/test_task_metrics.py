@@ -29,7 +29,7 @@ Make = Callable[..., StandardTransformer]
 
 @pytest.fixture
 def examples() -> list[Example]:
-    """Texts of all lengths from 1 to 40, the label of each at its last token."""
+    """Examples of all lengths from 1 to 40, with a label at the last token."""
     lengths = (torch.randperm(40) + 1).tolist()
     rows = [torch.randint(1, 256, (n,), dtype=torch.int32) for n in lengths]
     return [
@@ -39,29 +39,29 @@ def examples() -> list[Example]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# One decision a row
+# One decision per row
 
 
 @torch.no_grad()
-def test_the_last_real_token_decides_and_its_row_leaves_with_it(tiny: Make, examples: list[Example]) -> None:
+def test_the_last_real_token_decides_for_its_row(tiny: Make, examples: list[Example]) -> None:
     model = tiny(3, sharp=True, num_labels=3)
     assert model.output_head.weight.shape == (3, 32)
     batch = next(iter(ExampleBatches(examples, 40)))
     assert batch.layout is not None
     last = batch.layout.real.sum(1) - 1
-    state, sure = model.embed(batch.x), []
+    state, confidences = model.embed(batch.x), []
     for layer in (1, 2, 3):
         state = model.run(state, layer, layer, layout=batch.layout)
-        sure.append(model.logits(state, layer)[torch.arange(40), last].softmax(-1).amax(-1))
-    threshold = float(sure[0].median())
+        confidences.append(model.logits(state, layer)[torch.arange(40), last].softmax(-1).amax(-1))
+    threshold = float(confidences[0].median())
     first, *_, end = routed_forward(model, batch.x, Policy((1,), (threshold,)), layout=batch.layout)
     assert torch.equal(first.queried.nonzero()[:, 1], last)
-    torch.testing.assert_close(first.confidence, sure[0])
-    leaves = sure[0] >= threshold
+    torch.testing.assert_close(first.confidence, confidences[0])
+    leaves = confidences[0] >= threshold
     assert 5 < int(leaves.sum()) < 35
     assert torch.equal(end.arrived, batch.layout.real & ~leaves[:, None])
-    # A row that goes on goes as a whole, so it ends as at full depth.
-    torch.testing.assert_close(end.confidence, sure[2][~leaves])
+    # A row continues as a whole, so its result is that of full depth.
+    torch.testing.assert_close(end.confidence, confidences[2][~leaves])
 
     scores = score(model, [batch], Policy((1,), (threshold,)))
     assert len(scores.exits) == 40
@@ -92,21 +92,21 @@ def test_patience_leaves_where_exits_agree(tiny: Make, examples: list[Example]) 
     for layer in range(1, 6):
         state = model.run(state, layer, layer, layout=batch.layout)
         named.append(model.logits(state, layer)[torch.arange(40), last].argmax(-1).tolist())
-    wanted = []
+    expected = []
     for votes in zip(*named):
         agree = [e for e in range(3, 5) if len(set(votes[e - 3 : e])) == 1]
-        wanted.append(min(agree, default=5))
-    assert 0 < wanted.count(3) < 40
-    assert {3, 4, 5} == set(wanted)
-    likeliest, exits = predict(model, batch.x, batch.layout, Policy.patient((1, 2, 3, 4), 3))
-    assert exits[torch.arange(40), last].tolist() == wanted
-    assert likeliest[torch.arange(40), last].tolist() == [named[e - 1][i] for i, e in enumerate(wanted)]
-    assert (likeliest[~batch.scored] == -1).all()
+        expected.append(min(agree, default=5))
+    assert 0 < expected.count(3) < 40
+    assert {3, 4, 5} == set(expected)
+    predictions, exits = predict(model, batch.x, batch.layout, Policy.patient((1, 2, 3, 4), 3))
+    assert exits[torch.arange(40), last].tolist() == expected
+    assert predictions[torch.arange(40), last].tolist() == [named[e - 1][i] for i, e in enumerate(expected)]
+    assert (predictions[~batch.scored] == -1).all()
     with pytest.raises(EaseError, match="patience is 0"):
         Policy.patient((1,), 0)
 
 
-def test_the_loss_asks_the_last_token_alone(tiny: Make, examples: list[Example]) -> None:
+def test_the_loss_is_that_of_the_last_token(tiny: Make, examples: list[Example]) -> None:
     model = tiny(2, num_labels=3)
     trainer = Trainer(create_deep_supervision_config(2), 3)
     batch = next(iter(ExampleBatches(examples, 40)))
@@ -142,7 +142,7 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
     assert rouge_l(["a b", "c"], ["a b", "d"]) == pytest.approx(0.5)
 
 
-def test_completions_are_those_of_each_prompt_alone(tiny: Make) -> None:
+def test_a_batch_of_completions_equals_single_ones(tiny: Make) -> None:
     tokenizer = train_tokenizer("byte", [])
     task = Task(tokenizer, tokenizer.token_to_id(EOS), [], [], [])
     model = tiny(3, sharp=True, vocab_size=258).double()
@@ -152,12 +152,12 @@ def test_completions_are_those_of_each_prompt_alone(tiny: Make) -> None:
         together = complete(model, task, prompts, mode=mode, max_new_tokens=6)
         alone = [complete(model, task, [prompt], mode=mode, max_new_tokens=6)[0] for prompt in prompts]
         assert together == alone
-    # Validation may choose no exit at all.
+    # Without an exit, "routed" is full depth.
     silent = tiny(3, sharp=True, vocab_size=258)
     assert complete(silent, task, prompts, mode="routed", max_new_tokens=6) == complete(
         silent, task, prompts, max_new_tokens=6
     )
-    # The token that ends a text ends it and is no part of it.
+    # The end-of-text token is not part of the completion.
     first = generate(model, prompts[0][None], 6).tokens[0].tolist()
     ended = complete(model, replace(task, eos=first[2]), prompts[:1], max_new_tokens=6)
     assert ended == [task.tokenizer.decode(first[: first.index(first[2])])]

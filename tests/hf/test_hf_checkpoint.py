@@ -62,7 +62,7 @@ Stock = Any
 
 
 def stock_model(family: str, **changes: Any) -> Stock:
-    """A random model of transformers' own, with weights and norms far from their initial values."""
+    """A random model of transformers, with weights and norms far from their initial values."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**(SHAPE | FAMILIES[family] | changes))
@@ -119,7 +119,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_computes_what_transformers_computes_and_goes_back(
+def test_a_checkpoint_gives_the_logits_of_transformers_both_ways(
     checkpoint: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
     folder, x = checkpoint(family), ids(200)  # far past max_position_embeddings and the original 16 of llama3
@@ -213,9 +213,7 @@ def test_rotary_frequencies_of_older_checkpoints_are_ignored(llama: Path) -> Non
     close(ease.from_pretrained(llama)(ids()), stock_logits(llama, ids()))
 
 
-def test_a_tied_head_may_be_stored_twice_but_not_in_two_versions(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_tied_head_may_be_stored_twice_if_both_are_equal(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "tied"))
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -234,7 +232,7 @@ def kib(key):
 dtype = getattr(torch, sys.argv[2])
 ease.from_pretrained(sys.argv[3])  # imports must not count as weights
 before = kib("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 model = ease.from_pretrained(sys.argv[1], dtype=dtype)
 peak, weights = kib("VmHWM") - before, sum(p.numel() * p.itemsize for p in model.parameters()) / 1024
 print(peak / weights, weights / 1024)
@@ -317,7 +315,7 @@ def test_parameters_of_exits_are_saved_by_their_prefix(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "exit" in name]
 
 
-def test_biases_and_norms_at_once_have_no_stock_family(tmp_path: Path) -> None:
+def test_no_stock_family_has_both_biases_and_norms(tmp_path: Path) -> None:
     with pytest.raises(EaseError, match="qkv_bias or qk_norm"):
         ease.save_pretrained(own_model(qkv_bias=True, qk_norm=True), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -361,7 +359,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 
 FULL_DISK = """
 import resource, sys, ease
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow beyond, as on a disk that is nearly full
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # limits every file, as a nearly full disk does
 try:
     ease.save_pretrained(ease.StandardTransformer(97, 32, 3, 4), sys.argv[1])
 except ease.EaseError as error:
@@ -371,7 +369,7 @@ except ease.EaseError as error:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
-    # In a process of its own: the limit also holds for the file that the tests' own output may go to.
+    # In a separate process, since the limit also applies to the file that the output of the tests may go to.
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path / "out"], capture_output=True, text=True)
     assert "could not be written" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
@@ -391,7 +389,7 @@ def test_a_checkpoint_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"model_type": "mixtral"}, "'mixtral'"),
         ({"model_type": ...}, "ease export"),
@@ -425,8 +423,8 @@ def test_a_checkpoint_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
         ({"model_type": "qwen2"}, "lacks model.layers.0.self_attn.k_proj.bias"),
     ],
 )
-def test_what_the_model_cannot_hold_exactly_is_refused_by_name(llama: Path, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(EaseError, match=says) as caught:
+def test_unsupported_keys_and_values_are_refused_by_name(llama: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EaseError, match=message) as caught:
         ease.from_pretrained(edit(llama, **changes))
     assert "\n" not in str(caught.value)
 
@@ -451,7 +449,7 @@ def point_index(folder: Path, shard: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
@@ -483,17 +481,17 @@ def point_index(folder: Path, shard: object) -> None:
         ),
     ],
 )
-def test_a_damaged_folder_is_reported_in_one_sentence(llama: Path, damage: Callable[[Path], Any], says: str) -> None:
+def test_a_damaged_folder_is_reported_in_one_sentence(llama: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(llama)
-    with pytest.raises(EaseError, match=says) as caught:
+    with pytest.raises(EaseError, match=message) as caught:
         ease.from_pretrained(llama)
     assert "\n" not in str(caught.value)
 
 
 def test_a_name_unknown_to_disk_and_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, says in (("./no/such", "there is no folder"), ("no-such-org/no-such-model", "check the name and the")):
-        with pytest.raises(EaseError, match=says) as caught:
+    for name, message in (("./no/such", "there is no folder"), ("no-such-org/no-such-model", "check the name and the")):
+        with pytest.raises(EaseError, match=message) as caught:
             ease.from_pretrained(name)
         assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The native model under transformers' own tools: what they compute is what the model computes, routed or not."""
+"""The native model under the tools of transformers: they give the results of the native model, routed or not."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def routed(
 # Forward
 
 
-def test_forward_is_the_models_own_and_routes_only_in_evaluation(
+def test_forward_equals_the_native_model_and_routes_only_in_evaluation(
     routed: EaseForCausalLM, native: DeepSupervisionTransformer, ids: torch.Tensor
 ) -> None:
     expected = route(native, ids)
@@ -63,7 +63,7 @@ def test_forward_is_the_models_own_and_routes_only_in_evaluation(
     assert torch.equal(out.logits, expected.logits)
     assert torch.equal(out.exits, expected.exits)
     assert len(expected.exits.unique()) == 3
-    # Fewer rows of one product round otherwise.
+    # A matrix product of fewer rows rounds differently.
     torch.testing.assert_close(routed(ids, logits_to_keep=2).logits, expected.logits[:, -2:])
     torch.testing.assert_close(routed(ids, logits_to_keep=torch.tensor([0, 5])).logits, expected.logits[:, [0, 5]])
     full = native(ids)
@@ -95,8 +95,8 @@ def test_the_loss_is_that_of_a_stock_model(routed: EaseForCausalLM, ids: torch.T
     labels[0, :5] = -100
     routed.train()
     for more in ({}, {"num_items_in_batch": 50}):
-        ours, theirs = routed(ids, labels=labels, **more).loss, stock(input_ids=ids, labels=labels, **more).loss
-        torch.testing.assert_close(ours, theirs)
+        loss = routed(ids, labels=labels, **more).loss
+        torch.testing.assert_close(loss, stock(input_ids=ids, labels=labels, **more).loss)
 
 
 def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
@@ -117,7 +117,7 @@ def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids
 
 
 @pytest.mark.parametrize("what", ["inputs_embeds", "output_attentions", "output_hidden_states"])
-def test_what_forward_cannot_do_is_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
+def test_unsupported_arguments_of_forward_are_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
     with pytest.raises(EaseError, match=what):
         routed(ids, **{what: torch.ones(1)})
     with pytest.raises(EaseError, match="position_ids must have the shape"):
@@ -125,19 +125,19 @@ def test_what_forward_cannot_do_is_refused(routed: EaseForCausalLM, ids: torch.T
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [((0.9, [1, 3]), "exit_layer 3"), ((1.5, [1]), "routing_threshold"), (([0.1, 0.2], [1]), "one threshold per exit")],
 )
 def test_a_policy_that_the_model_cannot_follow_is_refused(
-    routed: EaseForCausalLM, arguments: tuple[Any, ...], says: str
+    routed: EaseForCausalLM, arguments: tuple[Any, ...], message: str
 ) -> None:
     before = routed.policy
-    with pytest.raises(EaseError, match=says):
+    with pytest.raises(EaseError, match=message):
         routed.set_routing(*arguments)
     assert routed.policy == before
 
 
-def test_exits_are_those_set_before_then_those_trained(native: DeepSupervisionTransformer) -> None:
+def test_exits_default_to_those_set_last_then_to_those_trained(native: DeepSupervisionTransformer) -> None:
     model = EaseForCausalLM.wrap(native)
     model.set_routing(0.5)
     assert model.policy == Policy((1, 2), (0.5, 0.5))
@@ -161,7 +161,7 @@ def by_hand(native: DeepSupervisionTransformer, row: torch.Tensor, steps: int) -
 
 
 def padded(rows: list[torch.Tensor], left: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows with so much padding on the left and the rest on the right, and their mask."""
+    """The rows with the given padding on the left and the rest on the right, and their mask."""
     width = max(len(row) + n for row, n in zip(rows, left))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for i, (row, n) in enumerate(zip(rows, left)):
@@ -171,7 +171,7 @@ def padded(rows: list[torch.Tensor], left: list[int]) -> tuple[torch.Tensor, tor
 
 @pytest.fixture
 def batch(ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Rows, and the batch that they are padded to: not at all, on the left, on the right, and on both sides."""
+    """Rows, and their batch: one without padding, one padded on the left, one on the right, one on both sides."""
     rows = [ids[0], ids[1][4:], ids[2][3:], ids[1][7:]]
     return rows, *padded(rows, [0, 4, 0, 3])
 
@@ -204,7 +204,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("routing", [True, False])
-def test_with_its_cache_generate_reads_every_token_once_and_gives_what_it_gives_without(
+def test_the_cache_reads_every_token_once_and_changes_no_result(
     routed: EaseForCausalLM, batch: Any, options: dict[str, Any], routing: bool
 ) -> None:
     routed.double()
@@ -232,7 +232,7 @@ def test_with_its_cache_generate_reads_every_token_once_and_gives_what_it_gives_
 
 
 @pytest.mark.parametrize("routing", [True, False])
-def test_read_in_parts_with_a_cache_logits_and_exits_are_those_of_the_whole(
+def test_parts_read_with_a_cache_give_the_logits_and_exits_of_the_whole(
     routed: EaseForCausalLM, batch: Any, routing: bool
 ) -> None:
     routed.double()
@@ -240,7 +240,7 @@ def test_read_in_parts_with_a_cache_logits_and_exits_are_those_of_the_whole(
         routed.set_routing(0.0)
     _, ids, mask = batch
     whole, real = routed(ids, attention_mask=mask), mask.bool()
-    for cuts in ([5, 12], [1, 2, 3, 11, 12]):  # the room of the first part is exceeded, several times
+    for cuts in ([5, 12], [1, 2, 3, 11, 12]):  # the cache must grow, several times
         cache, parts, start = None, [], 0
         for end in cuts:
             seen = {"attention_mask": mask[:, :end], "past_key_values": cache}
@@ -255,7 +255,7 @@ def test_read_in_parts_with_a_cache_logits_and_exits_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize("routing", [True, False])
-def test_what_is_cropped_reordered_or_reset_is_as_if_it_had_been_read_so(
+def test_cropping_reordering_and_resetting_equal_reading_anew(
     routed: EaseForCausalLM, batch: Any, routing: bool
 ) -> None:
     routed.double()
@@ -264,11 +264,11 @@ def test_what_is_cropped_reordered_or_reset_is_as_if_it_had_been_read_so(
     _, ids, mask = batch
     mask[:, 4:9] = 1
     cache = None
-    for t in range(9):  # alone, so that those who leave owe keys and values
+    for t in range(9):  # one at a time, so that tokens that leave have no keys and values in deeper layers yet
         seen = {"attention_mask": mask[:, : t + 1], "past_key_values": cache}
         cache = routed(ids[:, t : t + 1], use_cache=True, **seen).past_key_values
 
-    def go_on(rows: list[int], columns: int, more: torch.Tensor) -> None:
+    def continue_from(rows: list[int], columns: int, more: torch.Tensor) -> None:
         seen = torch.cat([mask[rows, :columns], torch.ones(more.shape)], 1)
         out = routed(more, attention_mask=seen, past_key_values=cache)
         whole = routed(torch.cat([ids[rows, :columns], more], 1), attention_mask=seen)
@@ -282,19 +282,17 @@ def test_what_is_cropped_reordered_or_reset_is_as_if_it_had_been_read_so(
     assert not routing or len(set(owed[:3].tolist())) > 1
     more = torch.randint(0, V, (4, 3))
     cache.reorder_cache(torch.tensor([2, 0, 1, 0]))
-    go_on([2, 0, 1, 0], 8, more)
+    continue_from([2, 0, 1, 0], 8, more)
     cache.native.grow(99)
-    go_on([2, 0, 1, 0], 8, more)
+    continue_from([2, 0, 1, 0], 8, more)
     cache.batch_select_indices(torch.tensor([3, 1]))
     cache.batch_repeat_interleave(2)
-    go_on([0, 0, 0, 0], 8, torch.randint(0, V, (4, 2)))
+    continue_from([0, 0, 0, 0], 8, torch.randint(0, V, (4, 2)))
     cache.reset()
-    go_on([0, 0, 0, 0], 0, torch.randint(0, V, (4, 3)))
+    continue_from([0, 0, 0, 0], 0, torch.randint(0, V, (4, 3)))
 
 
-def test_a_prompt_in_chunks_and_a_text_that_goes_on_are_read_into_one_cache(
-    routed: EaseForCausalLM, batch: Any
-) -> None:
+def test_chunks_of_a_prompt_and_later_texts_share_one_cache(routed: EaseForCausalLM, batch: Any) -> None:
     routed.double()
     rows, _, _ = batch
     ids, mask = padded(rows, [12 - len(row) for row in rows])
@@ -340,7 +338,7 @@ def test_in_training_mode_there_is_no_cache(routed: EaseForCausalLM, ids: torch.
         routed(ids, past_key_values=cache)
 
 
-def test_a_cache_is_refused_for_what_it_was_not_made_for(routed: EaseForCausalLM, batch: Any) -> None:
+def test_a_cache_is_refused_for_other_rows_positions_and_policies(routed: EaseForCausalLM, batch: Any) -> None:
     _, ids, mask = batch
 
     def cache() -> Any:
@@ -349,13 +347,13 @@ def test_a_cache_is_refused_for_what_it_was_not_made_for(routed: EaseForCausalLM
     new = torch.zeros(4, 1, dtype=torch.long)
     seen = torch.cat([mask, torch.ones(4, 1)], 1)
     routed(new, past_key_values=cache(), attention_mask=seen)
-    for refused, says in (
+    for refused, message in (
         ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 1)}, r"attention_mask \(4, 13\)"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 13)}, "whose first 12 columns are unchanged"),
         ({"past_key_values": cache(), "position_ids": torch.zeros(4, 1)}, "leave position_ids out"),
     ):
-        with pytest.raises(EaseError, match=says):
+        with pytest.raises(EaseError, match=message):
             routed(new, **refused)
     with pytest.raises(EaseError, match="ids of 4 rows"):
         routed(new[:2], past_key_values=cache())
@@ -369,7 +367,7 @@ def test_a_cache_is_refused_for_what_it_was_not_made_for(routed: EaseForCausalLM
         routed(new, past_key_values=old, attention_mask=seen)
 
 
-def test_under_autocast_generate_is_what_it_is_without_a_cache(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
+def test_under_autocast_the_cache_changes_no_token(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for threshold in (routed.policy.thresholds, 0.0):
             routed.set_routing(threshold)
@@ -387,7 +385,7 @@ def test_beams_sampling_and_stopping_are_transformers_own(
     for options in ({"num_beams": 3}, {"do_sample": True}, {"eos_token_id": third}):
         results = []
         for model in (routed, stock):
-            torch.manual_seed(0)  # of the sampling
+            torch.manual_seed(0)  # for the sampling
             results.append(model.generate(ids, max_new_tokens=6, pad_token_id=0, **options).tolist())
         assert results[0] == results[1], options
 
@@ -404,7 +402,7 @@ def test_stock_early_exit_works_on_an_export_and_is_refused_here(
         routed.generate(ids[:1], assistant_early_exit=1, **options)
     with pytest.raises(EaseError, match="set_routing"):
         routed.generate(ids[:1], transformers.GenerationConfig(assistant_early_exit=1))
-    # Its way to shorten a model is to set this, and to leave it set after an error.
+    # transformers shortens a model by setting this, and leaves it set after an error.
     with pytest.raises(AttributeError):
         routed.config.num_hidden_layers = 1
     assert routed.config.num_hidden_layers == L
@@ -446,8 +444,11 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     ease.save_pretrained(native, tmp_path / "out", tokenizer=tokenizer)
     model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
-    for options, says in (({"device_map": "auto", "token": "x"}, "device_map, token"), ({"torch_dtype": "f99"}, "f99")):
-        with pytest.raises(EaseError, match=says):
+    for options, message in (
+        ({"device_map": "auto", "token": "x"}, "device_map, token"),
+        ({"torch_dtype": "f99"}, "f99"),
+    ):
+        with pytest.raises(EaseError, match=message):
             EaseForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert model.policy == Policy((1,), (0.5,))
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (1, 1, 0)
@@ -516,7 +517,7 @@ def test_the_trainer_trains_evaluates_routed_and_resumes(
         torch.testing.assert_close(a, b)
 
 
-# peft reads a name that transformers 5 has renamed.
+# peft reads a name that transformers 5 renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora_trains_saves_and_merges(
     routed: EaseForCausalLM, native: DeepSupervisionTransformer, tmp_path: Path

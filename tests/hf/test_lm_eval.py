@@ -27,7 +27,7 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what the harness imports
+    warnings.simplefilter("ignore")  # imports of the harness warn
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -58,7 +58,7 @@ def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_without_routing_every_request_is_answered_as_by_stock_transformers(folder: Path, batch_size: int) -> None:
+def test_without_routing_scores_equal_those_of_stock_transformers(folder: Path, batch_size: int) -> None:
     lm, stock = EaseLM(str(folder), batch_size=batch_size), HFLM(str(folder), device="cpu", batch_size=batch_size)
     a = lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     b = stock.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
@@ -72,7 +72,7 @@ def test_without_routing_every_request_is_answered_as_by_stock_transformers(fold
     )
 
 
-def test_routed_answers_and_costs_are_those_of_the_routed_model(
+def test_routed_scores_and_compute_equal_those_of_the_routed_model(
     folder: Path, even_policy: Callable[..., Policy]
 ) -> None:
     model = ease.from_pretrained(folder)
@@ -95,7 +95,7 @@ def test_routed_answers_and_costs_are_those_of_the_routed_model(
 
 
 @pytest.mark.parametrize("routing", [True, False])
-def test_generated_text_costs_what_a_cache_leaves_to_do(
+def test_the_compute_of_generation_follows_the_cache(
     folder: Path, even_policy: Callable[..., Policy], routing: bool
 ) -> None:
     tokenizer = ease.hf.load_tokenizer(folder)
@@ -162,7 +162,7 @@ def test_at_full_depth_every_token_costs_every_layer(folder: Path) -> None:
 def test_bad_input_is_one_sentence_and_exit_code_2(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options, says in (
+    for options, message in (
         ({"routing_threshold": 0.5, "exits": "1+7"}, "exit_layer 7 must lie below the last"),
         ({"exits": "1+2"}, "exits need a routing_threshold"),
         ({"routing_threshold": "abc"}, "routing_threshold must be a number and exits layers"),
@@ -172,7 +172,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     ):
         monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda options=options: EaseLM(str(folder), **options))
         assert main() == 2
-        assert capsys.readouterr().err.startswith(f"ease: {says}")
+        assert capsys.readouterr().err.startswith(f"ease: {message}")
 
 
 TASK = """

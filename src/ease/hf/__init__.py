@@ -1,6 +1,14 @@
-"""Checkpoints of the Hugging Face ecosystem, in and out.
+"""Checkpoints of the Hugging Face ecosystem, read and written, and the native model as a transformers model.
 
-Importing this package does not import transformers: `ease.hf.model` (`EaseForCausalLM`) and `ease.hf.lm_eval` do.
+    folder       a checkpoint on disk or on the hub
+    config       config.json <-> ModelConfig, with the table of supported families
+    weights      stock names, safetensors files
+    checkpoint   `from_pretrained`, `save_pretrained`, tokenizers
+    model        `EaseForCausalLM`
+    cache        its cache
+    lm_eval      lm-evaluation-harness
+
+Importing this package does not import transformers; only `model`, `cache` and `lm_eval` do.
 """
 
 from ease.hf.checkpoint import end_of_text, from_pretrained, load_tokenizer, save_pretrained

@@ -134,7 +134,7 @@ def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path
     if unknown := sorted(stored.keys() - targets.keys()):
         raise EaseError(f"{folder} holds {_first_names(unknown)}, unknown to ease: use a checkpoint without them")
 
-    # Largest first: the stored tensor exists beside its target, and the last pairs are norms.
+    # Largest first: a stored tensor adds to the memory of the targets filled so far, and the last ones are small norms.
     for name in sorted(targets, key=lambda name: -targets[name].numel()):
         target = targets[name]
 
