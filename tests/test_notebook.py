@@ -77,7 +77,7 @@ def test_the_wikitext_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "image/png" in outputs[cell][-1].data
 
     sweep = [row.split() for row in printed["sweep"].splitlines()[1:]]
-    assert len(sweep) == 11, printed["sweep"]
+    assert len(sweep) == 11
     continuing = [float(row[1].rstrip("%")) for row in sweep]
     assert continuing == sorted(continuing)
     assert (continuing[0], continuing[-1]) == (0.0, 100.0)
