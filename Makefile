@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 STAMP := $(VENV)/.stamp
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo picture paper test lint types imports docs docs-serve pytest slow format
@@ -11,12 +13,23 @@ STAMP := $(VENV)/.stamp
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv with the package, editable, and every extra
+setup: $(STAMP)  ## install the package, editable, with every extra, into .venv
 
-# One environment for every target, so that none can disagree with another. It is affordable: on two cores the
-# core alone installs in 23 seconds, the core with every extra in 83. The stamp is written last, so that an
-# install that broke is tried again.
-$(STAMP): pyproject.toml constraints.txt
+# One environment for every target. The demo needs the core only, everything else needs the extras, too. The stamps are
+# written last, so that an installation that failed is tried again.
+#
+# Without a GPU the CPU build of torch is enough, which is several gigabytes smaller. uv chooses it by itself; pip gets it
+# from PyTorch's index, and falls back to the default index where that one cannot be reached.
+define install
+	@if command -v uv >/dev/null 2>&1; then \
+	    uv pip install --quiet --python $(BIN)/python --torch-backend=auto -c constraints.txt -e '.$(1)'; \
+	else \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'; \
+	fi
+	@touch $@
+endef
+
+$(CORE): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "$(PYTHON) was not found: install Python 3.11 or newer, or pass PYTHON=its/path." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -24,12 +37,18 @@ $(STAMP): pyproject.toml constraints.txt
 	        "PYTHON=/path/to/a/newer/one." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); this takes a minute or more the first time."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@touch $@
+	@if ! command -v uv >/dev/null 2>&1 && [ "$$(uname)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 \
+	        --index-url $(CPU_INDEX) "$$(grep '^torch==' constraints.txt)" >/dev/null 2>&1 || true; \
+	fi
+	$(call install,)
 
-demo: $(STAMP)  ## run the demo and say where its report is
+$(STAMP): $(CORE)
+	@echo "Installing tests and extras into $(VENV)."
+	$(call install,[all])
+
+demo: $(CORE)  ## train and compare on Python's own sources: minutes on 2 cores; writes a report
 	$(BIN)/ease run demo --overwrite
-	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 picture: demo  ## the README's picture, from the demo's report (needs Chromium)
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
