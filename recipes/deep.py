@@ -1,4 +1,4 @@
-"""A plain model of 12 layers, trained for long, to be given exits: `ease tune runs/deep --exits 4,8`. Over an hour."""
+"""A standard model of 12 layers to add exits to with `ease tune runs/deep --exits 4,8`; takes over an hour."""
 
 from ease import StandardConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig
@@ -7,7 +7,7 @@ from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 def config() -> RunConfig[StandardConfig]:
     return RunConfig(
         name="deep",
-        # A head over bytes costs a seventh of a layer, 1% of all: an exit is then worth asking.
+        # A head over bytes costs a seventh of a layer, 1% of the model, so that evaluating an exit is cheap.
         model=ShapeConfig(dim=128),
         data=DataConfig(tokenizer="byte", seq_len=256, batch_size=16, epoch_batches=400, eval_batches=20),
         strategy=StandardConfig(

@@ -1,4 +1,4 @@
-"""A loss at every layer, so that every layer is an exit; a token leaves after layer 2 when it is sure."""
+"""Deep supervision: a loss at every layer, so that every layer is an exit; tokens exit after layer 2."""
 
 from ease import DeepSupervisionConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

@@ -1,4 +1,4 @@
-"""Every layer learns 2.6 times slower than the one above it (ULMFiT); a checkpoint by --start."""
+"""Discriminative fine-tuning: the learning rate falls by 2.6 per layer (ULMFiT); --start sets the checkpoint."""
 
 from ease import DiscriminativeConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

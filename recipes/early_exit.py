@@ -1,4 +1,4 @@
-"""An exit after layer 2 trained jointly with the last layer (BranchyNet); a checkpoint by --start."""
+"""An exit after layer 2 trained jointly with the last layer (BranchyNet); --start sets a checkpoint."""
 
 from ease import EarlyExitConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

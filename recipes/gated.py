@@ -1,4 +1,4 @@
-"""Two layers, then four of which the upper two run for half of the tokens, in training as at inference."""
+"""Two layers, then four; the upper two run for half of the tokens, in training and at inference."""
 
 from ease import GatedConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

@@ -1,4 +1,4 @@
-"""Progressive growth: two layers, then four, all of them learning under one schedule."""
+"""Progressive growth: two layers, then four; all layers learn under one schedule."""
 
 from ease import GrowthConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

@@ -1,4 +1,4 @@
-"""LayerSkip's training: layer dropout and a loss at every exit under a curriculum; a checkpoint by --start."""
+"""LayerSkip: layer dropout and a loss at every exit under a curriculum; --start sets a checkpoint."""
 
 from ease import LayerSkipConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

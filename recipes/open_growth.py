@@ -1,4 +1,4 @@
-"""Two layers, then four with nothing frozen: all tokens train the exit, the half it is unsure of trains the rest."""
+"""Two layers, then four without frozen layers; all tokens train the exit, the least confident half the rest."""
 
 from ease import OpenGrowthConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

@@ -1,4 +1,4 @@
-"""Three phases, 2 to 4 to 6 layers: each trains on the tokens that the bricks below are unsure of."""
+"""N-stage training: 2, 4 and 6 layers; each phase trains on the least confident tokens of the phase before."""
 
 from ease import PhaseConfig, StagedConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

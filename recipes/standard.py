@@ -1,4 +1,4 @@
-"""A plain model: the loss on the last layer, every token runs every layer."""
+"""A standard model: the loss is on the last layer, and every token runs every layer."""
 
 from ease import StandardConfig
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig

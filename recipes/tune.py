@@ -1,4 +1,4 @@
-"""Exits for a finished model, whose backbone stays as it is: `ease tune CHECKPOINT` (or --start CHECKPOINT)."""
+"""Exits for a trained model whose backbone does not change: `ease tune CHECKPOINT` (or --start CHECKPOINT)."""
 
 from ease import TuneConfig
 from ease.runs.config import DataConfig, RunConfig

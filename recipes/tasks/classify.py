@@ -1,8 +1,8 @@
 """Classify texts, with an exit after every layer: python recipes/tasks/classify.py --data FOLDER --out DIR
 
-FOLDER has train.jsonl, valid.jsonl and test.jsonl with a record {"text": ..., "label": ...} a line. Every exit learns
-the label. Validation chooses the cheapest threshold that costs no accuracy; test is scored once, by that choice, beside
-patience and no routing.
+FOLDER has train.jsonl, valid.jsonl and test.jsonl with one record {"text": ..., "label": ...} per line. Every exit
+learns the label. The threshold is the cheapest one that costs no accuracy on validation; with it the test split is
+scored once and compared with patience and with no routing.
 """
 
 from pathlib import Path
@@ -40,12 +40,25 @@ def main(
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train, choose on validation, score the test split; write the run's folder and return its summary.
+    """Train, choose a threshold on validation, score the test split, and write a run folder.
 
     Args:
         data: folder with train.jsonl, valid.jsonl and test.jsonl.
-        out: the run's folder.
-        overwrite: replace the folder if it holds a run already.
+        out: the run folder.
+        num_layers: layers of the model.
+        dim: width of the hidden state.
+        num_heads: attention heads.
+        tokenizer: bpe:N, word or byte.
+        seq_len: longest text in tokens.
+        batch_size: texts per batch.
+        lr: learning rate.
+        max_epochs: largest number of epochs.
+        seed: random seed of weights and batch order.
+        device: auto, cpu, cuda or mps.
+        overwrite: replace the folder if it holds a run.
+
+    Returns:
+        The content of summary.json.
     """
     with output_folder(out, overwrite) as folder:
         task = load_classification(data, tokenizer, seq_len=seq_len)

@@ -1,8 +1,8 @@
-"""Learn to complete prompts (instructions, summaries): python recipes/tasks/complete.py --data FOLDER --out DIR
+"""Complete prompts (instructions, summaries): python recipes/tasks/complete.py --data FOLDER --out DIR
 
-FOLDER has train.jsonl, valid.jsonl and test.jsonl with a record {"prompt": ..., "completion": ...} a line. Every exit
-learns the completion's tokens. Validation chooses the cheapest threshold that costs no accuracy; test is scored once,
-by that choice, beside no routing.
+FOLDER has train.jsonl, valid.jsonl and test.jsonl with one record {"prompt": ..., "completion": ...} per line. Every
+exit learns the tokens of the completion. The threshold is the cheapest one that costs no accuracy on validation; with
+it the test split is scored once and compared with no routing.
 """
 
 from pathlib import Path
@@ -41,13 +41,26 @@ def main(
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train, choose on validation, score the test split; write the run's folder and return its summary.
+    """Train, choose a threshold on validation, score the test split, and write a run folder.
 
     Args:
         data: folder with train.jsonl, valid.jsonl and test.jsonl.
-        out: the run's folder.
-        max_new_tokens: tokens that are written after a prompt at most, where ROUGE-L is measured.
-        overwrite: replace the folder if it holds a run already.
+        out: the run folder.
+        num_layers: layers of the model.
+        dim: width of the hidden state.
+        num_heads: attention heads.
+        tokenizer: bpe:N, word or byte.
+        seq_len: longest prompt with completion, in tokens.
+        batch_size: prompts per batch.
+        lr: learning rate.
+        max_epochs: largest number of epochs.
+        max_new_tokens: largest number of tokens generated per prompt to measure ROUGE-L.
+        seed: random seed of weights and batch order.
+        device: auto, cpu, cuda or mps.
+        overwrite: replace the folder if it holds a run.
+
+    Returns:
+        The content of summary.json.
     """
     with output_folder(out, overwrite) as folder:
         task = load_completion(data, tokenizer, seq_len=seq_len)
