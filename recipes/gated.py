@@ -12,7 +12,7 @@ def config() -> RunConfig[GatedConfig]:
         strategy=GatedConfig(
             deep_layers=4,
             exit_layer=2,
-            going_on=0.5,
+            keep=0.5,
             lr=3e-3,
             schedule="cosine",
             warmup=0.05,

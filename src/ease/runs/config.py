@@ -25,17 +25,11 @@ class ShapeConfig:
     """
 
     dim: int = 128
-    """Width of the hidden state."""
     num_heads: int = 4
-    """Query heads per layer."""
     num_kv_heads: int | None = None
-    """Key and value heads per layer (as many as query heads by default)."""
     hidden_dim: int | None = None
-    """Gated units of the feed-forward network (8/3 of dim by default)."""
     dropout: float = 0.0
-    """Dropout probability on the output of each branch."""
     tie_embeddings: bool = False
-    """Use the embedding matrix as the output head."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +51,12 @@ class DataConfig:
     """
 
     source: str = "stdlib"
-    """stdlib, a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or hf:NAME/CONFIG."""
     tokenizer: str = "bpe:2048"
-    """bpe:N, word or byte."""
     seq_len: int = 128
-    """Tokens per sequence."""
     batch_size: int = 32
-    """Sequences per batch."""
     max_tokens: int | None = None
-    """Limit on the number of training tokens read."""
     epoch_batches: int | None = None
-    """Training batches between two validations (all of them by default)."""
     eval_batches: int | None = None
-    """Limit on the batches scored of validation and of test."""
 
     def __post_init__(self) -> None:
         check_least(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
@@ -107,28 +94,16 @@ class RunConfig(Generic[S]):
     """
 
     strategy: S
-    """Configuration of the training strategy."""
     name: str = "run"
-    """Name in the report; the run folder is runs/NAME unless --out is given."""
     model: ShapeConfig = field(default_factory=ShapeConfig)
-    """Shape of the model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text, tokenizer and batches."""
     compare: tuple[Baseline, ...] = ("continued", "standard", "deep-supervision")
-    """Baselines at equal training FLOPs; full-depth is the strategy's own model without routing."""
     compare_layers: tuple[int, ...] = ()
-    """Depths of the standard baselines (the depth of the strategy's final model by default)."""
     seed: int = 0
-    """Random seed of weights, batch order and dropout."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
     start: str | None = None
-    """Trained model to start from: a run folder, a checkpoint folder, or a name on the Hugging Face hub. It determines
-    shape and tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights of a checkpoint given with --start."""
     note: str = ""
-    """Remark printed in the report."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
