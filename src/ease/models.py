@@ -89,10 +89,10 @@ class StandardTransformer(ExitModel):
         real = np.ones(state.shape[:2], np.bool_) if layout is None else layout.real.cpu().numpy()
         if first == 1:
             cache.place(state, real)
-        asks = real if active is None else active.cpu().numpy() & real
-        if not asks.any():
+        running = real if active is None else active.cpu().numpy() & real
+        if not running.any():
             return state
-        plan = CachedPlan.of(cache, first, asks)
+        plan = CachedPlan.of(cache, first, running)
         x = plan.start()
         for plan.layer in range(first, last + 1):
             x = cache.blocks[plan.layer - 1](x, plan)
