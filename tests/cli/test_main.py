@@ -156,7 +156,7 @@ def test_an_interrupted_run_saves_its_state_before_the_first_checkpoint(text_fil
         told = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     partial = tmp_path / ".r.partial"
-    assert told.endswith(f"ease: interrupted; the same command resumes ({partial})\n")
+    assert told.endswith(f"ease: interrupted; run the same command again to resume ({partial})\n")
     done = subprocess.run([*command, *TINY, *budget("6e7")], capture_output=True, text=True, timeout=300, check=False)
     assert "differs in config.strategy.phase1_max_flops" in done.stderr, "other options are another run"
     assert list((partial / "checkpoints").rglob("*.safetensors"))

@@ -415,7 +415,7 @@ def test_a_run_ends_the_same_with_all_its_lines(recipe: str, whole: Path, tmp_pa
     lives = [Killer(n, at) for n in (7, 11, 6, 9, 13) for at in ("step", "epoch")]
     said = through(load_recipe(recipe).config(), tmp_path / "again", lives)
     assert len(said) > 4
-    assert said[0] == f"going on with the unfinished run in {tmp_path / '.again.partial'}"
+    assert said[0] == f"resuming the unfinished run in {tmp_path / '.again.partial'}"
     same_runs(whole, tmp_path / "again")
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
@@ -430,10 +430,12 @@ def test_tuning_goes_on_from_its_checkpoint(recipe: str, whole: Path, tmp_path: 
 
 COMMAND = """
 import os, signal, sys
-from ease import cli, resume, runs
+from ease.cli.main import main
+from ease.runs.context import MetricsLog
+from ease.training import checkpoint
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
-resume.EVERY = 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it by default
+checkpoint.EVERY = 0
 left, signum = int(sys.argv[1]), int(sys.argv[2])
 
 
@@ -444,8 +446,8 @@ def step(self, progress, loss=float("nan")):
         os.kill(os.getpid(), signum)
 
 
-runs.Recorder.step = step
-sys.exit(cli.main(sys.argv[3:]))
+MetricsLog.step = step
+sys.exit(main(sys.argv[3:]))
 """
 
 
@@ -465,11 +467,11 @@ def test_the_command_goes_on_after_a_real_kill_and_an_interrupt(
     assert stopped(args, 13, signal.SIGKILL)[0] == -signal.SIGKILL
     code, told = stopped(args, 19, signal.SIGINT)
     assert code == 130
-    assert told.startswith(f"ease: going on with the unfinished run in {tmp_path / '.again.partial'}\n")
+    assert told.startswith(f"ease: resuming the unfinished run in {tmp_path / '.again.partial'}\n")
     assert told.endswith(f"ease: interrupted; run the same command again to resume ({tmp_path / '.again.partial'})\n")
     capsys.readouterr()
     assert main(args) == 0
-    assert capsys.readouterr().err.count("going on with the unfinished run") == 1
+    assert capsys.readouterr().err.count("resuming the unfinished run") == 1
     same_runs(whole, tmp_path / "again")
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
@@ -503,7 +505,7 @@ def test_an_unfinished_run_of_another_plan_is_not_reused_and_not_lost(
     if change.pop("text", None):
         file.write_text(text_file.read_text() + "more")
     if change.pop("code", None):
-        monkeypatch.setattr(ease, "__version__", "0.2.0")
+        monkeypatch.setattr("ease.runs.runner.__version__", "0.2.0")
     other = replace(config, **change)
     with pytest.raises(
         EaseError, match=rf"\.out\.partial holds an unfinished run that differs in .*{says}.*--overwrite"
@@ -546,7 +548,7 @@ def test_what_was_killed_before_it_saved_leaves_nothing_to_ask_about(
 
 
 def test_every_recipe_s_plan_can_be_written(tmp_path: Path) -> None:
-    from ease.cli import recipes
+    from ease.cli.recipes import recipes
 
     for name in recipes():
         assert json.loads(json.dumps(asdict(load_recipe(name).config())))
