@@ -190,7 +190,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
     def stop(*_: Any, **__: Any) -> None:
         raise Parsed
 
-    work = ((runs, "run"), (runs, "load_start"), (finished, "evaluate"), (finished, "calibrate"))
+    work = ((runs, "run"), *((finished, name) for name in ("load_start", "evaluate", "calibrate")))
     for module, name in (*work, (reproduce, "reproduce")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
