@@ -52,3 +52,50 @@ def test_nan_is_written_as_null_and_infinity_stays(tmp_path: Path) -> None:
     text = (tmp_path / "figures.json").read_text()
     assert "NaN" not in text
     assert json.loads(text) == {"auroc": {"1": None, "2": [0.5, None]}, "threshold": math.inf}
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"format": 1, "model": {}}')
+    return folder
+
+
+@pytest.mark.parametrize("source", ["par", "par/child", "par/child/deeper"])
+@pytest.mark.parametrize("out", ["par", "par/child"])
+def test_nothing_that_is_read_is_overwritten(source: str, out: str, tmp_path: Path) -> None:
+    for folder in ("par/child/deeper", "par/child", "par"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "config.json").write_text('{"format": 1, "model": {}}')
+    before = sorted(tmp_path.rglob("*"))
+    with (
+        pytest.raises(EaseError, match="is read: choose another folder"),
+        output_folder(tmp_path / out, overwrite=True, reads=[tmp_path / source]),
+    ):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    with output_folder(tmp_path / "other", overwrite=True, reads=[tmp_path / source, "stdlib"]) as folder:
+        (folder / "config.json").write_text("{}")
+
+
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
+    precious = make_run(tmp_path / "precious")
+    (tmp_path / ".run.partial").symlink_to(precious)
+    (tmp_path / "link").symlink_to(precious)
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
+    for name, resumable in (("run", True), ("link", False), ("dangling", False)):
+        with (
+            pytest.raises(EaseError, match="is a symbolic link"),
+            output_folder(tmp_path / name, overwrite=True, resumable=resumable),
+        ):
+            pass
+    assert (precious / "config.json").exists()
+    assert not (tmp_path / "missing").exists()
+
+
+def test_the_current_folder_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_run(tmp_path / "run" / "child"))
+    (tmp_path / "run" / "config.json").write_text('{"format": 1, "model": {}}')
+    for out in (Path(), Path("..")):
+        with pytest.raises(EaseError, match="holds the current folder"), output_folder(out, overwrite=True):
+            pass
+    assert (tmp_path / "run" / "child" / "config.json").exists()

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ CHECKPOINTS = "checkpoints"  # subfolder of an unfinished output folder, with wh
 
 
 @contextmanager
-def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False) -> Iterator[Path]:
+def output_folder(
+    out: Path, overwrite: bool = False, *, resumable: bool = False, reads: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[Path]:
     """Gives a partial folder to write into, which becomes `out` if the block succeeds and is removed if it fails.
 
     Args:
@@ -40,13 +42,15 @@ def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False
         overwrite: replace `out` if it is a run or a checkpoint.
         resumable: give the partial folder a fixed name, lock it against other processes, and keep it after a failure
             if it has checkpoints in its subfolder CHECKPOINTS. Success removes the checkpoints.
+        reads: files and folders that are read to write this one; a folder that holds one of them, or is in one of
+            them, is not overwritten.
 
     Yields:
         The partial folder, `.NAME.partial` (with the process id, unless resumable) in the same parent folder.
 
     Raises:
-        EaseError: `out` may not be overwritten, the disk is full or refuses to write, or another process uses the
-            partial folder.
+        EaseError: `out` may not be overwritten, it or the partial folder is a symbolic link, the disk is full, or another
+            process uses the partial folder.
 
     Example:
         >>> with output_folder(Path("runs/demo")) as folder:
@@ -54,8 +58,13 @@ def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False
     """
     from safetensors import SafetensorError
 
-    check_overwrite(out, overwrite)
+    if out.is_symlink():  # renaming would replace the link, and a dangling one would fail at the end
+        raise EaseError(f"{out} is a symbolic link: give the folder itself")
+    out = out.resolve()  # `.` has no name
+    check_overwrite(out, overwrite, reads)
     partial = out.with_name(f".{out.name}.partial" + ("" if resumable else f"-{os.getpid()}"))
+    if partial.is_symlink():  # its target would be emptied and written
+        raise EaseError(f"{partial} is a symbolic link: remove it, or choose another folder")
     parent_is_new = not out.parent.exists()
     try:
         if not resumable:
@@ -65,9 +74,9 @@ def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False
         raise EaseError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
     with _locked(partial):
         try:
-            check_overwrite(out, overwrite)  # another process may have finished since
+            check_overwrite(out, overwrite, reads)  # another process may have finished since
             yield partial
-            check_overwrite(out, overwrite)
+            check_overwrite(out, overwrite, reads)
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
             if out.exists():
                 out.rename(old)
@@ -90,12 +99,20 @@ def output_folder(out: Path, overwrite: bool = False, *, resumable: bool = False
                     out.parent.rmdir()
 
 
-def check_overwrite(out: Path, overwrite: bool) -> None:
-    """Raises EaseError if `out` exists, unless `overwrite` is set and it is a run, a checkpoint or an empty folder."""
+def check_overwrite(out: Path, overwrite: bool, reads: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raises EaseError if `out` exists, unless `overwrite` is set and it is a run, a checkpoint or an empty folder.
+
+    It must not hold, or be in, anything that `reads` names, nor hold the current folder.
+    """
     if not out.exists():
         return
     if not overwrite:
         raise EaseError(f"{out} exists already: choose another folder, or overwrite it (--overwrite)")
+    for path in (Path(name).resolve() for name in reads if Path(name).exists()):
+        if out == path or out in path.parents or path in out.parents:
+            raise EaseError(f"{out} is not overwritten, since {path} is read: choose another folder")
+    if out == Path.cwd() or out in Path.cwd().parents:
+        raise EaseError(f"{out} is not overwritten, since it holds the current folder: choose another folder")
     if not is_run_or_checkpoint(out) and (not out.is_dir() or any(out.iterdir())):
         raise EaseError(f"{out} is not a run folder or a checkpoint and is not overwritten: choose another folder")
 

@@ -211,7 +211,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             ["generate", "x", "--prompt", "y", "--threshold", "0.1", "--mode", "full"],
             "--threshold applies to mode routed",
         ),
-        (["export", "some", "./some", "--overwrite"], "is the run itself"),
         (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),
         (["run", "demo", "--start", "x", "--data.tokenizer", "bpe:300"], "leave out --model.* and --data.tokenizer"),
         (["run", "demo", "--data.tokenizer", f"bpe:{10**24}"], "unknown tokenizer"),

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ease.errors import EaseError
-
 USAGE = "RUN DIR [--tokenizer C] [--overwrite]"
 HELP = "write a run's model as a stock transformers checkpoint"
 
@@ -38,8 +36,6 @@ def main(args: list[str]) -> None:
     run, folder, tokenizer, overwrite = tyro.cli(
         export_, args=args, prog="ease export", config=(tyro.conf.FlagCreatePairsOff,)
     )
-    if folder.resolve() == run.resolve():
-        raise EaseError(f"{folder} is the run itself: choose another folder")
     model, config = load_model(run)
     if model.config.max_positions is None and config["run"]:
         model.config = replace(model.config, max_positions=data_config_of(run, config).seq_len)
@@ -51,5 +47,6 @@ def main(args: list[str]) -> None:
         eos=config["data"].get("eos"),
         calibration=config["calibration"],
         overwrite=overwrite,
+        reads=[run],
     )
     print(f"Checkpoint: {folder}")

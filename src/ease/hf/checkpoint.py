@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,6 +187,7 @@ def save_pretrained(
     eos: int | None = None,
     calibration: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    reads: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Saves a model so that stock `AutoModelForCausalLM.from_pretrained` loads it with the same final-exit logits.
 
@@ -201,6 +202,7 @@ def save_pretrained(
         eos: the id that ends a text, for a `Tokenizer` in which it is not `<eos>`.
         calibration: the record of `ease calibrate`, which ties the policy to these weights.
         overwrite: replace the folder if it is a checkpoint or a run.
+        reads: files and folders that the model comes from; a folder that holds one of them is not overwritten.
 
     Raises:
         EaseError: the folder exists or cannot be written, or no stock model has this shape.
@@ -214,7 +216,8 @@ def save_pretrained(
     hub = require("huggingface_hub", "hf")
     stock, exits = split_parameters(model)
     policy = model.policy
-    with output_folder(Path(folder), overwrite) as partial:
+    reads = [*reads, *([tokenizer] if isinstance(tokenizer, str | os.PathLike) else [])]
+    with output_folder(Path(folder), overwrite, reads=reads) as partial:
         token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
         config = write_config(model.config, token_ids, next(model.parameters()).dtype)
         # Fields that config.json cannot express, so that the same shape comes back.

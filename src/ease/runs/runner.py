@@ -60,9 +60,8 @@ def run(
             and configuration do not fit together.
     """
     device = choose_device(config.device)
-    if config.start is not None and Path(config.start).exists() and Path(config.start).resolve() == out.resolve():
-        raise EaseError(f"{out} is the model to start from: choose another --out")
-    with output_folder(out, overwrite, resumable=True) as folder:
+    reads = (config.data.source.removeprefix("hf:"), *([config.start] if config.start else []))
+    with output_folder(out, overwrite, resumable=True, reads=reads) as folder:
         data = config.data
         start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
         limit = None if start is None else start.config.max_positions
