@@ -49,8 +49,8 @@ def output_folder(
         The partial folder, `.NAME.partial` (with the process id, unless resumable) in the same parent folder.
 
     Raises:
-        EaseError: `out` may not be overwritten, it or the partial folder is a symbolic link, the disk is full, or another
-            process uses the partial folder.
+        EaseError: `out` may not be overwritten, it or the partial folder is a symbolic link, the disk is full, or
+            another process uses the partial folder.
 
     Example:
         >>> with output_folder(Path("runs/demo")) as folder:
