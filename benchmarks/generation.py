@@ -1,17 +1,17 @@
-"""How fast each way to decode is, side by side in one process, and what limits it.
+"""Speed of every way to decode, compared in one process, and what limits it.
 
     python benchmarks/generation.py RUN [--new-tokens 128] [--batch 1 8] [--rounds 5] [--out results/decoding.json]
 
-RUN is the folder of a run whose model has trained exits and a policy, say one that `ease tune` wrote and
-`ease calibrate` gave thresholds. Greedy, all on the same weights and prompts (held-out text of the run), calls in turn
-(A B C A B C ...), wall-clock, the median of the rounds' ratios and their range. Five tables:
+RUN is the folder of a run whose model has trained exits and a policy, for example one written by `ease tune` with
+thresholds from `ease calibrate`. Decoding is greedy, on the same weights and prompts (held-out text of the run), with
+interleaved calls (A B C A B C ...); times are wall-clock, ratios are the median over rounds with their range. Tables:
 
-- the ways to decode, and beside ours transformers' own `generate` on the export, with its `assistant_early_exit`, which
-  drafts through the final norm on one row at a time; ours is shown with the final norm at the exit as well;
-- routed decoding against its roofline: what its layers, heads and steps take when each is timed by itself;
-- routed prefill against what its counted FLOPs promise;
-- the time of a token by the number of exits that it does not take;
-- the time of a token by how many were generated before it.
+- the ways to decode, including transformers' `generate` on the exported weights and its `assistant_early_exit`, which
+  drafts through the final norm for a single row; ease is measured with the final norm at the exit as well;
+- routed decoding against its roofline: the sum of its layers, heads and steps, each timed alone;
+- routed prefill against the speed-up of its counted FLOPs;
+- the time per token by the number of exits evaluated and not taken;
+- the time per token early and late in a long text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import ease
 from ease.devices import choose_device, machine
 from ease.evaluation.decoding_speed import in_turns, side_by_side, ways
 from ease.models import StandardTransformer
-from ease.routing.forward import routed_forward, stop_flops
+from ease.routing.forward import routed_forward
 from ease.runs.reopen import open_run
 
 PROMPT = 64
@@ -42,35 +42,37 @@ PREFILL = 1024
 Call = Callable[[], Any]
 
 
-def least(calls: Mapping[Any, Call], rounds: int, clock: Callable[[Any], float] | None = None) -> dict[Any, float]:
-    """The least time of each call; `clock` as in `in_turns`."""
+def least_seconds(
+    calls: Mapping[Any, Call], rounds: int, clock: Callable[[Any], float] | None = None
+) -> dict[Any, float]:
+    """The shortest time of each call over interleaved rounds; `clock` as in `in_turns`."""
     seconds, _ = in_turns(calls, rounds, clock=clock)
     return {name: min(times) for name, times in seconds.items()}
 
 
 def without_prefill(answer: ease.Generation) -> float:
-    """Seconds of decoding alone."""
+    """Seconds of decoding, without prefill."""
     return float(answer.stats["seconds"] - answer.stats["prefill_seconds"])
 
 
 def with_policy(model: StandardTransformer, exits: tuple[int, ...], thresholds: tuple[float, ...]) -> Any:
     """The same weights under another policy."""
     other = copy.copy(model)
-    other.exit_layer, other.routing_threshold, other.policy_options = exits, thresholds, {}
+    other.policy = ease.Policy(exits, thresholds)
     return other
 
 
 def with_final_norm(model: StandardTransformer, exit: int) -> StandardTransformer:
-    """The model whose exit is the last one's norm and head, as an untuned checkpoint has it."""
-    plain = copy.deepcopy(model)
-    plain.exit_norms[exit - 1] = copy.deepcopy(plain.exit_norms[-1])
-    if str(exit) in plain.exit_adapters:
-        del plain.exit_adapters[str(exit)]
-    return plain
+    """The model with the final norm at an exit and no adapter, as in a checkpoint without tuned exits."""
+    other = copy.deepcopy(model)
+    other.exit_norms[exit - 1] = copy.deepcopy(other.exit_norms[-1])
+    if str(exit) in other.exit_adapters:
+        del other.exit_adapters[str(exit)]
+    return other
 
 
-def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dict[str, Call]:
-    """transformers on the export of the same weights, and ours drafting as it does."""
+def transformers_calls(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dict[str, Call]:
+    """transformers on the exported weights, and ease with drafts through the final norm as in transformers."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -84,17 +86,17 @@ def theirs(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dic
         return found[:, prompts.shape[1] :]
 
     calls: dict[str, Call] = {"transformers, full": generate}
-    for exit in ease.Policy.own(model).exits:
+    for exit in model.policy.exits:
         if len(prompts) == 1:  # assisted generation takes one row
             calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
-        plain = with_final_norm(model, exit)
+        untuned = with_final_norm(model, exit)
         name = f"exact, exit {exit} through the final norm"
-        calls[name] = partial(ease.generate, plain, prompts, steps, "exact", draft_exit=exit)
+        calls[name] = partial(ease.generate, untuned, prompts, steps, "exact", draft_exit=exit)
     return calls
 
 
-def shallow(model: StandardTransformer, layers: int) -> StandardTransformer:
-    """The first layers alone, and the head."""
+def truncated(model: StandardTransformer, layers: int) -> StandardTransformer:
+    """The first layers and the head."""
     options = {k: v for k, v in vars(model.config).items() if not k.startswith(("adapter", "classifier"))}
     made = StandardTransformer(**options | {"num_layers": layers}).to(model.embedding.weight).eval()
     made.load_state_dict(model.state_dict(), strict=False)
@@ -103,25 +105,25 @@ def shallow(model: StandardTransformer, layers: int) -> StandardTransformer:
 
 @torch.no_grad()
 def roofline(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> dict[str, Any]:
-    """Routed decoding against the sum of what its steps have to do, each part timed by itself at its number of rows.
+    """Routed decoding against the sum of its parts, each timed alone at its number of rows.
 
-    A layer at n rows is the difference between full decoding with all layers and with half of them; what is left of
-    full decoding (embedding, last head, taking the token) every step has to do. A layer runs for the rows that get
-    there, and every exit on the way asks its head.
+    The time of a layer at n rows is the difference between full decoding with all layers and with half of them; the
+    rest of full decoding (embedding, last head, choice of the token) belongs to every step. A layer runs for the rows
+    that reach it, and the head of every exit is evaluated for the rows that reach the exit.
     """
     L, rows, cut = model.num_layers, range(1, len(prompts) + 1), model.num_layers // 2
-    exits, half, state = ease.Policy.own(model).exits, shallow(model, cut), model.embedding(prompts[:, 0])
+    exits, half, state = model.policy.exits, truncated(model, cut), model.embedding(prompts[:, 0])
     calls: dict[Any, Call] = {"routed": partial(ease.generate, model, prompts, steps, "routed")}
     for n in rows:
         calls["all", n] = partial(ease.generate, model, prompts[:n], steps)
         calls["half", n] = partial(ease.generate, half, prompts[:n], steps)
-    took = least(calls, rounds, without_prefill)
+    took = least_seconds(calls, rounds, without_prefill)
 
-    def asking(n: int) -> None:
+    def evaluate_exit(n: int) -> None:
         for _ in range(50):
             model.logits(state[:n], exits[0]).softmax(-1).amax(-1)
 
-    head = {n: t / 50 for n, t in least({n: partial(asking, n) for n in rows}, rounds).items()}
+    head = {n: t / 50 for n, t in least_seconds({n: partial(evaluate_exit, n) for n in rows}, rounds).items()}
     layer = {n: (took["all", n] - took["half", n]) / (steps - 1) / (L - cut) for n in rows}
     layer[0], head[0] = 0.0, 0.0
     full = took["all", len(prompts)]
@@ -140,33 +142,32 @@ def roofline(model: StandardTransformer, prompts: torch.Tensor, steps: int, roun
 
 @torch.no_grad()
 def prefill(model: StandardTransformer, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
-    """Reading one long prompt (1, T) of which half of the tokens leave at the first exit, and what FLOPs promise."""
-    exit, last = ease.Policy.own(model).exits[0], torch.zeros_like(ids, dtype=torch.bool)
+    """Prefill of one long prompt (1, T), half of whose tokens leave at the first exit, against its counted FLOPs."""
+    exit, last = model.policy.exits[0], torch.zeros_like(ids, dtype=torch.bool)
     last[:, -1] = True
-    sure = ease.compute_confidence(model, model.forward_to_layer(ids, exit), exit)
-    routed = with_policy(model, (exit,), (sure.median().item(),))
+    confidence = ease.compute_confidence(model, model.forward_to_layer(ids, exit), exit)
+    routed = with_policy(model, (exit,), (confidence.median().item(),))
     flops = {}
-    for name, policy in (("full", ease.Policy()), ("routed", ease.Policy.own(routed))):
-        stops = list(routed_forward(model, ids, policy, wanted=last))
-        flops[name] = sum(stop_flops(model, stop, policy, model.num_layers) for stop in stops)
+    for name, policy in (("full", ease.Policy()), ("routed", routed.policy)):
+        flops[name] = sum(step.flops for step in routed_forward(model, ids, policy, required=last))
     calls = {"full": partial(ease.generate, model, ids, 1), "routed": partial(ease.generate, routed, ids, 1, "routed")}
-    took = least(calls, rounds, lambda answer: answer.stats["prefill_seconds"])
+    took = least_seconds(calls, rounds, lambda answer: answer.stats["prefill_seconds"])
     promised, reached = flops["full"] / flops["routed"], took["full"] / took["routed"]
     return {"tokens": ids.shape[1], "exit": exit, "promised": promised, "reached": reached, "share": reached / promised}
 
 
 def exits_not_taken(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """The time of a step by how many exits are asked in vain."""
+    """The time of a step by the number of exits evaluated and not taken."""
     L, calls = model.num_layers, {}
     for count in (1, 2, 3, L // 2, L - 1):
         other = with_policy(model, tuple(range(1, count + 1)), (math.inf,) * count)
         calls[count] = partial(ease.generate, other, prompts, steps, "routed")
-    took = least({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, without_prefill)
+    took = least_seconds({0: partial(ease.generate, model, prompts, steps)} | calls, rounds, without_prefill)
     return [{"exits": n, "ms": 1e3 * t / (steps - 1), "ratio": t / took[0]} for n, t in took.items()]
 
 
 def by_length(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """The time of a token early and late in a long answer."""
+    """The time per token early and late in a long text."""
     rows = []
     for mode in ("full", "routed", "exact"):
         early, late = [], []
@@ -179,7 +180,7 @@ def by_length(model: StandardTransformer, prompts: torch.Tensor, steps: int, rou
     return rows
 
 
-def table(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> None:
+def print_table(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> None:
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(show(row) for show in columns.values()) + " |")
@@ -199,19 +200,19 @@ def main() -> None:
     device = choose_device(args.device)
     model, _, corpus, _ = open_run(args.run)
     model.to(device)
-    if not ease.Policy.own(model).exits:
-        raise SystemExit(f"{args.run} has no policy to route by: give its exits thresholds (ease calibrate)")
+    if not model.policy.exits:
+        raise SystemExit(f"{args.run} has no policy: give its exits thresholds with ease calibrate")
     prompts = next(iter(ease.TokenBatches(corpus.test, PROMPT, max(args.batch))))[0].to(device)
     long = corpus.test[:PREFILL].long()[None].to(device)
-    steps, found = args.new_tokens, {"machine": machine(device), "policy": vars(ease.Policy.own(model))}
+    steps, found = args.new_tokens, {"machine": machine(device), "policy": vars(model.policy)}
     found["ways"] = [
         row
         for batch in args.batch
         for row in side_by_side(
-            ways(model, prompts[:batch], steps) | theirs(model, prompts[:batch], steps), args.rounds
+            ways(model, prompts[:batch], steps) | transformers_calls(model, prompts[:batch], steps), args.rounds
         )
     ]
-    table(
+    print_table(
         found["ways"],
         {
             "way": lambda r: r["way"] + (f" (took {r['draft_exit'] or 'full'})" if r["way"] == "exact, auto" else ""),
@@ -223,16 +224,16 @@ def main() -> None:
             "drafts accepted": lambda r: "" if r["acceptance"] is None else f"{r['acceptance']:.0%}",
         },
     )
-    exits = ease.Policy.own(model).exits
+    exits = model.policy.exits
     with torch.no_grad():
-        sure = [ease.compute_confidence(model, model.forward_to_layer(prompts, e), e).median().item() for e in exits]
-    policies = {"its own": model, "half leave at each exit": with_policy(model, exits, tuple(sure))}
+        medians = [ease.compute_confidence(model, model.forward_to_layer(prompts, e), e).median().item() for e in exits]
+    policies = {"its own": model, "half leave at each exit": with_policy(model, exits, tuple(medians))}
     found["roofline"] = [
         {"policy": name, **roofline(routed, prompts[:batch], steps, args.rounds)}
         for name, routed in policies.items()
         for batch in args.batch
     ]
-    table(
+    print_table(
         found["roofline"],
         {
             "policy": lambda r: r["policy"],
@@ -245,30 +246,30 @@ def main() -> None:
         },
     )
     found["prefill"] = [prefill(model, long, args.rounds)]
-    table(
+    print_table(
         found["prefill"],
         {
-            "prompt, half of it leaves": lambda r: f"{r['tokens']} tokens, exit {r['exit']}",
+            "prompt, half of its tokens leave": lambda r: f"{r['tokens']} tokens, exit {r['exit']}",
             "promised by FLOPs": lambda r: f"{r['promised']:.2f}",
             "reached": lambda r: f"{r['reached']:.2f}",
             "share": lambda r: f"{r['share']:.2f}",
         },
     )
     found["exits"] = exits_not_taken(model, prompts[:1], steps, args.rounds)
-    table(
+    print_table(
         found["exits"],
         {
-            "exits asked, none taken": lambda r: str(r["exits"]),
-            "ms a token": lambda r: f"{r['ms']:.2f}",
+            "exits evaluated, none taken": lambda r: str(r["exits"]),
+            "ms per token": lambda r: f"{r['ms']:.2f}",
             "times full": lambda r: f"{r['ratio']:.2f}",
         },
     )
     found["length"] = by_length(model, prompts, 4 * steps, args.rounds)
-    table(
+    print_table(
         found["length"],
         {
             "mode": lambda r: f"{r['mode']}, {r['tokens']} tokens",
-            "ms a token, first eighth": lambda r: f"{r['early']:.2f}",
+            "ms per token, first eighth": lambda r: f"{r['early']:.2f}",
             "last eighth": lambda r: f"{r['late']:.2f}",
         },
     )

@@ -1,10 +1,10 @@
-"""Measures of confidence: what each costs, how well it foretells agreement with the last exit, and what it saves.
+"""Measures of confidence: cost, prediction of agreement with the last exit, and savings of each.
 
     python benchmarks/measures.py RUN [--agreement 0.99] [--out results/measures.json]
 
-RUN is the folder of a run whose model has trained exits, say one that `ease tune` wrote. Validation teaches the
-classifier and proposes thresholds; one drawn half of the test split chooses them, so that the exit taken names what
-the last exit names for the given share of tokens, and every figure is measured on the other half.
+RUN is the folder of a run whose model has trained exits, for example one written by `ease tune`. The classifier is
+fitted and thresholds are proposed on validation; a random half of the test split chooses thresholds at which the exit
+taken agrees with the last exit for the given share of tokens, and the other half is scored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TIMED = 512  # tokens
 
 @torch.no_grad()
 def seconds_a_token(model: ease.StandardTransformer, policy: ease.Policy, states: torch.Tensor) -> float:
-    """What asking an exit takes, of states (n, D), the head included where the measure needs it; the best of many."""
+    """Seconds per token to evaluate an exit for states (n, D), with the head if the measure requires it; best of 50."""
     exit, kind = policy.exits[0], MEASURES[policy.confidence]
-    ask, places, best = kind.make(model, policy, len(states)), torch.arange(len(states)), float("inf")
+    evaluate, places, best = kind.make(model, policy, len(states)), torch.arange(len(states)), float("inf")
     for _ in range(50):
         start = time.perf_counter()
         logits = model.logits(states, exit) if kind.needs_head else None
-        ask(Evidence(exit, states, states, logits, places))
+        evaluate(Evidence(exit, states, states, logits, places))
         best = min(best, time.perf_counter() - start)
     return best / len(states)
 
@@ -47,18 +47,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, _, corpus, data = open_run(args.run)
-    exits = ease.Policy.own(model).exits or model.early_exits
+    exits = model.policy.exits or model.early_exits
     val = ease.TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
     decide, held_out = calibration_halves(corpus.test, data)
     start = time.perf_counter()
     ease.learn_agreement(model, val, exits)
-    learned = time.perf_counter() - start
+    fit_seconds = time.perf_counter() - start
     states = model.forward_to_layer(held_out[0][0], exits[0]).flatten(0, 1)[:TIMED].detach()
     layer = layer_flops(model.config, 1, 1, (data.seq_len + 1) // 2)
     rows: list[dict[str, Any]] = []
     for name, kind in MEASURES.items():
         policy = ease.Policy(exits, (1.0,) * len(exits), name, patience=2 if name == "patience" else 0)
-        # A measure without head is a product or two with the state.
+        # A measure without a head takes one or two dot products with the state.
         flops = head_flops(model.config, 1) if kind.needs_head else 2 * model.config.dim
         row: dict[str, Any] = {
             "measure": name,
@@ -73,7 +73,7 @@ def main() -> None:
             row |= {"refused": str(error)}
         rows.append(row)
     aurocs = " | ".join(f"AUROC at {e}" for e in exits)
-    print(f"| measure | costs, in layers | us a token | {aurocs} | leaving early | FLOPs | agreement | PPL (full) |")
+    print(f"| measure | cost, in layers | us per token | {aurocs} | exit early | FLOPs | agreement | PPL (full) |")
     print("|---|---|---|" + "---|" * (len(exits) + 4))
     for r in rows:
         if "refused" in r:
@@ -84,10 +84,10 @@ def main() -> None:
             f"{r['flops_share']:.1%} | {r['agreement']:.2%} | {r['ppl']:.3f} ({r['ppl_full']:.3f}) |"
         )
     about = machine("cpu")
-    print(f"\nThe classifiers were learned in {learned:.1f} s. {about['cpu']}, one thread, torch {about['torch']}.")
+    print(f"\nThe classifiers were fitted in {fit_seconds:.1f} s. {about['cpu']}, one thread, torch {about['torch']}.")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": about, "learned": learned, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": about, "learned": fit_seconds, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

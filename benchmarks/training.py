@@ -1,15 +1,15 @@
-"""How fast and how large a training step is, side by side with what people would write otherwise.
+"""Time and memory of a training step, compared with transformers and with a training loop that holds all logits.
 
     python benchmarks/training.py [--out results/training.json] [--repeats 15] [--only step] [--markdown]
 
-Times are compared in turn (A B A B ...) in one process and shown as ratios: the median over the rounds of one
-round's ratio, and the range. Rounds go on until the median is known to about 1% or five times `--repeats` are
-done. With one thread they are CPU time, user and system, which other work on the machine disturbs least; with
-more, wall-clock. Nothing here passes or fails; a target stands beside each ratio. Token ids are random, weights
-as initialised, everything in float32 on the CPU, and every training step includes clipping and AdamW.
+Calls are interleaved (A B A B ...) in one process and compared by ratio: the median over rounds, and the range. Rounds
+are repeated until the median is known to about 1% or five times `--repeats` are done. With one thread times are CPU
+time, user and system, which other work on the machine disturbs least; with more, wall-clock. Nothing here passes or
+fails; every ratio is shown with a target. Token ids are random, weights as initialised, everything in float32 on the
+CPU, and every training step includes clipping and AdamW.
 
-Part of what large logits cost is not arithmetic: glibc hands blocks over 32 MiB back to the system at once and
-gets them again page by page in the next step. How a comparison stands without that shows
+Part of the cost of large logits is not arithmetic: glibc returns blocks over 32 MiB to the system at once and gets them
+back page by page in the next step. To compare without that effect:
 
     MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 python benchmarks/training.py --only step
 """
@@ -62,7 +62,7 @@ class Shape:
         return StandardTransformer(self.vocab, self.dim, self.layers, self.heads)
 
     def batches(self, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Random (x, y), where y is the token that follows."""
+        """Random (x, y), where y are the following tokens."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.vocab, (count, self.batch, self.seq + 1), generator=generator)
         return [(i[:, :-1].contiguous(), i[:, 1:].contiguous()) for i in ids]
@@ -87,9 +87,9 @@ class Row:
     name: str
     shape: str
     ease: str
-    """What ease took."""
+    """Time or memory of ease."""
     other: str
-    """What it is compared with took."""
+    """Time or memory of the implementation that it is compared with."""
     ratio: float
     low: float
     high: float
@@ -114,20 +114,20 @@ HEADER = ["comparison", "shape", "ease", "other", "ratio (range)", "target", ""]
 
 
 def interleave(ease: Callable[[], Any], other: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds per call of each, called in turn."""
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(2):  # first calls allocate and choose kernels
+    """Seconds per call of each, with interleaved calls."""
+    ease_times: list[float] = []
+    other_times: list[float] = []
+    for _ in range(2):  # the first calls allocate memory and choose kernels
         ease(), other()
-    while len(ours) < repeats or (len(ours) < 5 * repeats and uncertainty(ours, theirs) > 0.01):
-        # The order turns round by round, so that neither always runs in the other's wake.
-        pair = [(ease, ours), (other, theirs)]
-        for call, seconds in pair if len(ours) % 2 else pair[::-1]:
+    while len(ease_times) < repeats or (len(ease_times) < 5 * repeats and uncertainty(ease_times, other_times) > 0.01):
+        # The order alternates, so that neither always follows the other.
+        pair = [(ease, ease_times), (other, other_times)]
+        for call, seconds in pair if len(ease_times) % 2 else pair[::-1]:
             gc.collect()
             start = clock()
             call()
             seconds.append(clock() - start)
-    return ours, theirs
+    return ease_times, other_times
 
 
 def clock() -> float:
@@ -135,9 +135,9 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def uncertainty(ours: list[float], theirs: list[float]) -> float:
-    """The standard error of the median ratio, relative to it (from the quartiles, as for a normal distribution)."""
-    ratios = [b / a for a, b in zip(ours, theirs)]
+def uncertainty(ease_times: list[float], other_times: list[float]) -> float:
+    """The relative standard error of the median ratio, from the quartiles as for a normal distribution."""
+    ratios = [b / a for a, b in zip(ease_times, other_times)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return 0.93 * (high - low) / middle / len(ratios) ** 0.5
 
@@ -145,11 +145,19 @@ def uncertainty(ours: list[float], theirs: list[float]) -> float:
 def timed(
     name: str, shape: Shape, target: float, ease: Callable[[], Any], other: Callable[[], Any], repeats: int
 ) -> Row:
-    """How many times faster `ease` is than `other`."""
-    ours, theirs = interleave(ease, other, repeats)
-    ratios = [b / a for a, b in zip(ours, theirs)]
+    """The ratio of the time of `other` to that of `ease`."""
+    ease_times, other_times = interleave(ease, other, repeats)
+    ratios = [b / a for a, b in zip(ease_times, other_times)]
     return Row(
-        name, shape.name, ms(ours), ms(theirs), statistics.median(ratios), min(ratios), max(ratios), target, True
+        name,
+        shape.name,
+        ms(ease_times),
+        ms(other_times),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        target,
+        True,
     )
 
 
@@ -164,8 +172,8 @@ def trainer_step(shape: Shape, config: TrainingConfig) -> Callable[[], float]:
     return lambda: trainer.train_epoch(model, batches, optimizer)
 
 
-def plain_step(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
-    """One step of the loop that people write themselves."""
+def minimal_step(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+    """One step of a minimal training loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     model.train()
 
@@ -181,11 +189,11 @@ def plain_step(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callabl
 
 
 def llama_step(shape: Shape) -> Callable[[], float]:
-    """The same model and weights as transformers' LlamaForCausalLM, in a plain loop."""
+    """The same model and weights as transformers' LlamaForCausalLM, in a minimal training loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ours = shape.model()
-    c = ours.config
+    ease_model = shape.model()
+    c = ease_model.config
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=c.vocab_size,
@@ -201,16 +209,16 @@ def llama_step(shape: Shape) -> Callable[[], float]:
             use_cache=False,
         )
     )
-    model.load_state_dict(llama_weights(ours))
+    model.load_state_dict(llama_weights(ease_model))
     ((x, y),) = shape.batches(1)
-    labels = x  # transformers moves them one place to the left itself, so each row's last token is not scored
+    labels = x  # transformers shifts labels itself, so each row's last token is not scored
     scored = y.clone()
     scored[:, -1] = -100
     with torch.no_grad():
-        theirs = model(input_ids=x, labels=labels).loss
-        same = Trainer(create_standard_config(shape.layers), shape.vocab).compute_loss(ours, x, scored)
-    assert torch.allclose(theirs, same, rtol=1e-4), f"two different models: loss {theirs:.4f} and {same:.4f}"
-    return plain_step(model, lambda: model(input_ids=x, labels=labels).loss)
+        llama_loss = model(input_ids=x, labels=labels).loss
+        ease_loss = Trainer(create_standard_config(shape.layers), shape.vocab).compute_loss(ease_model, x, scored)
+    assert torch.allclose(llama_loss, ease_loss, rtol=1e-4), f"models differ: loss {llama_loss:.4f}, {ease_loss:.4f}"
+    return minimal_step(model, lambda: model(input_ids=x, labels=labels).loss)
 
 
 def llama_weights(model: StandardTransformer) -> dict[str, Tensor]:
@@ -234,7 +242,7 @@ def llama_weights(model: StandardTransformer) -> dict[str, Tensor]:
 
 
 def all_logits_step(shape: Shape, config: TrainingConfig) -> Callable[[], float]:
-    """ease's own model in a plain loop that holds the logits of every exit with a weight, weight 0 included."""
+    """ease's model in a minimal training loop that holds the logits of every exit with a weight, including weight 0."""
     model, ((x, y),) = shape.model(), shape.batches(1)
     stages = [range(a, b + 1) for a, b in (stage.layers for stage in config.stages or ())]
     weights = {layer: config.weights.get(layer, 0.0) for stage in stages for layer in stage}
@@ -244,21 +252,21 @@ def all_logits_step(shape: Shape, config: TrainingConfig) -> Callable[[], float]
         losses = [F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits in every]
         return sum((w * loss for w, loss in zip(weights.values(), losses)), torch.zeros(()))
 
-    return plain_step(model, loss_of)
+    return minimal_step(model, loss_of)
 
 
 def step(repeats: int) -> Iterator[Row]:
     """1. One training step with the loss on the last layer."""
     for shape, target in ((A, 1.3), (B, 1.1)):
         config = create_standard_config(shape.layers)
-        ours = trainer_step(shape, config)
-        yield timed("step: transformers Llama / ease", shape, target, ours, llama_step(shape), repeats)
-        ours = trainer_step(shape, config)
-        yield timed("step: all logits / ease", shape, 1.0, ours, all_logits_step(shape, config), repeats)
+        call = trainer_step(shape, config)
+        yield timed("step: transformers Llama / ease", shape, target, call, llama_step(shape), repeats)
+        call = trainer_step(shape, config)
+        yield timed("step: all logits / ease", shape, 1.0, call, all_logits_step(shape, config), repeats)
 
 
 def path(repeats: int) -> Iterator[Row]:
-    """2. The last-layer path that weights of 0 choose, against heads computed everywhere."""
+    """2. Stages with weight 0, whose heads are not computed, against heads computed at every layer."""
     for shape in (A, B):
         stages = [StageConfig((1, shape.layers - 1), 0.0), StageConfig((shape.layers, shape.layers))]
         config = TrainingConfig(stages=stages)
@@ -282,20 +290,20 @@ def phase_two(repeats: int) -> Iterator[Row]:
         grown.freeze_below(first)
         with torch.no_grad():
             hard = Batch(x, y, active, grown.forward_to_layer(x, first - 1))
-        everyone = Batch(x, y)
+        all_tokens = Batch(x, y)
         calls = {}
-        for name, model, batch, start in (("hard", grown, hard, first), ("full", full, everyone, 1)):
+        for name, model, batch, start in (("hard", grown, hard, first), ("full", full, all_tokens, 1)):
             optimizer = trainer.create_optimizer(model, LR)
             # The loop that `Trainer.run` runs, without the validation that follows it.
             calls[name] = lambda t=trainer, m=model, b=batch, o=optimizer, s=start: list(t._steps(m, [b], o, s))
-        ours, theirs = interleave(calls["hard"], calls["full"], repeats)
-        share = flops_of(trainer, grown, hard, first) / flops_of(trainer, full, everyone, 1)
-        ratios = [a / b / share for a, b in zip(ours, theirs)]
+        hard_times, full_times = interleave(calls["hard"], calls["full"], repeats)
+        share = flops_of(trainer, grown, hard, first) / flops_of(trainer, full, all_tokens, 1)
+        ratios = [a / b / share for a, b in zip(hard_times, full_times)]
         yield Row(
             f"phase 2 step: share of time / share of FLOPs ({share:.1%})",
             shape.name,
-            ms(ours),
-            ms(theirs),
+            ms(hard_times),
+            ms(full_times),
             statistics.median(ratios),
             min(ratios),
             max(ratios),
@@ -310,13 +318,13 @@ def flops_of(trainer: Trainer, model: StandardTransformer, batch: Batch, first: 
 
 
 def routed(repeats: int) -> Iterator[Row]:
-    """5. Routed evaluation where half of the tokens leave half-way."""
+    """5. Routed evaluation with half of the tokens leaving at half of the depth."""
     shape, model = LONG, LONG.model()
     batches, exit = shape.batches(1), shape.layers // 2
     policy = Policy((exit,), (compute_confidence_threshold(model, batches, 0.5, exit=exit),))
-    ours, theirs = score(model, batches, policy), score(model, batches)
-    left = (ours.exits == exit).float().mean().item()
-    promised = theirs.flops / ours.flops
+    routed_scores, full_scores = score(model, batches, policy), score(model, batches)
+    left = (routed_scores.exits == exit).float().mean().item()
+    promised = full_scores.flops / routed_scores.flops
     fast, slow = interleave(lambda: score(model, batches, policy), lambda: score(model, batches), repeats)
     ratios = [b / a / promised for a, b in zip(fast, slow)]
     yield Row(
@@ -336,12 +344,12 @@ def routed(repeats: int) -> Iterator[Row]:
 
 
 def memory(repeats: int) -> Iterator[Row]:
-    """3. Peak memory with all layers supervised against the last only: each measured in processes of their own."""
+    """3. Peak memory with all layers supervised against the last only, each measured in a process of its own."""
     for shape in (A, B, C):
         peaks = {kind: [child(shape, kind) for _ in range(3)] for kind in ("last", "every", "naive", "naive last")}
-        for other, ours, bound, target in (("last", "every", False, 1.15), ("naive", "every", True, 1.0)):
+        for other, own, bound, target in (("last", "every", False, 1.15), ("naive", "every", True, 1.0)):
             for measure, index in (("above the start", 1), ("whole process", 0)):
-                a, b = ([peak[index] for peak in peaks[kind]] for kind in (ours, other))
+                a, b = ([peak[index] for peak in peaks[kind]] for kind in (own, other))
                 ratios = [y / x if bound else x / y for x in a for y in b]
                 yield Row(
                     f"peak memory, {measure}: "
@@ -358,14 +366,14 @@ def memory(repeats: int) -> Iterator[Row]:
 
 
 def child(shape: Shape, kind: str) -> tuple[float, float]:
-    """Peak resident memory of three steps in a fresh process: as it is, and above what it had before them (MiB)."""
+    """Peak resident memory of three steps in a new process, in total and above that before the steps, in MiB."""
     command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--child", shape.name, kind]
     peak, before = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return peak, peak - before
 
 
 def measure_peak(shape: Shape, kind: str) -> tuple[float, float]:
-    """(peak, before) in MiB. Before: everything imported, the model and its batch made, nothing run."""
+    """(peak, before) in MiB; before: after imports and creation of model and batch, before the first step."""
     every = create_deep_supervision_config(shape.layers)
     last = create_standard_config(shape.layers)
     call = {
@@ -381,7 +389,7 @@ def measure_peak(shape: Shape, kind: str) -> tuple[float, float]:
 
 
 def resident(field: str) -> float:
-    """Of this process, in MiB. Not `getrusage`: its peak counts the process that started this one."""
+    """A memory field of this process, in MiB. The peak of `getrusage` would include the parent process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -392,7 +400,7 @@ def resident(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the software of the measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -413,7 +421,7 @@ def caption(about: dict[str, Any]) -> str:
     malloc = " ".join(f"{name}={value}" for name, value in about["malloc"].items())
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s) used, torch {about['torch']}, "
-        f"load {about['busy']} at the start, malloc {malloc or 'as it comes'}. "
+        f"load {about['busy']} at the start, malloc {malloc or 'defaults'}. "
         f"{A}; {B}; {C}; b512: the same with sequence {LONG.seq}, batch {LONG.batch}."
     )
 
@@ -441,7 +449,7 @@ COMPARISONS = {"step": step, "path": path, "memory": memory, "phase2": phase_two
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.add_argument("--repeats", type=int, default=15, help="fewest rounds per comparison")
     parser.add_argument("--only", choices=COMPARISONS, action="append", help="this comparison; may be repeated")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
@@ -464,8 +472,8 @@ def main() -> None:
         show(rows, about)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": about, "rows": [vars(row) | {"met": row.met} for row in rows]}
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        results = {"machine": about, "rows": [vars(row) | {"met": row.met} for row in rows]}
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_a_second_run_trains_nothing_and_scores_nothing(capsys: pytest.CaptureFi
 @pytest.mark.usefixtures("place")
 def test_a_budget_that_is_used_up_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "3", *arguments("labels"), "--scales", "tiny", "--budget", "1e-9", "--out", "later"]) == 0
-    missing = capsys.readouterr().out.split("goes on: ")[1].strip().split("; ")
+    missing = capsys.readouterr().out.split("resumes: ")[1].strip().split("; ")
     assert missing == [f"people-tiny: {name}" for name in tier3.new_lines(tier3.SIZES["tiny"], "labels")]
     assert not list(Path("later").rglob("rows.jsonl"))
 
