@@ -315,7 +315,7 @@ RUNS = {
 }
 KEPT: dict[str, tuple[str, str, str, Sequence[str], Sequence[int], Callable[[Row], bool]]] = {
     "recipe": (
-        "seed-recipe.md",
+        "original-recipe.md",
         "The original recipe on WikiText-2, in-sample and held-out",
         "In-sample: mined, trained and scored on the validation tokens, of which half are hard. Held-out: the same "
         "model on the test split. One seed.",

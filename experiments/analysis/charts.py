@@ -58,7 +58,7 @@ def training(comparison: str) -> tuple[Cell, Cell]:
 
 
 CHARTS = {
-    "seed-recipe": Chart(
+    "original-recipe": Chart(
         "The original recipe: perplexity of hard tokens",
         "perplexity of hard tokens (lower is better)",
         ("phase 1", "with phase 2"),
