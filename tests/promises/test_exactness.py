@@ -1,8 +1,8 @@
 """Promise 2: exact decoding gives the tokens of full greedy decoding for every row, and with sampling the distribution.
 
-The reference knows neither cache nor drafts: it reads whole texts at full depth, and a text is what greedy decoding
-gives if each of its tokens is the likeliest after those before it. Everything is float64, and at every exit between 10
-and 90% of the drafts are kept.
+The reference uses neither cache nor drafts: it runs whole texts at full depth, and a text is the result of greedy
+decoding if each of its new tokens is the most likely one after the tokens before it. All tests use float64, and at
+every exit 10 to 90% of the drafts are accepted.
 """
 
 import math
@@ -23,7 +23,7 @@ LAYERS, VOCAB = 4, 256
 
 
 class Clock:
-    """Time that runs faster or slower from one look to the next: drafting, which comes later, seems slow or quick."""
+    """A clock whose pace changes at every reading, so that drafting, timed later, appears slower or faster."""
 
     now, pace, change = 0.0, 1.0, 1.0
 
@@ -46,9 +46,9 @@ def prompts(vocab: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.randint(vocab, (rows, width)), torch.where(left, place >= width - lengths, place < lengths)
 
 
-def answers(found: Generation) -> list[list[int]]:
-    """The tokens up to each row's stop."""
-    return [row[: int(exits.gt(0).sum())] for row, exits in zip(found.tokens.tolist(), found.exits)]
+def answers(generated: Generation) -> list[list[int]]:
+    """The tokens of each row up to its end."""
+    return [row[: int(exits.gt(0).sum())] for row, exits in zip(generated.tokens.tolist(), generated.exits)]
 
 
 # Greedy
@@ -56,10 +56,10 @@ def answers(found: Generation) -> list[list[int]]:
 
 @torch.no_grad()
 def greedy(
-    model: StandardTransformer, asked: list[list[int]], answered: list[list[int]], penalty: float
+    model: StandardTransformer, prompts: list[list[int]], answered: list[list[int]], penalty: float
 ) -> list[list[int]]:
-    """The likeliest token in each place of the answers, given the tokens before it."""
-    texts = [prompt + answer for prompt, answer in zip(asked, answered)]
+    """The most likely token at each place of the answers, given the tokens before it."""
+    texts = [prompt + answer for prompt, answer in zip(prompts, answered)]
     T = max(map(len, texts))
     ids = torch.tensor([text + [0] * (T - len(text)) for text in texts])
     mask = torch.tensor([[True] * len(text) + [False] * (T - len(text)) for text in texts])
@@ -67,13 +67,13 @@ def greedy(
     seen = torch.nn.functional.one_hot(ids, VOCAB).cumsum(1) > 0
     logits = logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
     best = logits.argmax(-1).tolist()
-    return [row[len(prompt) - 1 : len(text) - 1] for row, prompt, text in zip(best, asked, texts)]
+    return [row[len(prompt) - 1 : len(text) - 1] for row, prompt, text in zip(best, prompts, texts)]
 
 
 @pytest.mark.parametrize(
     ("mode", "draft_exit"), [("full", "auto"), ("exact", 1), ("exact", 2), ("exact", 3), ("exact", "auto")]
 )
-def test_every_token_is_the_one_of_full_greedy_decoding(mode: Any, draft_exit: Any, tiny: Make, clock: Clock) -> None:
+def test_every_token_equals_that_of_full_greedy_decoding(mode: Any, draft_exit: Any, tiny: Make, clock: Clock) -> None:
     counts, chosen = Counter[str](), set[int | None]()
 
     @settings(max_examples=20)
@@ -94,7 +94,7 @@ def test_every_token_is_the_one_of_full_greedy_decoding(mode: Any, draft_exit: A
         model = tiny(LAYERS, seed=seed, sharp=True, num_kv_heads=2).double()
         model.trained_exits = {1, 2, 3}
         (ids, mask), stop = prompts(VOCAB, rows, width), set(range(stops))
-        found = generate(
+        generated = generate(
             model,
             ids,
             steps,
@@ -105,7 +105,7 @@ def test_every_token_is_the_one_of_full_greedy_decoding(mode: Any, draft_exit: A
             draft_exit=draft_exit,
             draft_confidence=patience if mode == "exact" else None,
         )
-        answered = answers(found)
+        answered = answers(generated)
         assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, penalty)
         for answer in answered:
             assert len(answer) == steps or answer[-1] in stop
@@ -113,8 +113,8 @@ def test_every_token_is_the_one_of_full_greedy_decoding(mode: Any, draft_exit: A
             counts["stopped"] += answer[-1] in stop
         counts["prompts"] += rows
         for key in ("drafted", "accepted"):
-            counts[key] += found.stats.get(key, 0)
-        chosen.add(found.stats.get("draft_exit"))
+            counts[key] += generated.stats.get(key, 0)
+        chosen.add(generated.stats.get("draft_exit"))
 
     check()
     assert counts["prompts"] > 400
@@ -124,21 +124,21 @@ def test_every_token_is_the_one_of_full_greedy_decoding(mode: Any, draft_exit: A
         assert draft_exit != "auto" or (None in chosen and len(chosen) > 1), f"auto always chose {chosen}"
 
 
-def test_drafts_that_are_all_kept_grow_and_change_nothing(tiny: Make) -> None:
-    """New layers start as the identity, so the old last exit drafts what the new one says."""
+def test_drafts_that_are_all_accepted_change_no_token(tiny: Make) -> None:
+    """New layers start as the identity, so the old last exit drafts exactly the tokens of the new one."""
     model = tiny(2, sharp=True).double().grow(LAYERS).eval()
     ids, mask = prompts(VOCAB, 16, 9)
-    found = generate(model, ids, 100, "exact", attention_mask=mask, draft_exit=2, draft_confidence=0.0)
-    answered = answers(found)
+    generated = generate(model, ids, 100, "exact", attention_mask=mask, draft_exit=2, draft_confidence=0.0)
+    answered = answers(generated)
     assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, 1.0)
-    assert found.stats["acceptance"] == 1
+    assert generated.stats["acceptance"] == 1
     assert set(map(len, answered)) == {100}
 
 
 # Sampling
 
 
-FEW = 5  # tokens in the vocabulary, so that every answer comes often enough to be counted
+FEW = 5  # tokens in the vocabulary, so that every answer occurs often enough to be counted
 LENGTH, ROWS = 3, 2000
 PROMPTS = ([1, 4, 2], [3])
 DRAWS: list[dict[str, Any]] = [
@@ -159,7 +159,7 @@ def chances(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
 ) -> dict[int, float]:
-    """The tokens that may follow a text, and how likely each is."""
+    """The probability of each token that can follow a text."""
     for token in set(text):
         logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
     weights = sorted(((math.exp(logit / temperature), token) for token, logit in enumerate(logits)), reverse=True)
@@ -175,23 +175,23 @@ def chances(
 def distribution(
     model: StandardTransformer, prompt: list[int], stop: int = -1, **options: Any
 ) -> dict[tuple[int, ...], float]:
-    """How likely each answer is, one that ends at `stop` or has its full length."""
-    found: dict[tuple[int, ...], float] = {(): 1.0}
+    """The probability of each answer; an answer ends at `stop` or at the full length."""
+    probabilities: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         longer = {}
-        for answer, chance in found.items():
+        for answer, chance in probabilities.items():
             if answer[-1:] == (stop,):
                 longer[answer] = chance
                 continue
             text = [*prompt, *answer]
             for token, share in chances(model(torch.tensor([text]))[0, -1].tolist(), text, **options).items():
                 longer[*answer, token] = chance * share
-        found = longer
-    return found
+        probabilities = longer
+    return probabilities
 
 
 def p_value(tables: list[tuple[Counter[tuple[int, ...]], dict[tuple[int, ...], float]]]) -> float:
-    """How likely counts at least as far off are if these are the chances (Pearson's chi-squared test)."""
+    """The p value of the counts under the expected probabilities (Pearson's chi-squared test)."""
     statistic, freedom = 0.0, 0
     for counted, expected in tables:
         if not counted.keys() <= expected.keys():
@@ -199,7 +199,7 @@ def p_value(tables: list[tuple[Counter[tuple[int, ...]], dict[tuple[int, ...], f
         groups, count, mean = 0, 0, 0.0
         for answer, chance in sorted(expected.items(), key=lambda item: item[1]):
             count, mean = count + counted[answer], mean + chance * counted.total()
-            if mean >= 5:  # rare answers are counted together
+            if mean >= 5:  # rare answers form one group
                 statistic, groups = statistic + (count - mean) ** 2 / mean, groups + 1
                 count, mean = 0, 0.0
         freedom += groups - 1
@@ -207,19 +207,19 @@ def p_value(tables: list[tuple[Counter[tuple[int, ...]], dict[tuple[int, ...], f
 
 
 def drawn(model: StandardTransformer, mode: Any, options: dict[str, Any], **drafting: Any) -> tuple[float, Any]:
-    """The p value of answers to prompts of different lengths, by turns in one batch; the share of drafts kept."""
+    """The p value of answers to prompts of different lengths, alternating in one batch, and the acceptance rate."""
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS]).repeat(ROWS // len(PROMPTS), 1)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    found = generate(
+    generated = generate(
         model, ids, LENGTH, mode, attention_mask=mask.repeat(ROWS // len(PROMPTS), 1), seed=1, **options, **drafting
     )
-    answered = list(map(tuple, answers(found)))
+    answered = list(map(tuple, answers(generated)))
     tables = [
         (Counter(answered[i :: len(PROMPTS)]), distribution(model, prompt, **options))
         for i, prompt in enumerate(PROMPTS)
     ]
-    return p_value(tables), found.stats.get("acceptance")
+    return p_value(tables), generated.stats.get("acceptance")
 
 
 @pytest.fixture
@@ -231,20 +231,20 @@ def few(tiny: Make) -> StandardTransformer:
 @pytest.mark.parametrize(
     ("mode", "draft_exit", "patience"), [("full", "auto", 0.0), ("exact", 1, 0.0), ("exact", 2, 0.4)]
 )
-def test_answers_are_as_frequent_as_full_decoding_makes_them(
+def test_answers_have_the_distribution_of_full_decoding(
     mode: Any, draft_exit: Any, patience: float, options: dict[str, Any], few: StandardTransformer
 ) -> None:
     drafting = {"draft_exit": draft_exit, "draft_confidence": patience} if mode == "exact" else {}
-    p, kept = drawn(few, mode, options, **drafting)
+    p, acceptance = drawn(few, mode, options, **drafting)
     assert p > 1e-4
-    assert mode == "full" or 0.1 <= kept <= 0.9
+    assert mode == "full" or 0.1 <= acceptance <= 0.9
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.8, 1.25], ids=["keeps every draft", "keeps too many", "keeps too few"])
-def test_the_statistic_sees_drafts_that_are_kept_too_often_or_too_rarely(
+@pytest.mark.parametrize("wrong", [0.0, 0.8, 1.25], ids=["accepts every draft", "accepts too many", "accepts too few"])
+def test_the_statistic_detects_a_wrong_acceptance_rate(
     wrong: float, few: StandardTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draft is kept where a number in [0, 1) is small enough; numbers that are too small or too large are noticed."""
+    """A draft is accepted if a random number in [0, 1) is small enough; scaled numbers must fail the test."""
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: wrong * rand(*shape, **options))
     p, _ = drawn(few, "exact", DRAWS[0], draft_exit=1, draft_confidence=0.0)

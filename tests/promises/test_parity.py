@@ -1,9 +1,9 @@
 """Promise 1: the routed forward, a prefill and token-by-token decoding give the same logits and the same exits.
 
-First the routed forward over whole sequences is held against a naive loop, then everything that reads with a cache
-against the routed forward. The naive loop shares the model's weights and nothing else: no batch, no mask, no
-gathering; it walks layer by layer and token by token through one row. Everything is float64, but for the test that
-says what float32 may change, and policies send every exit 10 to 90% of the tokens.
+The routed forward over whole sequences is compared with a naive loop, and every run with a cache is compared with the
+routed forward. The naive loop shares only the weights with the model: it has no batch, no mask and no gathering, and
+computes one row layer by layer and token by token. All tests use float64, except the one about float32, and policies
+under which every exit takes 10 to 90% of the tokens.
 """
 
 import copy
@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ease import Layout, Policy, StandardTransformer, generate, route
+from ease import EaseError, Layout, Policy, StandardTransformer, generate, route
 from ease.interface import RopeScaling
 from ease.modules import TransformerBlock
 from ease.routing.confidence import MEASURES
@@ -35,12 +35,12 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x * x).sum() / len(x) + eps).sqrt() * weight
 
 
-def turn(x: Tensor, position: int, theta: float) -> Tensor:
-    """A head's vector turned: halves i and i + d/2 are the parts of one complex number."""
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotates a head's vector: entries i and i + d/2 are the real and imaginary part of a complex number."""
     d = len(x)
     angles = torch.tensor([position * theta ** (-2 * i / d) for i in range(d // 2)], dtype=x.dtype)
-    turned = torch.complex(x[: d // 2], x[d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag])
+    rotated = torch.complex(x[: d // 2], x[d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([rotated.real, rotated.imag])
 
 
 def naive_layer(
@@ -49,21 +49,21 @@ def naive_layer(
     states: list[Tensor],
     positions: list[int],
     segments: list[int],
-    asks: set[int],
+    active: set[int],
 ) -> list[Tensor]:
-    """One layer for one row. Every token offers its current state; only the tokens in `asks` change."""
+    """One layer for one row. Keys and values come from every token; only the tokens in `active` change."""
     d, eps, theta = config.head_size, config.norm_eps, config.rope_theta
     att, ffn = block.attention, block.ffn
     groups = config.num_heads // config.kv_heads
     normed = [norm(x, block.attention_norm.weight, eps) for x in states]
-    keys = [[turn(k, p, theta) for k in (att.k_proj.weight @ h).split(d)] for h, p in zip(normed, positions)]
+    keys = [[rotate(k, p, theta) for k in (att.k_proj.weight @ h).split(d)] for h, p in zip(normed, positions)]
     values = [(att.v_proj.weight @ h).split(d) for h in normed]
     after = list(states)
-    for t in asks:
+    for t in active:
         seen = [u for u in range(len(states)) if segments[u] == segments[t] and positions[u] <= positions[t]]
         mixed = []
         for head, q in enumerate((att.q_proj.weight @ normed[t]).split(d)):
-            q = turn(q, positions[t], theta)
+            q = rotate(q, positions[t], theta)
             scores = torch.stack([q @ keys[u][head // groups] / d**0.5 for u in seen]).exp()
             mixed.append(sum(s * values[u][head // groups] for s, u in zip(scores / scores.sum(), seen)))
         x = states[t] + att.o_proj.weight @ torch.cat(mixed)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def naive_route(
     return logits, exits
 
 
-# What is tested
+# Whole sequences
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +103,23 @@ def model(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
 
 @st.composite
 def rows(draw: st.DrawFn, packed: bool, batch: st.SearchStrategy[int] = FEW) -> list[list[int]]:
-    """Per row its segments, -1 for padding on the left, on the right, both or not at all; 10 real tokens or more."""
+    """Segments of each row, -1 for padding on the left, the right, both or neither; at least 10 real tokens."""
     length = draw(st.integers(11, 13))
-    found = []
+    segments = []
     for _ in range(draw(batch)):
-        left = draw(st.integers(0, 3 if found else 1))
-        right = draw(st.integers(0, 6 if found else 1 - left))
+        left = draw(st.integers(0, 3 if segments else 1))
+        right = draw(st.integers(0, 6 if segments else 1 - left))
         real = length - left - right
         parts = [0] * real
         if packed:
             cuts = sorted(draw(st.sets(st.integers(1, real - 1), max_size=3)))
             parts = [sum(t >= cut for cut in cuts) for t in range(real)]
-        found.append([-1] * left + parts + [-1] * right)
-    return found
+        segments.append([-1] * left + parts + [-1] * right)
+    return segments
 
 
 def setting(segments: list[list[int]], seed: int) -> tuple[Tensor, Layout]:
-    """Ids, all different so that no two confidences tie, and the layout, positions counted by hand."""
+    """Ids, all different so that no two confidences are equal, and the layout, with positions counted by hand."""
     ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))
     positions = [[row[:t].count(row[t]) if row[t] >= 0 else 0 for t in range(len(row))] for row in segments]
     B, T = len(segments), len(segments[0])
@@ -130,7 +130,7 @@ def setting(segments: list[list[int]], seed: int) -> tuple[Tensor, Layout]:
 def routed(
     model: StandardTransformer, ids: Tensor, policy: Policy, layout: Layout, cache: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits and exits that the routed forward gives under any layout."""
+    """Logits and exits of the routed forward under any layout."""
     logits = model.output_head.weight.new_zeros(*ids.shape, VOCAB)
     exits = torch.zeros_like(ids)
     for stop in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk, cache=cache):
@@ -141,7 +141,9 @@ def routed(
 
 def assert_shares(exits: Tensor, policy: Policy) -> None:
     taken = exits[exits > 0]
-    possible = policy.exits[max(0, policy.patience - 1) :]  # the first exits have too few before them to agree with
+    possible = policy.exits[
+        max(0, policy.patience - 1) :
+    ]  # the first exits have too few exits below them to agree with
     for layer in (*possible, LAYERS):
         assert 0.1 <= (taken == layer).double().mean() <= 0.9
 
@@ -167,7 +169,7 @@ def test_the_routed_forward_equals_the_naive_loop(
 
 
 @given(segments=rows(packed=False), seed=st.integers(0, 99))
-def test_route_with_a_mask_is_the_same_forward(
+def test_route_with_a_mask_equals_the_routed_forward(
     segments: list[list[int]], seed: int, model: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
     ids, layout = setting(segments, seed)
@@ -182,7 +184,7 @@ def test_route_with_a_mask_is_the_same_forward(
 
 
 @given(segments=rows(packed=False), seed=st.integers(0, 99), count=st.integers(1, 3))
-def test_a_row_does_not_depend_on_the_others_nor_on_padding(
+def test_a_row_depends_neither_on_other_rows_nor_on_padding(
     segments: list[list[int]], seed: int, count: int, model: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
     ids, layout = setting(segments, seed)
@@ -196,7 +198,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(
 
 
 @given(segments=rows(packed=True), seed=st.integers(0, 99), count=st.integers(1, 3))
-def test_a_packed_document_does_not_see_the_others(
+def test_a_packed_document_does_not_depend_on_other_documents(
     segments: list[list[int]], seed: int, count: int, model: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
     ids, layout = setting(segments, seed)
@@ -232,12 +234,12 @@ def test_states_that_left_stay_bit_identical(
     active = torch.rand(3, T, generator=generator) < share
     layout = Layout.from_attention_mask(torch.rand(3, T, generator=generator).argsort(1) > 0) if layered else None
     out = model.run(state, 2, 4, layout=layout, active=active)
-    asked = active if layout is None else active & layout.real
-    assert torch.equal(out[~asked], state[~asked])
-    assert not asked.any() or not (out[asked] == state[asked]).all(-1).any()
+    running = active if layout is None else active & layout.real
+    assert torch.equal(out[~running], state[~running])
+    assert not running.any() or not (out[running] == state[running]).all(-1).any()
 
 
-def test_only_active_tokens_ask_and_all_give_keys(
+def test_queries_are_computed_for_active_tokens_and_keys_for_all(
     model: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
     ids, layout = setting([[-1] * 3 + [0] * 9, [0] * 12, [0] * 5 + [1] * 5 + [-1] * 2], 0)
@@ -266,24 +268,24 @@ def test_only_active_tokens_ask_and_all_give_keys(
 
 
 def documents(layout: Layout, *results: Tensor) -> list[tuple[Tensor, ...]]:
-    """What results (B, T, ...) say of the real tokens of each document."""
-    found = []
+    """The results (B, T, ...) at the real tokens of each document."""
+    parts = []
     for b, row in enumerate(layout.segments):
-        found += [tuple(result[b, row == segment] for result in results) for segment in row.unique() if segment >= 0]
-    return found
+        parts += [tuple(result[b, row == segment] for result in results) for segment in row.unique() if segment >= 0]
+    return parts
 
 
 def read(
     model: StandardTransformer, texts: list[list[int]], policy: Policy, width: int, chance: random.Random | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Logits and exits of texts that are read into a cache, a row each, `width` tokens at a time, on either side.
+    """Logits and exits of texts read into a cache, one per row, `width` tokens at a time, with padding on either side.
 
-    With `chance` each row reads up to `width` tokens at a time, and now and then the rows forget some of what they have
-    read, as much as each likes, and read it again.
+    With `chance`, each row reads a random number of tokens, up to `width`, at a time; sometimes the last tokens of the
+    rows are removed from the cache, a random number per row, and read again.
     """
     lengths = [len(text) for text in texts]
     cache, done = model.new_cache(len(texts), max(lengths), key=policy), [0] * len(texts)
-    found = [(model.output_head.weight.new_zeros(n, VOCAB), torch.zeros(n, dtype=torch.long)) for n in lengths]
+    results = [(model.output_head.weight.new_zeros(n, VOCAB), torch.zeros(n, dtype=torch.long)) for n in lengths]
     while done != lengths:
         counts = [min(width if chance is None else chance.randint(0, width), n - d) for n, d in zip(lengths, done)]
         T = max(1, *counts)
@@ -294,35 +296,35 @@ def read(
         layout = Layout(torch.zeros_like(ids), segments)
         new = routed(model, ids, policy, layout, cache)
         for b, (n, d) in enumerate(zip(counts, done)):
-            for result, part in zip(found[b], new):
+            for result, part in zip(results[b], new):
                 result[d : d + n] = part[b, layout.real[b]]
         done = [d + n for n, d in zip(counts, done)]
         assert cache.length.tolist() == done
         if chance is not None and chance.random() < 0.4:
             done = [chance.randint(max(0, d - 3), d) for d in done]
             cache.cut(torch.tensor(done))
-    return found
+    return results
 
 
-def assert_cached_reading_is(
+def assert_equal_with_a_cache(
     model: StandardTransformer, ids: Tensor, policy: Policy, layout: Layout, logits: Tensor, exits: Tensor, seed: int
 ) -> None:
-    """A prefill, reading token by token, and reading in parts with parts taken back, give these logits and exits."""
+    """A prefill, single tokens, and parts of which some are removed and read again give these logits and exits."""
     whole = documents(layout, ids, logits, exits)
     texts = [text.tolist() for text, *_ in whole]
     for width, chance in ((ids.shape[1], None), (1, None), (4, random.Random(seed))):
-        for (_, *expected), found in zip(whole, read(model, texts, policy, width, chance), strict=True):
-            torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-10)
-            assert torch.equal(found[1], expected[1])
+        for (_, *expected), result in zip(whole, read(model, texts, policy, width, chance), strict=True):
+            torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-10)
+            assert torch.equal(result[1], expected[1])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_reading_with_a_cache_is_the_routed_forward(
+def test_runs_with_a_cache_equal_the_routed_forward(
     packed: bool, batch: int, count: int, model: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
-    """A cache holds a document a row, so documents that are packed in the routed forward have rows of their own."""
+    """A row of a cache is one document, so each document of a packed row is read into its own row."""
 
     @settings(max_examples=3)
     @given(rows(packed, st.just(batch)), st.integers(0, 99))
@@ -331,7 +333,7 @@ def test_reading_with_a_cache_is_the_routed_forward(
         policy = even_policy(model, ids, EXITS[count], layout)
         logits, exits = routed(model, ids, policy, layout)
         assert_shares(exits, policy)
-        assert_cached_reading_is(model, ids, policy, layout, logits, exits, seed)
+        assert_equal_with_a_cache(model, ids, policy, layout, logits, exits, seed)
 
     check()
 
@@ -344,12 +346,15 @@ def measured_policy(
 ) -> Policy:
     if options["patience"]:
         return Policy((3, 4), (1.0, 1.0), **options)
-    return even_policy(model, ids, EXITS[2], layout, **options)
+    try:
+        return even_policy(model, ids, EXITS[2], layout, **options)
+    except EaseError:  # with a half life, not every draw has thresholds in [0, 1] that split its tokens evenly
+        reject()
 
 
 @pytest.fixture(scope="module")
 def rich(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
-    """A model with all that a checkpoint or an exit can have."""
+    """A model with every optional part of a layer and of an exit."""
     options = {"qkv_bias": True, "qk_norm": True, "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 8)}
     adapters = {"adapter_exits": (1,), "adapter_dim": 4}
     model = tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2, **options, **adapters)
@@ -362,7 +367,7 @@ def rich(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
 
 @pytest.mark.parametrize("start", [{}, {"half_life": 0.5, "always_deep": 1}], ids=["anywhere", "deep at the start"])
 @pytest.mark.parametrize("measure", MEASURED, ids=MEASURES)
-def test_every_measure_says_the_same_with_a_cache(
+def test_every_measure_is_the_same_with_a_cache(
     measure: dict[str, Any], start: dict[str, Any], rich: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
     @settings(max_examples=3)
@@ -372,16 +377,16 @@ def test_every_measure_says_the_same_with_a_cache(
         policy = measured_policy(rich, ids, layout, measure | start, even_policy)
         logits, exits = routed(rich, ids, policy, layout)
         assert_shares(exits, policy)
-        assert_cached_reading_is(rich, ids, policy, layout, logits, exits, seed)
+        assert_equal_with_a_cache(rich, ids, policy, layout, logits, exits, seed)
 
     check()
 
 
 @pytest.mark.parametrize("measure", MEASURED, ids=MEASURES)
-def test_routed_decoding_is_the_routed_forward(
+def test_routed_decoding_equals_the_routed_forward(
     measure: dict[str, Any], rich: StandardTransformer, even_policy: Callable[..., Policy]
 ) -> None:
-    """Tokens, exits and confidences of every step are those of `route` over the whole text."""
+    """Tokens, exits and confidences of every step equal those of `route` over the whole text."""
     model, taken = copy.deepcopy(rich), []
     mask = torch.tensor([[0] * (b % 5) + [1] * (9 - b % 5 - b % 4) + [0] * (b % 4) for b in range(16)])
     full = generate(model, torch.randint(VOCAB, mask.shape), 12, attention_mask=mask)
@@ -389,23 +394,23 @@ def test_routed_decoding_is_the_routed_forward(
     model.policy = policy
     for _ in range(2):
         ids = torch.randint(VOCAB, mask.shape)
-        found = generate(model, ids, 12, "routed", attention_mask=mask)
-        taken.append(found.exits)
-        texts = torch.cat([ids, found.tokens[:, :-1]], 1)
+        generated = generate(model, ids, 12, "routed", attention_mask=mask)
+        taken.append(generated.exits)
+        texts = torch.cat([ids, generated.tokens[:, :-1]], 1)
         whole = route(model, texts, attention_mask=torch.cat([mask, torch.ones(16, 11)], 1))
-        # The first of the tokens follows from the last of the prompt, wherever its padding is.
+        # The first new token is predicted at the last real token of the prompt.
         before = torch.cat([(mask.cumsum(1) * mask).argmax(1, keepdim=True), torch.arange(9, 20).expand(16, 11)], 1)
         at = torch.arange(16)[:, None], before
-        assert torch.equal(whole.logits[at].argmax(-1), found.tokens)
-        assert torch.equal(whole.exits[at], found.exits)
-        torch.testing.assert_close(whole.confidences[at].float(), found.confidences)
+        assert torch.equal(whole.logits[at].argmax(-1), generated.tokens)
+        assert torch.equal(whole.exits[at], generated.exits)
+        torch.testing.assert_close(whole.confidences[at].float(), generated.confidences)
     assert_shares(torch.stack(taken), policy)
 
 
 @settings(max_examples=30)
 @given(data=st.data())
 def test_any_pattern_of_active_tokens_gives_the_same_states_with_a_cache(data: st.DataObject) -> None:
-    """Whatever the exits would say: any tokens, cut into any parts, some of which are taken back and read again."""
+    """Independent of any policy: random active tokens, random parts, some of which are removed and read again."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     B, T = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 14))
     model = StandardTransformer(11, 16, LAYERS, 4, num_kv_heads=2).double().eval()
@@ -416,14 +421,14 @@ def test_any_pattern_of_active_tokens_gives_the_same_states_with_a_cache(data: s
     stages = [(1, 2), (3, 3), (4, 5)]
     with torch.no_grad():
         whole = model.embed(ids)
-        for (first, last), mine in zip(stages, active):
-            whole = model.run(whole, first, last, active=mine)
+        for (first, last), running in zip(stages, active):
+            whole = model.run(whole, first, last, active=running)
         cache, at, parts = model.new_cache(B, T), 0, []
         while at < T:
             end = data.draw(st.integers(at + 1, T))
             state = model.embed(ids[:, at:end])
-            for (first, last), mine in zip(stages, active):
-                state = model.run(state, first, last, active=mine[:, at:end], cache=cache)
+            for (first, last), running in zip(stages, active):
+                state = model.run(state, first, last, active=running[:, at:end], cache=cache)
             if data.draw(st.booleans()):  # read again what was just read
                 cache.cut(torch.full((B,), at))
                 continue
@@ -441,7 +446,7 @@ def test_float32_differs_only_at_the_threshold(
     tiny: Callable[..., StandardTransformer],
     even_policy: Callable[..., Policy],
 ) -> None:
-    """Read as a whole, as a prefill and token by token."""
+    """Over the whole sequence, as a prefill and token by token."""
     sharp = tiny(LAYERS, sharp=True, dim=16, num_kv_heads=2)
     for model, ids, exits in (
         (trained, text[2048:4096].long().view(16, 128), (1,)),
@@ -464,14 +469,14 @@ def test_float32_differs_only_at_the_threshold(
         tied = expected.logits.topk(2).values.diff(dim=-1).squeeze(-1) > -1e-4
         for logits, taken in readings:
             moved = taken != expected.exits
-            other = logits.argmax(-1) != expected.logits.argmax(-1)
-            parted = torch.minimum(taken, expected.exits) - 1
-            by_a_hair = (confidence.gather(0, parted[None])[0] - thresholds[parted]).abs() < 1e-4
-            # What follows a token that left elsewhere reads another state.
-            alike = moved.long().cumsum(1) - moved.long() == 0
-            assert not (alike & moved & ~by_a_hair).any()
-            assert not (alike & ~moved & other & ~tied).any()
+            different = logits.argmax(-1) != expected.logits.argmax(-1)
+            first_exit = torch.minimum(taken, expected.exits) - 1
+            at_threshold = (confidence.gather(0, first_exit[None])[0] - thresholds[first_exit]).abs() < 1e-4
+            # Tokens after one that took another exit attend to another state.
+            comparable = moved.long().cumsum(1) - moved.long() == 0
+            assert not (comparable & moved & ~at_threshold).any()
+            assert not (comparable & ~moved & different & ~tied).any()
             assert moved.double().mean() < 0.01
-            assert other.double().mean() < 0.01
+            assert different.double().mean() < 0.01
         for layer in (*exits, model.num_layers):
             assert 0.1 < (expected.exits == layer).double().mean() < 0.9
