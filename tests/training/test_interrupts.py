@@ -2,15 +2,16 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ease import Data, StandardConfig, StandardTransformer, train
+from ease import Data, StandardConfig, StandardTransformer, TokenBatches, train
 from ease.progress import Progress
 from ease.training.checkpoint import deferred_interrupts
+from ease.training.phases import History
 
 Make = Callable[..., StandardTransformer]
 
@@ -65,3 +66,35 @@ def test_an_interrupt_waits_only_where_it_must() -> None:
         with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C does not wait
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_in_the_validation_that_ends_a_phase_costs_no_step(tiny: Make, tmp_path: Path) -> None:
+    """The budget is used up then, so the resumed phase validates and takes no further step."""
+    ids = torch.randint(256, (4000,), dtype=torch.int32)
+
+    class Val(list[tuple[torch.Tensor, torch.Tensor]]):
+        interrupt = 0
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            self.interrupt -= 1
+            if self.interrupt == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__iter__()
+
+    def run(folder: Path, interrupt: int = 0) -> tuple[History, dict[str, torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        model, data = tiny(1, dropout=0.1), Data(TokenBatches(ids, 16, 8, max_batches=5, shuffle=True), val)
+        val.interrupt = interrupt
+        options = StandardConfig(num_layers=1, patience=None, max_epochs=99, max_flops=4e8)
+        (_, history), *_ = train(model, options.strategy(), data, checkpoints=folder)
+        return history, model.state_dict(), torch.get_rng_state()
+
+    val = Val(TokenBatches(ids, 16, 8, max_batches=2))
+    whole, weights, random = run(tmp_path / "whole")
+    assert whole.steps % 5, "the budget ends within an epoch"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "again", interrupt=len(whole.rows) + 1)  # the first batch was read once before
+    again, weights_again, random_again = run(tmp_path / "again")
+    assert again.column("step") == whole.column("step")
+    assert all(torch.equal(weights[name], value) for name, value in weights_again.items())
+    assert torch.equal(random, random_again)

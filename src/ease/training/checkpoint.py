@@ -75,6 +75,14 @@ class Checkpoint:
             elif self.place == self.skip:
                 set_random_state(self.now)
 
+    def pass_over(self) -> None:
+        """Skips the batches of the epoch that were trained on, without reading another one."""
+        for _ in self.batches[0]:
+            self.place += 1
+            if self.place == self.skip:
+                break
+        set_random_state(self.now)
+
     def due(self) -> bool:
         """Whether the next checkpoint is due."""
         wait = EVERY and max(EVERY, self.took / SHARE)
