@@ -1,5 +1,6 @@
 """Entry point of the `ease` command."""
 
+import importlib
 import os
 import signal
 import sys
@@ -7,22 +8,14 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
-from ease.cli import calibrate, eval, export, generate, report, reproduce, run, tune
 from ease.errors import EaseError
 from ease.version import __version__
 
-# Every command is a module with USAGE, HELP and main(args). None imports torch before it runs, so help is quick.
-COMMANDS = {
-    "run": run,
-    "tune": tune,
-    "generate": generate,
-    "eval": eval,
-    "calibrate": calibrate,
-    "report": report,
-    "export": export,
-    "reproduce": reproduce,
-}
+# Every command is a module with USAGE, HELP and main(args). None imports torch before it runs, so help is quick, and
+# all are imported inside `main`, where an interrupt ends with one line.
+COMMANDS = ("run", "tune", "generate", "eval", "calibrate", "report", "export", "reproduce")
 
 CLOSED_PIPE = 128 + 13  # exit status of a program that SIGPIPE ended
 
@@ -30,7 +23,8 @@ CLOSED_PIPE = 128 + 13  # exit status of a program that SIGPIPE ended
 def usage() -> str:
     """The text of `ease --help`, at most 80 columns wide."""
     lines = ["usage: ease COMMAND ...", ""]
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
+        command = _command(name)
         lines += [f"  ease {name} {command.USAGE}", f"      {command.HELP}"]
     return "\n".join(
         [
@@ -66,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CLOSED_PIPE
 
 
+def _command(name: str) -> Any:
+    return importlib.import_module(f"ease.cli.{name}")
+
+
 def _run(args: list[str]) -> int:
     try:
         if not args or args[0] in ("-h", "--help", "help"):
@@ -75,7 +73,7 @@ def _run(args: list[str]) -> int:
         elif args[0] in COMMANDS:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: print(f"ease: note: {message}", file=sys.stderr)
-                COMMANDS[args[0]].main(args[1:])
+                _command(args[0]).main(args[1:])
         else:
             raise EaseError(f"unknown command {args[0]!r}: use {', '.join(COMMANDS)} (ease --help)")
     except EaseError as error:
