@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments.analysis import looks, plots, scaling
 from experiments.analysis.fronts import Fronts, OperatingPoint
+from experiments.analysis.names import current
 from experiments.analysis.statistics import Interval
 from experiments.analysis.table import Table, difference, percent, tex
 from experiments.analysis.tables import all_tables, notes
@@ -51,7 +52,7 @@ def prepare(data: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     files = {path.parent.relative_to(data).as_posix(): path for path in data.rglob("test.json")}
-    kept = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    kept = {name: current(json.loads(path.read_text(encoding="utf-8"))) for name, path in files.items()}
     kept = dict(sorted(kept.items(), key=lambda item: (on_other_data(item[1]), item[1]["lab"]["budget"], item[0])))
     for name, experiment in kept.items():
         (out / name).mkdir(parents=True)
@@ -61,8 +62,8 @@ def prepare(data: Path, out: Path) -> None:
         timed = data / name / "last-layer.tex"  # not made from test.json
         if timed.exists():
             shutil.copy(timed, out / name)
-    whole = {name: experiment for name, experiment in kept.items() if not experiment["original"]}
-    apart = {name: experiment for name, experiment in kept.items() if experiment["original"]}  # the parts of ASHEM
+    whole = {name: experiment for name, experiment in kept.items() if not experiment["ablated"]}
+    apart = {name: experiment for name, experiment in kept.items() if experiment["ablated"]}  # the parts of ASHEM
     for place, shown in SHOWN.items():
         of = apart if place == "apart" else whole
         index(out / place, [taken(f"{name}/{t}") for name in of for t in shown if (out / name / f"{t}.tex").exists()])
@@ -218,11 +219,11 @@ def setup(kept: Sequence[dict[str, Any]]) -> Table:
         lab = experiment["lab"]
         rows.append(
             [
-                name_of(experiment) + (": ASHEM's components" if experiment["original"] else ""),
+                name_of(experiment) + (": ASHEM's components" if experiment["ablated"] else ""),
                 f"{lab['tokens']['train']:,}",
                 f"{lab['vocab_size']:,}",
                 str(lab["dim"]),
-                ", ".join(str(re.sub(r"\D+", "", name)) for name in experiment["plain"]),
+                ", ".join(str(re.sub(r"\D+", "", name)) for name in experiment["baselines"]),
                 f"{lab['budget']:.1e}",
                 ", ".join(f"{lr:g}" for lr in lab["lrs"]),
                 str(len({entry["line"] for entry in experiment["entries"]})),
@@ -363,13 +364,13 @@ def from_markdown(
     note: str,
     header: Sequence[str],
     columns: Iterable[int],
-    wanted: Callable[[Row], bool],
+    selected: Callable[[Row], bool],
 ) -> Table:
-    """A table from the first one of a Markdown page: the given columns of the rows that `wanted` accepts."""
+    """A table from the first one of a Markdown page: the given columns of the selected rows."""
     lines = re.search(r"^\|.*?(?=^\s*$|\Z)", text, re.M | re.S)
     assert lines, f"no table for {name}"
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[0].splitlines()[2:]]
-    kept = [[bare(row[c]) if c < len(row) else "" for c in columns] for row in rows if wanted(row)]
+    kept = [[bare(row[c]) if c < len(row) else "" for c in columns] for row in rows if selected(row)]
     return compact(Table(name, title, header, kept, [note]))
 
 

@@ -1,6 +1,6 @@
-"""What the experiments share: seeds, the device, and WikiText in whole words.
+"""Random seeds, the device, and WikiText in whole words.
 
-The word level is the seed recipe's own: text lower-cased and split at white space, with a vocabulary of every
+The word level is that of the original recipe: text lower-cased and split at white space, with a vocabulary of every
 word of all three splits. Its perplexities compare with each other only, not with those of `ease.data`'s
 corpora, whose vocabularies come from the training split alone.
 """
@@ -22,7 +22,7 @@ from ease.errors import EaseError
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, the accelerators' included."""
+    """Seed the generators of Python, numpy and torch, including those of accelerators."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - the generator that other libraries draw from
     torch.manual_seed(seed)
@@ -60,20 +60,30 @@ def create_wikitext_dataloaders(
     seed: int = 42,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[TokenBatches, TokenBatches, int]:
-    """The seed recipe's loaders over `load_wikitext_words`: (train, validation, vocabulary size).
+    """The original recipe's loaders over `load_wikitext_words`: (train, validation, vocabulary size).
 
-    A sample is worth seq_len + 1 words. Train takes the first `num_samples` of them, shuffled by `seed`;
-    validation the first num_samples // 5, or all there are if fewer, in order. Both give full batches of
-    `(x, y)` only, int64 of shape (batch_size, seq_len).
+    A sample has seq_len + 1 words. Training takes the first `num_samples` of them, shuffled; validation the first
+    num_samples // 5, or all if there are fewer, in order.
 
-    Raises EaseError if train has fewer words than `num_samples` takes or a split not one full batch.
+    Args:
+        num_samples: training samples.
+        batch_size: sequences per batch.
+        seq_len: tokens per sequence.
+        seed: random seed of the training order.
+        data_dir: see `load_wikitext_words`.
+
+    Returns:
+        Loaders of full batches `(x, y)`, int64 of shape (batch_size, seq_len), and the vocabulary size.
+
+    Raises:
+        EaseError: the training text has fewer words than `num_samples` requires, or a split less than one full batch.
     """
     words, vocab = load_wikitext_words(data_dir)
-    sample = max(seq_len, 0) + 1  # a seq_len below 1 is refused with the batches
-    wanted = num_samples * sample
-    if not 0 < wanted <= len(words["train"]):
+    sample = max(seq_len, 0) + 1  # TokenBatches rejects a seq_len below 1
+    required = num_samples * sample
+    if not 0 < required <= len(words["train"]):
         most = len(words["train"]) // sample
-        raise EaseError(f"num_samples is {num_samples}: use 1 to {most}, all that the training text has")
-    train = TokenBatches(words["train"][:wanted], seq_len, batch_size, shuffle=True, seed=seed)
+        raise EaseError(f"num_samples must be 1 to {most} for this training text, got {num_samples}")
+    train = TokenBatches(words["train"][:required], seq_len, batch_size, shuffle=True, seed=seed)
     val = TokenBatches(words["val"][: num_samples // 5 * sample], seq_len, batch_size)
     return train, val, len(vocab)

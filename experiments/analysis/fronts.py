@@ -73,27 +73,27 @@ class Fronts:
     @property
     def baselines(self) -> list[str]:
         """The standard models."""
-        return list(self.data["plain"])
+        return list(self.data["baselines"])
 
     @property
     def partial(self) -> list[str]:
         """Lines that spend only a part of the budget, because other lines start from them."""
-        return list(self.data["unfinished"])
+        return list(self.data["partial"])
 
     @property
     def compared_with(self) -> list[str]:
         """The lines that every other line is compared with."""
-        return list(self.data["beside"])
+        return list(self.data["compared_with"])
 
     @property
     def ablated(self) -> str | None:
         """The line that the others are variants of, in an ablation."""
-        return self.data["original"]
+        return self.data["ablated"]
 
     @property
     def strategies(self) -> list[str]:
         """Lines other than standard models that spent the whole budget and were not trained on validation tokens."""
-        others = (*self.baselines, *self.partial, self.data["leaky"])
+        others = (*self.baselines, *self.partial, self.data["in_sample"])
         return [name for name in self.points if name not in others]
 
     @property

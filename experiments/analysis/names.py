@@ -1,4 +1,4 @@
-"""Names in kept data: earlier names of lines, settings and token groups, and the names in use today.
+"""Names in kept data: earlier names of keys, lines, settings and token groups, and the names in use today.
 
 A kept `test.json` is never rewritten; `current` translates it when it is read. No other module knows earlier names.
 """
@@ -10,6 +10,17 @@ from typing import Any
 
 from experiments.harness.line import CONTINUED, standard_name
 
+KEYS = {
+    "plain": "baselines",
+    "unfinished": "partial",
+    "beside": "compared_with",
+    "explained": "by_token_group",
+    "original": "ablated",
+    "both": "on_validation",
+    "leaky": "in_sample",
+    "measures": "task_metrics",
+}
+"""Earlier keys of `test.json`."""
 LINES: tuple[tuple[str, str], ...] = (
     (r"^continued\b", CONTINUED),
     (r"\b(\d+) layers, nine tenths", r"standard, \1 layers, before tuning"),
@@ -78,10 +89,10 @@ def entry(kept: dict[str, Any]) -> dict[str, Any]:
 
 def current(data: dict[str, Any]) -> dict[str, Any]:
     """The content of a `test.json` with current names; a file written today is returned as it is."""
-    found = dict(data)
-    for key in ("base", "original", "leaky"):
+    found = {KEYS.get(key, key): value for key, value in data.items()}
+    for key in ("base", "ablated", "in_sample"):
         found[key] = found[key] and line(found[key])
-    for key in ("plain", "unfinished", "beside", "explained", "both", "missing"):
+    for key in ("baselines", "partial", "compared_with", "by_token_group", "on_validation", "missing"):
         found[key] = [line(name) for name in found[key]]
     for old, new in TITLES.items():
         found["title"] = found["title"].replace(old, new)

@@ -53,7 +53,7 @@ def notes(kept: dict[str, Any]) -> list[str]:
     several = len(data["seeds"]) > 1
     spent = {e["line"]: e["flops"] / lab["budget"] for e in data["entries"]}
     without_rate = {e["line"] for e in data["entries"] if e["lr"] is None}
-    named = {*without_rate, *data["unfinished"]}
+    named = {*without_rate, *data["partial"]}
     other = {n: f"{share:.0%}" for n, share in spent.items() if n in named or not share}
     shares = {share: [name for name, its in other.items() if its == share] for share in other.values()}
     less = "".join(f" ({'; '.join(lines)}: {share} of it)" for share, lines in shares.items())
@@ -186,7 +186,7 @@ def operating_points(fronts: Fronts) -> Table:
 
 def task_quality(fronts: Fronts) -> Table | None:
     """A task's own metrics for every operating point on any line's front."""
-    metrics = fronts.data.get("measures", ())
+    metrics = fronts.data.get("task_metrics", ())
     rows = [
         [
             name,
@@ -276,9 +276,9 @@ def thresholds(fronts: Fronts) -> Table | None:
 
 def by_token_group(fronts: Fronts) -> Table | None:
     """Which groups of tokens are hard, and which gain."""
-    if not fronts.data["explained"]:
+    if not fronts.data["by_token_group"]:
         return None
-    name, other = fronts.data["explained"]
+    name, other = fronts.data["by_token_group"]
     point, reference = fronts.compared(name), fronts.full_depth(other)
     assert point is not None
     groups = [zip(*(seed["groups"] for seed in each.by_seed), strict=True) for each in (point, reference)]
@@ -330,7 +330,7 @@ def ablation(fronts: Fronts) -> Table | None:
 def in_sample(fronts: Fronts) -> Table | None:
     """The same lines on validation tokens, on which some were trained, and on test tokens."""
     rows = []
-    for name in fronts.data["both"]:
+    for name in fronts.data["on_validation"]:
         exits = [point for point in fronts.points[name] if point.candidate.share == COMPARED]
         for point in (fronts.full_depth(name), *exits):
             each = [

@@ -48,7 +48,7 @@ class Report:
     """Lines that are shown on validation tokens as well."""
     in_sample: str | None = None
     """The one of them that was trained on validation tokens, and is excluded from all other tables."""
-    measures: tuple[str, ...] = ()
+    task_metrics: tuple[str, ...] = ()
     """Task metrics that are shown in addition to perplexity, by their names in `tables.TASK_METRICS`."""
     command: str = ""
     """The command that reproduces the experiment."""
@@ -126,14 +126,14 @@ def measure(
         "machine": machine(scheduler.device),
         "timed": {"seed": seeds[0], "rounds": TIMED[0], "batches": TIMED[1]},
         "base": report.base,
-        "plain": [name for name in report.baselines if name in finished],
-        "unfinished": [name for name in finished if scheduler.lines[name].share < 1],
-        "beside": [name for name in report.compared_with if name in finished],
-        "explained": report.by_token_group if set(report.by_token_group) <= set(finished) else (),
-        "original": report.ablated if report.ablated in finished else None,
-        "both": [name for name in report.on_validation if name in finished],
-        "leaky": report.in_sample,
-        "measures": list(report.measures),
+        "baselines": [name for name in report.baselines if name in finished],
+        "partial": [name for name in finished if scheduler.lines[name].share < 1],
+        "compared_with": [name for name in report.compared_with if name in finished],
+        "by_token_group": report.by_token_group if set(report.by_token_group) <= set(finished) else (),
+        "ablated": report.ablated if report.ablated in finished else None,
+        "on_validation": [name for name in report.on_validation if name in finished],
+        "in_sample": report.in_sample,
+        "task_metrics": list(report.task_metrics),
         "missing": scheduler.missing(seeds),
         "entries": entries,
     }

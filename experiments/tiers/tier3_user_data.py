@@ -278,7 +278,7 @@ def checkpoint_lines(layers: int) -> dict[str, Line]:
 def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequence[int]) -> Experiment:
     """Tier 3's experiment at a size of `SIZES`."""
     size, kind = SIZES[name], kind_of(data)
-    measures, options = TASK_METRICS.get(kind, ()), f"--data {called(data)}"
+    task_metrics, options = TASK_METRICS.get(kind, ()), f"--data {called(data)}"
     if model is None:
         title, lines = f"{called(data)} at scale {name}", new_lines(size, kind)
         base, standard, compared_with = BASE, standard_names(size.depths), (CONTINUED,)
@@ -291,7 +291,7 @@ def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequ
         base, standard, compared_with = UNCHANGED, (*truncated, UNCHANGED), (UNCHANGED,)
         options = f"--model {Path(model).name} {options}"
     command = f"ease reproduce 3 {options} --seeds {','.join(map(str, seeds))} --scales {name}"
-    report = Report(title, base, standard, compared_with, command=command, measures=measures)
+    report = Report(title, base, standard, compared_with, command=command, task_metrics=task_metrics)
     parts = ([] if model is None else [Path(model).resolve().name]) + [called(data).removeprefix("hf:"), name]
     folder = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
     return Experiment(folder, partial(make_lab, name, data, model, device), lines, report)

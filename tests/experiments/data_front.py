@@ -46,7 +46,8 @@ def fake(seeds: int = 3, lift: float = 0.0, budget: float = 1e12) -> dict[str, A
         "machine": about,
         "timed": {"seed": 0, "rounds": 5, "batches": 4},
         "base": "base",
-        "beside": ["standard 1"],
+        "compared_with": ["standard 1"],
     }
-    data |= {"plain": ["standard 1", "standard 2"], "unfinished": ["base"], "original": None, "both": [], "leaky": None}
-    return data | {"explained": (), "missing": ["another"], "entries": entries}
+    data |= {"baselines": ["standard 1", "standard 2"], "partial": ["base"], "ablated": None}
+    data |= {"on_validation": [], "in_sample": None}
+    return data | {"by_token_group": (), "missing": ["another"], "entries": entries}

@@ -115,7 +115,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, budget in enumerate((1e13, 1e12)):
         own = {"title": f"Front {number}", "command": "ease reproduce 1 --data stdlib --scales x"}
         keep(root / "data" / f"1-{number}", fake(budget=budget) | own)
-    keep(root / "data" / "2-0", fake() | {"title": "Apart", "original": "exits & more_"})
+    keep(root / "data" / "2-0", fake() | {"title": "Apart", "ablated": "exits & more_"})
     (root / "data" / "2-0" / "last-layer.tex").write_text(cost_at_1b.table().latex(), encoding="utf-8")
     paper.prepare(root / "data", root / "paper" / "build" / "data")
     return root / "paper"

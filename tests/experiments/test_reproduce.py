@@ -85,7 +85,7 @@ def test_the_smallest_tier_resumes_after_a_kill_and_writes_every_table(smoke: Pa
             assert (folder / f"front.{suffix}").stat().st_size > 500
         budget = made["lab"]["budget"]
         for entry in made["entries"]:
-            if entry["line"] not in made["unfinished"]:
+            if entry["line"] not in made["partial"]:
                 assert entry["flops"] == pytest.approx(budget, rel=0.2), entry["line"]
     assert (smoke / "text.txt-scales.md").read_text().count("needs 3 scales")
     assert {path.stem for path in (smoke / "text.txt-apart").glob("*.tex")} >= {"parts", "leak", "last-layer", "tokens"}
@@ -121,11 +121,11 @@ def test_with_a_classifier_exit_a_continuing_token_pays_no_head(data: dict[str, 
 
 def test_the_in_sample_line_is_in_tables_of_its_own(smoke: Path) -> None:
     made = read(smoke / "text.txt-apart")
-    (leaky,) = [entry for entry in made["entries"] if entry["line"] == made["leaky"]]
-    assert leaky["strategy"]["protocol"] == "seed"
-    assert all("hard_ppl" in point["val"] for point in leaky["points"])
+    (in_sample,) = [entry for entry in made["entries"] if entry["line"] == made["in_sample"]]
+    assert in_sample["strategy"]["protocol"] == "seed"
+    assert all("hard_ppl" in point["val"] for point in in_sample["points"])
     by_name = {table.name: table for table in tables.all_tables(made)}
-    assert {name for name, table in by_name.items() if made["leaky"] in str(table.rows)} == {"leak", "costs"}
+    assert {name for name, table in by_name.items() if made["in_sample"] in str(table.rows)} == {"leak", "costs"}
 
 
 def test_a_spent_time_budget_starts_nothing_and_lists_what_is_missing(

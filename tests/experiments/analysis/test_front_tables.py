@@ -82,7 +82,7 @@ def test_savings_are_measured_from_the_best_routing() -> None:
 
 
 def test_gains_by_token_group_are_against_the_same_training_without_growth() -> None:
-    data = fake() | {"explained": ("exits & more_", "standard 1")}
+    data = fake() | {"by_token_group": ("exits & more_", "standard 1")}
     for entry in data["entries"]:
         for at in entry["points"]:
             after = 8.0 if entry["line"] == "standard 1" else 10.0
