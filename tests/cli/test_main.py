@@ -28,7 +28,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_run_configuration_and_says_what_it_is(name: str) -> None:
+def test_every_recipe_is_a_run_configuration_with_a_docstring(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.__doc__
     config = recipe.config()
@@ -182,7 +182,7 @@ def test_a_missing_extra_is_one_sentence_that_names_it() -> None:
     ]
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "ease run RECIPE" in capsys.readouterr().out
     assert main(["run"]) == 0

@@ -1,4 +1,4 @@
-"""A made-up run for the tests of the report: every figure is synthetic, its shape is that of a real one."""
+"""A synthetic run for the tests of the report, with the structure of a real one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def curve(phase: str, start: float, losses: list[float]) -> list[dict[str, Any]]
 
 
 def way(name: str, batch: int, speed: float, ratio: float, layers: float, **extra: Any) -> dict[str, Any]:
-    """A row of figures of one way to decode."""
+    """Metrics of one decoding mode."""
     return {
         "way": name,
         "batch": batch,
@@ -268,7 +268,7 @@ def run_folder(folder: Path, summary: object, explorer: object = None) -> Path:
 
 
 def with_line(summary: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
-    """The summary with the test figures (or the training FLOPs) of one line changed."""
+    """The summary with the test metrics (or the training FLOPs) of one line changed."""
     for line in summary["lines"]:
         if line["name"] == name:
             line["train_flops"] = changes.pop("train_flops", line["train_flops"])

@@ -20,7 +20,7 @@ from ease.runs.metrics import decoding_metrics
 Make = Callable[..., StandardTransformer]
 
 
-def test_the_sweep_goes_from_everyone_leaving_to_no_one(made: Path) -> None:
+def test_the_sweep_goes_from_all_tokens_exiting_to_none(made: Path) -> None:
     points = json.loads((made / "summary.json").read_text())["sweep"]["points"]
     costs = [point["compute_cost"] for point in points]
     assert costs[0] == pytest.approx(1 / 3)
@@ -28,7 +28,7 @@ def test_the_sweep_goes_from_everyone_leaving_to_no_one(made: Path) -> None:
     assert costs == sorted(costs)
 
 
-def test_the_report_says_how_well_confidence_ranks(made: Path) -> None:
+def test_the_report_shows_how_well_confidence_ranks(made: Path) -> None:
     exits = json.loads((made / "summary.json").read_text())["reliability"]["exits"]
     assert [e["layer"] for e in exits] == [1, 3]
     assert 0.5 < exits[0]["auroc"] < 1

@@ -1,4 +1,4 @@
-"""A finished run: evaluated on what it was not chosen on, calibrated, and its policy bound to its weights."""
+"""Finished runs: evaluated on data that chose nothing, calibrated, with a policy bound to its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ease.runs.store import load_model
 
 @pytest.fixture
 def cached(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished run, with its text at hand."""
+    """A copy of the finished run, with its text in the cache."""
     monkeypatch.setenv("EASE_CACHE", str(made.parent / "cache"))
     return Path(shutil.copytree(made, tmp_path / "run"))
 
@@ -103,7 +103,7 @@ def test_a_policy_belongs_to_its_weights(cached: Path, tmp_path: Path, capsys: p
         read(folder)  # type: ignore[operator]
 
 
-def test_what_fails_leaves_the_policy_as_it_was(
+def test_a_failed_calibration_keeps_the_old_policy(
     cached: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["calibrate", str(cached), "--min-agreement", "0.8"]) == 0
@@ -146,7 +146,7 @@ def test_what_fails_leaves_the_policy_as_it_was(
         ({"data": {"seq_len": "a"}}, ["eval"]),
     ],
 )
-def test_a_run_that_does_not_say_its_data_is_reported(
+def test_a_run_without_data_configuration_is_reported(
     cached: Path, run: Any, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edited = json.loads((cached / "config.json").read_text()) | {"run": run}

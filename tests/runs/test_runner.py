@@ -45,7 +45,7 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
     assert joint["val"]["shallow_ratio"] == pytest.approx(lines["phase 2"]["val"]["shallow_ratio"], abs=0.02)
 
 
-def test_every_line_to_compare_with_may_be_asked_for_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_several_baselines_may_be_given_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *budget("6e7")]
     assert main([*args, "--compare", "full-depth", "continued"]) == 0
@@ -98,10 +98,8 @@ def test_ashem_grows_on_a_checkpoint(made: Path, text_file: Path, tmp_path: Path
     assert all(torch.equal(p, grown.get_parameter(n)) for n, p in came.named_parameters())
 
 
-def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
-    made, text_file, tmp_path: Path, monkeypatch
-) -> None:
-    """The hard set and "continued" belong to the model that phase 2 grew from, and not to the one that came."""
+def test_phase_1_determines_the_hard_set_after_an_initial_model(made, text_file, tmp_path: Path, monkeypatch) -> None:
+    """The hard set and the continued line belong to phase 1, which phase 2 was built on, not to the initial model."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     out, plan = tmp_path / "grown", ["--strategy.phase1-layers", "3", "--strategy.phase1-max-flops", "6e7"]
     limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "6e7", "--compare", "continued"]
@@ -114,7 +112,7 @@ def test_a_first_phase_from_a_checkpoint_fixes_the_hard_set_itself(
 
 
 def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_path: Path, monkeypatch) -> None:
-    """Open growth finds its threshold when all is trained, and it sends on the share asked for."""
+    """Open growth determines its threshold after training, and the configured share of tokens continues."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     plan = ["--strategy.hard-ratio", "0.3", "--strategy.max-flops", "6e8", "--compare", "full-depth"]
     assert main(["run", "open-growth", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *plan]) == 0
@@ -124,10 +122,8 @@ def test_a_run_has_the_policy_that_its_strategy_ends_with(text_file: Path, tmp_p
     assert load_model(tmp_path / "run")[1]["policy"]["thresholds"] == lines[1]["policy"]["thresholds"]
 
 
-def test_lines_beside_phases_that_share_a_schedule_go_through_all_of_it(
-    text_file: Path, tmp_path: Path, monkeypatch
-) -> None:
-    """And what the report sweeps is the measure that the policy asks."""
+def test_baselines_of_phases_that_share_a_schedule_complete_it(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """And the report sweeps the confidence measure of the policy."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     args = ["run", "gated", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *COMPARE]
     assert main([*args, "--strategy.max-flops", "4e8"]) == 0
@@ -145,7 +141,9 @@ def test_lines_beside_phases_that_share_a_schedule_go_through_all_of_it(
     assert sent[nearest] == pytest.approx(policy["test"]["flops_per_token"], rel=0.05)
 
 
-def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_standard_baseline_is_trained_unless_it_equals_the_strategy(
+    text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     for name, lines in (("discriminative", {"discriminative", "standard, 4 layers"}), ("standard", {"training"})):
         args = ["run", name, "--data", str(text_file), "--out", str(tmp_path / name), *TINY, "--compare", "standard"]
@@ -154,10 +152,10 @@ def test_a_plain_line_stands_beside_one_that_differs_in_its_rates(text_file: Pat
         assert {line["name"] for line in summary["lines"]} == lines
 
 
-def test_deep_supervision_stands_beside_one_that_learns_from_the_last_exit(
+def test_deep_supervision_differs_from_a_strategy_with_another_objective(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights on the same exits are another training where the aim is another."""
+    """Equal weights at equal exits are another training if the objective differs."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     args = ["run", "early-exit", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY]
     own = ["--strategy.num-layers", "2", "--strategy.exit-layer", "1", "--strategy.exit-weight", "1"]
@@ -167,7 +165,9 @@ def test_deep_supervision_stands_beside_one_that_learns_from_the_last_exit(
     assert [line["name"] for line in lines] == ["early exit", "deep-supervision, 2 layers"]
 
 
-def test_too_short_a_text_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_is_too_short_is_reported_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = tmp_path / "short.txt"
     short.write_text("one line\n" * 30)
     assert main(["run", "demo", "--data", str(short), "--out", str(tmp_path / "out"), *TINY]) == 2
