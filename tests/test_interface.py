@@ -138,3 +138,10 @@ def test_a_model_has_one_policy(name: str, tiny: Callable[..., StandardTransform
     with pytest.raises(EaseError, match=r"set model\.policy = ease\.Policy"):
         setattr(model, name, 1)
     assert model.policy == Policy()
+
+
+def test_modules_without_parameters_follow_the_module_that_they_are_in() -> None:
+    frozen, learning = nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    frozen.requires_grad_(False)
+    train_mode(nn.ModuleList([frozen, learning]))
+    assert [part.training for part in (*frozen, *learning)] == [False, False, True, True]

@@ -23,6 +23,7 @@ from ease import (
     PhaseOptions,
     Policy,
     StageConfig,
+    StandardConfig,
     StandardTransformer,
     TokenBatches,
     Trainer,
@@ -868,3 +869,22 @@ def test_evaluate_under_several_exits(tiny: Make) -> None:
         "tokens",
     }
     assert set(figures) == keys
+
+
+def test_training_that_is_not_iterated_over_warns(tiny: Make) -> None:
+    data = Data([pair()], [pair()])
+    with pytest.warns(RuntimeWarning, match="nothing was trained"):
+        train(tiny(2), StandardConfig(num_layers=2).strategy(), data)
+
+
+def test_a_strategy_trains_once(tiny: Make) -> None:
+    strategy, data = StandardConfig(num_layers=2, max_epochs=1).strategy(), Data([pair()], [pair()])
+    assert len(list(train(tiny(2), strategy, data))) == 1
+    with pytest.raises(EaseError, match="create a new one for every training"):
+        list(train(tiny(2), strategy, data))
+
+
+def test_a_trainer_without_a_device_leaves_the_model_where_it_is(tiny: Make) -> None:
+    config = create_standard_config(2)
+    assert Trainer(config, 256).device_of(tiny(2).to("meta")) == torch.device("meta")
+    assert Trainer(config, 256, "cpu").device_of(tiny(2).to("meta")) == torch.device("cpu")

@@ -239,8 +239,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def train_mode(model: nn.Module) -> None:
     """Training mode for modules with trainable parameters, evaluation mode (no dropout) for frozen ones."""
-    for module in model.modules():
-        module.training = learnable(module)
+
+    def switch(module: nn.Module, training: bool) -> None:
+        # A module without parameters, such as a Dropout, follows the module that it is in.
+        if next(module.parameters(), None) is not None:
+            training = learnable(module)
+        module.training = training
+        for child in module.children():
+            switch(child, training)
+
+    switch(model, True)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ease.training.config import PhaseOptions, TrainingConfig
 from ease.training.config import StageConfig as StageConfig
 from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.training.config import create_standard_config as create_standard_config
+from ease.training.optimizer import adamw
 from ease.training.phases import Data, History, Phase, Step, Strategy
 from ease.training.state import PhaseState, phase_identity
 from ease.training.step import step_flops, step_loss
@@ -42,7 +43,7 @@ class Trainer:
     Args:
         config: losses, routing, and token selection.
         vocab_size: vocabulary of the models, or the number of labels of a classifier; other models are refused.
-        device: device of training, to which models are moved (the CPU by default).
+        device: device of training, to which models are moved (by default each model stays where it is).
 
     Example:
         >>> trainer = Trainer(ease.create_standard_config(num_layers=2), vocab_size=256)
@@ -52,14 +53,18 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
         self.config, self.vocab_size = config, vocab_size
-        self.device = torch.device(device or "cpu")
+        self.device = None if device is None else torch.device(device)
         self._warned = False
         # glibc returns large freed blocks to the system and gets them back page by page in the next step. Freeing a
         # block of just under 32 MiB raises that threshold permanently: 8% of a step's time at dim 256.
         torch.empty(2**23 - 2**14)
 
+    def device_of(self, model: ExitModel) -> torch.device:
+        """The device of training: the trainer's, or the model's if the trainer has none."""
+        return self.device or next(model.parameters()).device
+
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters; norms and other vectors are not decayed.
+        """AdamW over the trainable parameters; norms and other vectors are not decayed. What learns is float32.
 
         The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group is
         the decayed one with the highest rate.
@@ -82,8 +87,7 @@ class Trainer:
             {"params": params, "lr": base_lr * scale, "weight_decay": weight_decay if decayed else 0.0}
             for (decayed, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         ]
-        # Fused: one pass over each parameter's memory instead of a dozen.
-        return torch.optim.AdamW(parts, lr=base_lr, betas=(0.9, 0.95), fused=True)
+        return adamw(parts, base_lr)
 
     def compute_loss(
         self,
@@ -118,7 +122,7 @@ class Trainer:
         if x.shape != y.shape:
             raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers, first)
-        batch = Batch(x, y.long(), active, state, layout=layout).to(self.device)
+        batch = Batch(x, y.long(), active, state, layout=layout).to(self.device_of(model))
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         return step_loss(model, self.config, batch, first, step, continued)
 
@@ -153,7 +157,8 @@ class Trainer:
                 f"routing at exit {sorted(untrained)}, which no loss has trained: give its layer a loss weight",
                 stacklevel=3,
             )
-        return score(model.to(self.device), re_iterable(batches), policy, last=last, device=self.device)
+        device = self.device_of(model)
+        return score(model.to(device), re_iterable(batches), policy, last=last, device=device)
 
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
         """Metrics of a routed run under the configuration's policy, as `Scores.metrics` gives them."""
@@ -206,7 +211,9 @@ class Trainer:
         classifiers = phase.config.selection.classifiers
         model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
         try:
-            optimizer = self.create_optimizer(model.to(self.device), phase.options.lr, phase.options.weight_decay)
+            optimizer = self.create_optimizer(
+                model.to(self.device_of(model)), phase.options.lr, phase.options.weight_decay
+            )
             return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
         finally:
             model.freeze_below(1)
@@ -233,7 +240,7 @@ class Trainer:
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
         state = PhaseState(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
         identity = phase_identity(model, phase, x) if checkpoint else ""
-        saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device, identity)
+        saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device_of(model), identity)
         resumed = state.restore(saved.load())
         finished = state.epoch > phase.options.max_epochs
         failed = True
@@ -261,6 +268,9 @@ class Trainer:
 
     def _train_epoch(self, state: PhaseState, saved: Checkpoint, progress: Progress, interrupts: Interrupts) -> None:
         """The rest of an epoch's steps, up to the budget."""
+        if saved.skip and state.fraction_done() >= 1:  # interrupted in the validation that ends the phase
+            saved.pass_over()
+            return
         for loss, scored, flops in self._steps(
             state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens
         ):
@@ -309,7 +319,7 @@ class Trainer:
         learned: int = 0,
     ) -> Iterator[tuple[float, int, dict[str, float]]]:
         """Takes one optimizer step per batch; yields its loss, its number of scored tokens, and its FLOPs by kind."""
-        model.to(self.device)
+        model.to(self.device_of(model))
         train_mode(model)
         for item in re_iterable(batches):
             batch = Batch(*item)
@@ -348,28 +358,61 @@ def train(
     device: str | torch.device | None = None,
     progress: Callable[[Phase], Progress] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
-) -> Iterator[tuple[Phase, History]]:
-    """Runs the phases of a strategy; yields each phase with its history when it is done.
+) -> Training:
+    """Runs the phases of a strategy; gives each phase with its history when it is done.
 
-    It is a generator: training happens while it is iterated over.
+    Training happens while the result is iterated over; `list(ease.train(...))` runs all phases.
 
     Args:
         model: trained in place.
         strategy: yields the phases.
         data: training and validation batches.
-        device: device of training (the CPU by default).
+        device: device of training (the model's by default).
         progress: creates the progress callback of a phase.
         checkpoints: folder for checkpoints, one training per folder. After a kill the same call, with a new strategy
             and new batches, resumes and ends with the same bits (on a CPU); finished phases are yielded again. By
             default nothing is saved.
 
+    Warns:
+        RuntimeWarning: the result was never iterated over, so that nothing was trained.
+
     Raises:
-        EaseError: the folder holds checkpoints of another training, or cannot be written.
+        EaseError: the folder holds checkpoints of another training, or cannot be written; the strategy was used before
+            and has no phase left.
 
     Example:
         >>> for phase, history in ease.train(model, ease.ASHEMConfig().strategy(), ease.Data(train, val)):
         ...     print(phase.name, history.rows[-1]["val_ppl"])
     """
+    return Training(_phases(model, strategy, data, device, progress, checkpoints))
+
+
+class Training:
+    """The phases of a training with their histories; iterating over it trains."""
+
+    def __init__(self, phases: Iterator[tuple[Phase, History]]) -> None:
+        self._phases, self._started = phases, False
+
+    def __iter__(self) -> Iterator[tuple[Phase, History]]:
+        return self
+
+    def __next__(self) -> tuple[Phase, History]:
+        self._started = True
+        return next(self._phases)
+
+    def __del__(self) -> None:
+        if not self._started:
+            warnings.warn("ease.train was not iterated over, so nothing was trained: loop over it", RuntimeWarning, 2)
+
+
+def _phases(
+    model: ExitModel,
+    strategy: Strategy,
+    data: Data,
+    device: str | torch.device | None,
+    progress: Callable[[Phase], Progress] | None,
+    checkpoints: str | os.PathLike[str] | None,
+) -> Iterator[tuple[Phase, History]]:
     start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
         preparing = time.perf_counter() - start  # mining is part of a phase's wall-clock time, as of its FLOPs
@@ -382,3 +425,5 @@ def train(
             row["seconds"] += preparing
         yield phase, history
         start = time.perf_counter()
+    if not number:
+        raise EaseError("the strategy has no phase left: create a new one for every training (config.strategy())")

@@ -157,11 +157,18 @@ def test_a_strategy_ends_the_same(name: str, text: torch.Tensor, tmp_path: Path)
 
 
 def test_the_best_epoch_is_remembered(text: torch.Tensor, tmp_path: Path) -> None:
-    """Killed when validation has turned for the worse, and goes on until patience ends."""
-    config = ease.DeepSupervisionConfig(num_layers=2, patience=3, lr=0.3, max_epochs=12)
-    make = lambda: (small(2), config.strategy(), data_of(text))  # noqa: E731
+    """Killed after validation has become worse, and resumed until patience ends."""
+    config = ease.DeepSupervisionConfig(num_layers=2, patience=3, lr=1e-2, max_epochs=12)
+    data = data_of(text)
+    # Random targets: every epoch of training makes the model worse on them, on any machine.
+    noise = [(x, torch.randint(256, y.shape, generator=torch.Generator().manual_seed(0))) for x, y in data.val]
+
+    def make() -> tuple[Any, Any, Any]:
+        return small(2), config.strategy(), data_of(text)._replace(val=noise)
+
     (told,) = ends(make, None, [])["told"]
     assert told["stopped_early"]
+    assert len(told["rows"]) == told["best_epoch"] + 3
     check(make, tmp_path, [Killer(5 * told["best_epoch"] + 2)])
 
 

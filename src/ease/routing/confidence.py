@@ -45,26 +45,32 @@ class Evidence(NamedTuple):
 Measure = Callable[[Evidence], Tensor]
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """The logits in float32, or as they are if they are wider: in half precision most confidences would be ties."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def max_probability(logits: Tensor) -> Tensor:
     """The largest softmax probability, logits (..., V) -> (...) in [0, 1]."""
-    return logits.softmax(-1).amax(-1)
+    return at_least_float32(logits).softmax(-1).amax(-1)
 
 
 def margin(logits: Tensor) -> Tensor:
     """The difference of the two largest probabilities, logits (..., V) -> (...) (Schuster et al. 2022, CALM)."""
-    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+    first, second = at_least_float32(logits).softmax(-1).topk(2).values.unbind(-1)
     return first - second
 
 
 def certainty(logits: Tensor) -> Tensor:
     """1 - entropy / log V, logits (..., V) -> (...); from BranchyNet's entropy (Teerapittayanon et al. 2016)."""
-    logs = logits.log_softmax(-1)
+    logs = at_least_float32(logits).log_softmax(-1)
     return (1 + (logs.exp() * logs).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
 def steadiness(evidence: Evidence) -> Tensor:
     """The cosine between the states at the previous exit and at this one, mapped from [-1, 1] to [0, 1] (CALM)."""
-    return ((1 + F.cosine_similarity(evidence.before, evidence.after, dim=-1)) / 2).clamp(0, 1)
+    before, after = at_least_float32(evidence.before), at_least_float32(evidence.after)
+    return ((1 + F.cosine_similarity(before, after, dim=-1)) / 2).clamp(0, 1)
 
 
 class Patience:
@@ -86,7 +92,7 @@ class Patience:
         likeliest, at = _logits(evidence).argmax(-1).cpu(), evidence.places.cpu()
         self.times[at] = torch.where(likeliest == self.likeliest[at], self.times[at] + 1, 1)
         self.likeliest[at] = likeliest
-        return (self.times[at] / self.patience).clamp(max=1).to(evidence.after)
+        return (self.times[at] / self.patience).clamp(max=1).to(at_least_float32(evidence.after))
 
 
 def _logits(evidence: Evidence) -> Tensor:

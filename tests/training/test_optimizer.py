@@ -1,0 +1,105 @@
+"""What learns is float32, also in a model in half precision."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ease import ASHEMConfig, Data, GrowthConfig, StandardConfig, StandardTransformer, TuneConfig, score, train
+from ease.training.optimizer import MASTER, adamw
+
+Make = Callable[..., StandardTransformer]
+SMALL = {"max_epochs": 2, "lr": 1e-3, "patience": None}
+
+
+@pytest.mark.parametrize("adapter", ["none", "mlp"])
+def test_exits_of_a_bfloat16_model_are_tuned(adapter: str, tiny: Make, text_data: Callable[..., Data]) -> None:
+    model, data = tiny(3), text_data(4, 1)
+    list(train(model, StandardConfig(num_layers=3, **SMALL | {"max_epochs": 6, "lr": 1e-2}).strategy(), data))
+    model.bfloat16()
+    frozen = {name: value.clone() for name, value in model.state_dict().items() if "exit" not in name}
+    before = score(model, data.val, last=1).metrics()["loss"]
+    norms = model.exit_norms[0].weight.clone()
+    config = TuneConfig(exits=(1,), adapter=adapter, **SMALL | {"max_epochs": 6})  # type: ignore[arg-type]
+    ((_, history),) = train(model, config.strategy(), data)
+    losses = history.column("val_loss")
+    assert losses[-1] < losses[0] < before
+    assert (model.exit_norms[0].weight != norms).float().mean() > 0.5
+    assert model.exit_norms[0].weight.dtype == torch.bfloat16
+    assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items() if name in frozen)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StandardConfig(num_layers=2, **SMALL),
+        GrowthConfig(layers=(1, 2), **SMALL),
+        ASHEMConfig(phase1_layers=1, phase2_layers=2, phase1_max_epochs=2, phase2_max_epochs=2, phase2_lr=1e-3),
+    ],
+    ids=["standard", "growth", "ashem"],
+)
+def test_every_strategy_trains_in_bfloat16(config: object, tiny: Make, text_data: Callable[..., Data]) -> None:
+    model, data = tiny(config.num_layers).bfloat16(), text_data(6, 1)  # type: ignore[attr-defined]
+    before = score(model, data.val).metrics()["loss"]
+    for phase, history in train(model, config.strategy(), data):  # type: ignore[attr-defined]
+        assert history.column("val_loss")[-1] < before, phase.name
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_small_updates_add_up_and_survive_a_checkpoint() -> None:
+    """At 1 bfloat16 has a spacing of 2^-8 below, so that a single update of 1e-3 is rounded away."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+
+    def steps(optimizer: torch.optim.Optimizer, n: int) -> None:
+        for _ in range(n):
+            weight.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    optimizer = adamw([{"params": [weight], "weight_decay": 0.0}], 1e-3)
+    steps(optimizer, 1)
+    assert (weight == 1).all()
+    saved = copy.deepcopy(optimizer.state_dict())
+    steps(optimizer, 9)
+    assert torch.allclose(weight.float(), torch.full((4,), 0.99), atol=2**-8)
+    whole = weight.detach().clone()
+
+    weight.data.fill_(1)
+    resumed = adamw([{"params": [weight], "weight_decay": 0.0}], 1e-3)
+    resumed.load_state_dict(saved)
+    steps(resumed, 9)
+    assert torch.equal(weight, whole)
+    (master,) = resumed.param_groups[0]["params"]
+    assert master.dtype == torch.float32
+    assert resumed.state[master][MASTER] is master
+
+
+def test_a_bfloat16_phase_resumes_with_the_same_bits(
+    tiny: Make, text_data: Callable[..., Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path | None, stop: int | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny(2).bfloat16()
+        phases = train(model, StandardConfig(num_layers=2, **SMALL).strategy(), text_data(4, 1), checkpoints=folder)
+        if stop is not None:
+            monkeypatch.setattr("ease.training.checkpoint.EVERY", 0.0)
+            calls = iter(range(stop))
+            monkeypatch.setattr("ease.trainer.step_loss", lambda *a, f=step_loss: (next(calls), f(*a))[1])
+        list(phases)
+        return model.state_dict()
+
+    from ease.training.step import step_loss
+
+    whole = run(None)
+    with pytest.raises(RuntimeError):  # `next` ran out inside the generator
+        run(tmp_path, stop=5)
+    monkeypatch.undo()
+    assert all(torch.equal(whole[name], value) for name, value in run(tmp_path).items())
+
+
+def test_float32_parameters_are_updated_in_place() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = adamw([{"params": [weight]}], 1e-3)
+    assert optimizer.param_groups[0]["params"][0] is weight
