@@ -111,8 +111,8 @@ def test_a_failed_calibration_keeps_the_old_policy(
     capsys.readouterr()
     for args, says in (
         (["--compute-budget", "0.01"], "the best on these 64 sequences is 0."),
-        ([], "give one target, and no more: --min-agreement"),
-        (["--target-ratio", "0.5", "--min-agreement", "0.9"], "give one target, and no more"),
+        ([], "give exactly one target: --min-agreement"),
+        (["--target-ratio", "0.5", "--min-agreement", "0.9"], "give exactly one target"),
         (["--target-ratio", "2"], "target_ratio must lie in [0, 1], got 2"),
     ):
         assert main(["calibrate", str(cached), *args]) == 2
