@@ -80,7 +80,7 @@ def test_every_setting_reaches_its_phase() -> None:
     assert config.num_layers == 3
 
 
-def test_the_defaults_are_the_seed_s() -> None:
+def test_the_defaults_are_those_of_the_original() -> None:
     config = ASHEMConfig()
     assert (config.phase1_layers, config.phase2_layers, config.hard_example_ratio) == (2, 4, 0.5)
     assert (config.phase1_lr, config.phase2_lr, config.phase1_patience, config.phase2_patience) == (1e-3, 1e-4, 1, 3)
@@ -116,7 +116,7 @@ def run_seed(model: StandardTransformer, data: Data) -> tuple[Any, Any, dict[str
     return strategy, second, before
 
 
-def test_the_seed_protocol_trains_sequences_of_length_one_on_half_the_tokens(
+def test_the_original_recipe_trains_sequences_of_length_one_on_half_the_tokens(
     tiny: Make, text_data: Callable[..., Data]
 ) -> None:
     data, model = text_data(4, 2), tiny(1, tie_embeddings=False)
@@ -139,7 +139,7 @@ def test_the_seed_protocol_trains_sequences_of_length_one_on_half_the_tokens(
     assert phase.restore_best is False
 
 
-def test_the_seed_protocol_trains_the_head_and_no_lower_layer(tiny: Make, text_data: Callable[..., Data]) -> None:
+def test_the_original_recipe_trains_the_head_and_no_lower_layer(tiny: Make, text_data: Callable[..., Data]) -> None:
     model = tiny(1, tie_embeddings=False)
     _, _, before = run_seed(model, text_data(2, 1))
     moved = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
@@ -175,3 +175,12 @@ def test_options_that_do_not_exist_are_refused() -> None:
         ASHEMConfig(phase2_lr=0)
     with pytest.raises(EaseError, match="first phase is trained on all tokens"):
         StagedConfig((PhaseConfig(layers=1, ratio=0.5), PhaseConfig(layers=2)))
+
+
+def test_a_budget_that_mining_exceeds_is_refused(tiny: Make, text_data: Callable[..., Data]) -> None:
+    config = ASHEMConfig(1, phase2_layers=2, phase1_max_epochs=1, phase2_max_flops=1e6)
+    model = tiny(1)
+    phases = train(model, config.strategy(), text_data(8, 2))
+    next(phases)
+    with pytest.raises(EaseError, match=r"preparing phase 2 \(mining\) took .* FLOPs and its limit is 1e\+06"):
+        next(phases)

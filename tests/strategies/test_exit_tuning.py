@@ -68,7 +68,7 @@ def test_an_adapter_starts_as_the_identity_and_then_helps(finished: Any) -> None
     model.add_adapters((2,), 8)
     assert all(map(torch.equal, logits, model.forward_all_layers(x)))
     assert set(model.exit_adapters) == {"1", "2"}
-    with pytest.raises(EaseError, match="adapters of 8 units: give new ones as many, got 16"):
+    with pytest.raises(EaseError, match="adapters of 8 units: give new ones the same number, got 16"):
         model.add_adapters((3,), 16)
     tuned(plain, data, exits=(1,))
     tuned(model, data, exits=(1,), adapter="mlp")

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from ease import (
     EaseError,
+    GatedConfig,
+    GrowthConfig,
+    OpenGrowthConfig,
     PhaseOptions,
     Policy,
     StageConfig,
@@ -59,6 +62,23 @@ def test_a_part_of_the_options_has_a_share_of_the_limits() -> None:
     assert replace(whole, max_flops=None).part(0.5).max_flops is None
     # What a strategy adds to the options is not the phase's.
     assert type(StandardConfig(num_layers=2, max_epochs=10).part(0.5)) is PhaseOptions
+
+
+@pytest.mark.parametrize(
+    ("config", "phases"),
+    [
+        (lambda n: GrowthConfig(layers=(1, 2, 3), max_epochs=n), 3),
+        (lambda n: OpenGrowthConfig(max_epochs=n), 2),
+        (lambda n: OpenGrowthConfig(max_epochs=n, first_share=0.0), 1),
+        (lambda n: GatedConfig(max_epochs=n), 2),
+        (lambda n: GatedConfig(exit_layer=2, growth=(1,), max_epochs=n), 3),
+    ],
+)
+def test_every_phase_needs_an_epoch(config: Callable[[int], object], phases: int) -> None:
+    config(phases)
+    if phases > 1:
+        with pytest.raises(EaseError, match=f"each of the {phases} phases needs an epoch"):
+            config(phases - 1)
 
 
 def keeping(keep: dict[int, float], weights: dict[int, float] | None = None) -> TrainingConfig:

@@ -66,6 +66,7 @@ class GatedConfig(PhaseOptions):
             raise EaseError("growth needs phases before the last: set first_share above 0")
         if list(self.bricks) != sorted(set(self.bricks)) or min(self.bricks, default=1) < 1:
             raise EaseError(f"growth must name depths below exit {self.exits[0]}, from shallow to deep")
+        self.check_phases(len(self.bricks) + 1)
         self.gates()
 
     @property

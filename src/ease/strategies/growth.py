@@ -47,6 +47,7 @@ class GrowthConfig(PhaseOptions):
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
         if not 0 <= self.exit_weight < 1:
             raise EaseError(f"exit_weight must lie in [0, 1), got {self.exit_weight}: the last layer needs a weight")
+        self.check_phases(len(self.layers))
         self.training(1)
         self.options(1)
 

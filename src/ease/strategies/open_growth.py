@@ -55,6 +55,7 @@ class OpenGrowthConfig(PhaseOptions):
             raise EaseError(f"shallow_weight must lie in (0, 1), got {self.shallow_weight}: both losses need a weight")
         if not 0 <= self.first_share < 1:
             raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: phase 2 needs a share")
+        self.check_phases(2 if self.first_share else 1)
         self.second()
 
     @property

@@ -192,6 +192,14 @@ class PhaseOptions:
         check_least(0, weight_decay=self.weight_decay)
         check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
+    def check_phases(self, number: int) -> None:
+        """Raises `EaseError` if the epochs cannot be divided among this number of phases, each of which needs one."""
+        if self.max_epochs < number:
+            raise EaseError(
+                f"max_epochs is {self.max_epochs}, and each of the {number} phases needs an epoch: "
+                "raise it, or limit the phases by max_flops"
+            )
+
     def part(self, share: float, lr: float | None = None, *, after: float | None = None) -> PhaseOptions:
         """Options of one of several phases.
 

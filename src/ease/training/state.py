@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ease.errors import EaseError
 from ease.flops import full_depth_flops
 from ease.interface import ExitModel
 from ease.storage import digest
@@ -39,6 +40,12 @@ class PhaseState:
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.total_steps = phase.options.max_epochs * max(1, num_batches)
         self.history = History(flops=dict(phase.spent))
+        spent, limit = sum(phase.spent.values()), phase.options.max_flops
+        if limit is not None and spent >= limit:
+            raise EaseError(
+                f"preparing {phase.name} ({', '.join(phase.spent)}) took {spent:.3g} FLOPs and its limit is {limit:.3g}: "
+                "raise max_flops, or prepare it from less text (such as mine_epochs)"
+            )
         self.best_loss, self.best = math.inf, snapshot(model)
         self.start = time.perf_counter()
         self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
