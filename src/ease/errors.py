@@ -6,11 +6,16 @@ A message is one sentence that names the problem and the fix, since the command 
 from __future__ import annotations
 
 import importlib
+import math
 import re
+import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
+
+LARGEST_INTEGER = 2**63 - 1  # the largest integer that a tensor holds
 
 
 class EaseError(ValueError):
@@ -18,13 +23,83 @@ class EaseError(ValueError):
 
     It is a `ValueError`, so callers of the library can catch it without importing it. The command line prints its
     message to stderr and exits with status 2.
+
+    Args:
+        message: one sentence. Line breaks and control characters, which names in a damaged file may hold, are escaped:
+            the message stays one line, and a terminal does not interpret it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type; errors of libraries have several lines or none."""
+    return next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises EaseError unless `value` is one of `choices`."""
     if value not in choices:
         raise EaseError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int = 0, most: int = LARGEST_INTEGER) -> None:
+    """Raises EaseError unless `value` is an integer in `least`..`most`; a boolean is not an integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise EaseError(f"{name} must be an integer, got {reprlib.repr(value)}")
+    if int(value) < least:
+        raise EaseError(f"{name} must be at least {least}, got {value}")
+    if int(value) > most:
+        raise EaseError(f"{name} must be at most {most}, got {reprlib.repr(int(value))}")
+
+
+def check_number(name: str, value: object, least: float = -math.inf, *, finite: bool = True) -> None:
+    """Raises EaseError unless `value` is a number of at least `least`.
+
+    Args:
+        name: what the message calls the value.
+        value: the value to check; a boolean is not a number.
+        least: the smallest number allowed, which also refuses NaN; without it, the caller checks the range.
+        finite: whether infinity is refused.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise EaseError(f"{name} must be a number, got {reprlib.repr(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if finite and math.isinf(number):
+        raise EaseError(f"{name} must be finite, got {reprlib.repr(value)}")
+    if least > -math.inf and not number >= least:  # NaN is not
+        raise EaseError(f"{name} must be at least {least}, got {value}")
+
+
+def check_boolean(name: str, value: object) -> None:
+    """Raises EaseError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise EaseError(f"{name} must be true or false, got {reprlib.repr(value)}")
+
+
+def check_string(name: str, value: object) -> None:
+    """Raises EaseError unless `value` is a string."""
+    if not isinstance(value, str):
+        raise EaseError(f"{name} must be a string, got {reprlib.repr(value)}")
+
+
+def check_list(name: str, value: object) -> tuple[Any, ...]:
+    """Returns the elements of `value`; raises EaseError if it has none to iterate over, or is a string."""
+    if isinstance(value, str | dict) or not isinstance(value, Iterable):
+        raise EaseError(f"{name} must be a list, got {reprlib.repr(value)}")
+    return tuple(value)
+
+
+def check_layers(name: str, value: object, last: int = LARGEST_INTEGER) -> tuple[int, ...]:
+    """Returns the layers that `value` lists; raises EaseError unless they are integers up to `last`."""
+    layers = check_list(name, value)
+    for layer in layers:
+        check_integer(f"a layer in {name}", layer, -LARGEST_INTEGER, last)
+    return layers
 
 
 def check_least(least: float, **values: float | None) -> None:

@@ -7,16 +7,17 @@ supports all of it; nothing outside `models.py` and `modules/` depends on the in
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ease.errors import EaseError, check_least
+from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_number
 from ease.policy import Policy
 
 
@@ -295,11 +296,29 @@ class ModelConfig:
     """Number of positions that the model was trained for (None: unknown). It limits requests, not computation."""
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_positions"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("adapter_dim", self.adapter_dim)
+        if self.num_labels is not None:
+            check_integer("num_labels", self.num_labels)
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            check_boolean(name, getattr(self, name))
+        check_number("rope_theta", self.rope_theta, 1)  # smaller bases overflow the fast angles
+        check_number("norm_eps", self.norm_eps, 0)
+        check_number("dropout", self.dropout)
         scaling: object = self.rope_scaling
         if isinstance(scaling, dict):  # what JSON makes of it
+            names = [field.name for field in fields(RopeScaling)]
+            if sorted(scaling) != sorted(names):
+                raise EaseError(f"rope_scaling must have the keys {', '.join(names)}, got {reprlib.repr(scaling)}")
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
-        object.__setattr__(self, "adapter_exits", tuple(self.adapter_exits))
-        object.__setattr__(self, "classifier_exits", tuple(self.classifier_exits))
+        elif not isinstance(scaling, RopeScaling | None):
+            raise EaseError(f"rope_scaling must be an object, got {reprlib.repr(scaling)}")
+        for name in ("adapter_exits", "classifier_exits"):
+            object.__setattr__(self, name, check_layers(name, getattr(self, name)))
         if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
             bool(self.adapter_exits) != (self.adapter_dim > 0)
         ):
@@ -316,9 +335,6 @@ class ModelConfig:
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
                 "a classifier needs at least 2 labels and a head of its own"
             )
-        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
-        check_least(1, **{name: getattr(self, name) for name in (*sizes, "max_positions")})
-        check_least(0, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
         if self.head_dim is None and self.dim % self.num_heads:
             raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
         if self.head_size % 2:
@@ -361,6 +377,17 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+    def __post_init__(self) -> None:
+        check_number("factor of rope_scaling", self.factor, 1)
+        check_number("low_freq_factor of rope_scaling", self.low_freq_factor, 0)
+        check_number("high_freq_factor of rope_scaling", self.high_freq_factor, 0)
+        check_integer("original_max_position of rope_scaling", self.original_max_position, 1)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise EaseError(
+                f"low_freq_factor of rope_scaling ({self.low_freq_factor}) must lie below high_freq_factor "
+                f"({self.high_freq_factor})"
+            )
 
     def __call__(self, frequencies: Tensor) -> Tensor:
         turns = self.original_max_position / (2 * math.pi / frequencies)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_integer, check_layers, check_list, check_number, check_string
 
 LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that the exit does not route
 
@@ -53,7 +53,10 @@ class Policy:
     always_deep: int = 0
 
     def __post_init__(self) -> None:
-        exits, thresholds = tuple(self.exits), tuple(map(float, self.thresholds))
+        exits, thresholds = check_layers("exit_layer", self.exits), check_list("routing_threshold", self.thresholds)
+        for threshold in thresholds:
+            check_number("a routing_threshold", threshold, finite=False)
+        thresholds = tuple(map(float, thresholds))
         if len(exits) != len(thresholds):
             raise EaseError(
                 f"exit_layer names {len(exits)} exits and routing_threshold {len(thresholds)} thresholds: "
@@ -67,15 +70,18 @@ class Policy:
         routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
         object.__setattr__(self, "exits", tuple(e for e, _ in routing))
         object.__setattr__(self, "thresholds", tuple(t for _, t in routing))
+        check_string("confidence", self.confidence)
+        check_integer("patience", self.patience)
+        check_integer("always_deep", self.always_deep)
+        if self.half_life is not None:
+            check_number("half_life", self.half_life, finite=False)
         if (self.confidence == "patience") != (self.patience > 0):
             raise EaseError(
                 f"patience is {self.patience} with the measure {self.confidence}: set patience to at least 1 for the "
                 "measure patience alone, and leave it out otherwise"
             )
-        if (self.half_life is not None and not self.half_life > 0) or self.always_deep < 0:
-            raise EaseError(
-                f"half_life ({self.half_life}) must be above 0 and always_deep ({self.always_deep}) at least 0"
-            )
+        if self.half_life is not None and not self.half_life > 0:
+            raise EaseError(f"half_life must be above 0, got {self.half_life}")
 
     @classmethod
     def patient(cls, exits: Sequence[int], patience: int) -> Self:

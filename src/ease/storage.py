@@ -7,8 +7,6 @@ exists is therefore complete, and one that is overwritten stays until its replac
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
 import shutil
@@ -21,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError
+from ease.files import read_json as read_json
+from ease.files import write_json as write_json
 from ease.interface import ExitModel
 
 CONFIG = "config.json"  # what a run folder and a checkpoint are recognized by
@@ -123,10 +123,10 @@ def is_run_or_checkpoint(folder: Path) -> bool:
     The keys of its config.json decide, since files of that name belong to many other programs.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / CONFIG)
+    except EaseError:
         return False
-    return isinstance(config, dict) and ({"format", "model"} <= config.keys() or "model_type" in config)
+    return ({"format", "model"} <= config.keys()) or "model_type" in config
 
 
 def has_checkpoints(partial: Path) -> bool:
@@ -157,24 +157,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# JSON
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON in UTF-8, with NaN as null."""
-    path.write_text(json.dumps(json_safe(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def json_safe(value: Any) -> Any:
-    """The value with tuples as lists and NaN as None, since JSON has no NaN; infinities stay."""
-    if isinstance(value, dict):
-        return {key: json_safe(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------

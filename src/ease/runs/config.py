@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from ease.errors import EaseError, check_least, check_seed
+from ease.errors import EaseError, check_integer, check_least, check_seed, check_string
 from ease.training.phases import StrategyConfig
 
 Baseline = Literal["full-depth", "continued", "standard", "deep-supervision", "growth"]
@@ -47,7 +47,7 @@ class DataConfig:
         eval_batches: limit on the batches scored of validation and of test.
 
     Raises:
-        EaseError: a size is below 1.
+        EaseError: a field has the wrong type, or a size is below 1.
     """
 
     source: str = "stdlib"
@@ -59,8 +59,13 @@ class DataConfig:
     eval_batches: int | None = None
 
     def __post_init__(self) -> None:
-        check_least(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
-        check_least(1, epoch_batches=self.epoch_batches, eval_batches=self.eval_batches)
+        check_string("source", self.source)
+        check_string("tokenizer", self.tokenizer)
+        check_integer("seq_len", self.seq_len, 1)
+        check_integer("batch_size", self.batch_size, 1)
+        for name in ("max_tokens", "epoch_batches", "eval_batches"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
 
 
 S = TypeVar("S", bound=StrategyConfig, covariant=True)
