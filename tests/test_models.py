@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ease import Policy, DeepSupervisionTransformer, EaseError, ModelConfig, StandardTransformer, route
+from ease import DeepSupervisionTransformer, EaseError, ModelConfig, Policy, StandardTransformer, route
 
 Make = Callable[..., StandardTransformer]
 

@@ -174,3 +174,11 @@ def test_compute_confidence_is_per_token(trained: StandardTransformer, batches: 
     torch.testing.assert_close(confidence, expected)
     torch.testing.assert_close(compute_confidence(trained, state[1:2, 3:4]), confidence[1:2, 3:4])
     assert not torch.allclose(compute_confidence(trained, state, 1), confidence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_prediction(dtype: torch.dtype, tiny: Make) -> None:
+    model = tiny(1).to(dtype)
+    torch.nn.init.zeros_(model.output_head.weight)
+    y = torch.tensor([[0, 1, 2, 0]])
+    assert score(model, [(y, y)]).correct.tolist() == [True, False, False, True]

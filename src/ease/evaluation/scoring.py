@@ -22,6 +22,7 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.interface import IGNORE, Batch, ExitModel, eval_mode
 from ease.policy import Policy
+from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
 
 
@@ -191,9 +192,13 @@ def score(
 def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:
     """(n, 2): cross entropy of logits (n, V) with targets[places], and 1 where the most likely token is the target."""
     target = targets[places]
-    losses = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
-    if logits.dtype.itemsize < 4:  # in half precision logits tie, and the first of them is the prediction
-        correct = logits.argmax(-1) == target
-    else:  # no logit is above the target's: a tenth of argmax's time on a CPU
-        correct = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1) >= logits.amax(-1)
+    losses = F.cross_entropy(at_least_float32(logits), target, reduction="none", ignore_index=IGNORE)
+    # Correct is a target that no logit exceeds, which takes a tenth of argmax's time on a CPU. Among equal logits, which
+    # are frequent in half precision, the first is the prediction.
+    largest = logits.amax(-1, keepdim=True)
+    correct = logits.gather(1, target.clamp(min=0)[:, None]) >= largest
+    tied = (correct & ((logits == largest).sum(1, keepdim=True) > 1)).squeeze(1)
+    correct = correct.squeeze(1)
+    if bool(tied.any()):
+        correct[tied] = logits[tied].argmax(-1) == target[tied]
     return torch.stack([losses, correct.to(losses)], 1)

@@ -99,7 +99,8 @@ def from_pretrained(
             model = DeepSupervisionTransformer(**options)
         model.trained_exits = set(saved["trained_exits"]) if saved else {model.num_layers}
         if saved:
-            model.policy = Policy.of(saved["exits"], saved["thresholds"], **saved.get("options", {}))
+            options = saved.get("policy_options" if native else "options") or {}
+            model.policy = Policy.of(saved["exits"], saved["thresholds"], **options)
             model.policy.check(model.num_layers)
         calibration = dict(saved.get("calibration", {})) if saved else {}
     except EaseError:

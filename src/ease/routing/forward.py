@@ -255,7 +255,7 @@ def route(
     if exit_layer is not None or routing_threshold is not None:
         exits = policy.exits if exit_layer is None else exits_named(exit_layer)
         thresholds = policy.thresholds if routing_threshold is None else routing_threshold
-        if not exits and thresholds != 0:
+        if not exits and thresholds not in (0, (), []):
             raise EaseError("the model's policy has no exit: give exit_layer as well as routing_threshold")
         policy = Policy.of(exits, thresholds, **policy.options)
     policy.check(model.num_layers)
