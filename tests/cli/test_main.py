@@ -125,7 +125,10 @@ def test_a_checkpoint_s_positions_are_the_limit(
             "has 16",
         ),
         (["tune", str(made), "--out", out, "--dtype", "bfloat16"], "is a run with its own"),
-        (["generate", checkpoint, "--prompt", "import json", "--max-new-tokens", "100"], "exceed the model's 16 positions"),
+        (
+            ["generate", checkpoint, "--prompt", "import json", "--max-new-tokens", "100"],
+            "exceed the model's 16 positions",
+        ),
         (["eval", checkpoint], "is a checkpoint, not a run"),
     ]
     for command, says in refused:

@@ -175,10 +175,12 @@ def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
     state = model.run(model.embed(x), 1, first - 1, layout=layout).detach() if stored else None
     batch = Batch(x, y, torch.rand(3, 11) < 0.9, state, layout=layout)
     continued: dict[int, Tensor] = {}
-    step = lambda: trainer.compute_loss(
-        model, x, y, batch.active, state=state, layout=layout, first=first, continued=continued
-    )
-    work = counted(lambda: step().backward())
+
+    def step() -> None:
+        options: dict[str, Any] = {"state": state, "layout": layout, "first": first, "continued": continued}
+        trainer.compute_loss(model, x, y, batch.active, **options).backward()
+
+    work = counted(step)
     assert list(continued) == [exit for exit, share in keep.items() if share < 1]
     expected = trainer.step_flops(model, batch, int(batch.scored.sum()), first, continued=continued)
     assert work == expected["training"] + expected["trunk"]

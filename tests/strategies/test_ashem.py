@@ -182,5 +182,5 @@ def test_a_budget_that_mining_exceeds_is_refused(tiny: Make, text_data: Callable
     model = tiny(1)
     phases = train(model, config.strategy(), text_data(8, 2))
     next(phases)
-    with pytest.raises(EaseError, match=r"preparing phase 2 \(mining\) took .* FLOPs and its limit is 1e\+06"):
+    with pytest.raises(EaseError, match=r"preparing phase 2 \(mining\) took .* FLOPs, its limit is 1e\+06"):
         next(phases)

@@ -193,8 +193,8 @@ def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor
     """(n, 2): cross entropy of logits (n, V) with targets[places], and 1 where the most likely token is the target."""
     target = targets[places]
     losses = F.cross_entropy(at_least_float32(logits), target, reduction="none", ignore_index=IGNORE)
-    # Correct is a target that no logit exceeds, which takes a tenth of argmax's time on a CPU. Among equal logits, which
-    # are frequent in half precision, the first is the prediction.
+    # A target is correct if no logit exceeds its own, which takes a tenth of argmax's time on a CPU. Of equal logits,
+    # which are frequent in half precision, the first is the prediction.
     largest = logits.amax(-1, keepdim=True)
     correct = logits.gather(1, target.clamp(min=0)[:, None]) >= largest
     tied = (correct & ((logits == largest).sum(1, keepdim=True) > 1)).squeeze(1)

@@ -43,7 +43,7 @@ class PhaseState:
         spent, limit = sum(phase.spent.values()), phase.options.max_flops
         if limit is not None and spent >= limit:
             raise EaseError(
-                f"preparing {phase.name} ({', '.join(phase.spent)}) took {spent:.3g} FLOPs and its limit is {limit:.3g}: "
+                f"preparing {phase.name} ({', '.join(phase.spent)}) took {spent:.3g} FLOPs, its limit is {limit:.3g}: "
                 "raise max_flops, or prepare it from less text (such as mine_epochs)"
             )
         self.best_loss, self.best = math.inf, snapshot(model)
