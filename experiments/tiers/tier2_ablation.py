@@ -90,4 +90,4 @@ def _original_recipe(layers: int, share: float, trial: Trial) -> ease.ASHEMConfi
     first = grow(layers)(trial._replace(flops=(1 - share) * trial.flops))
     options = trial.options | {"max_flops": share * trial.flops}
     own = {f"phase1_{name}": options[name] for name in ("lr", "patience", "max_epochs", "max_flops")}
-    return replace(first, pretrained=False, protocol="seed", **own)
+    return replace(first, pretrained=False, protocol="original", **own)

@@ -33,7 +33,7 @@ ENTRIES = re.findall(r"^@(\w+)\{(\w+),\n(.*?)^\}", (PAPER / "references.bib").re
 
 
 def holds(text: str, number: str) -> bool:
-    """Whether a number stands in a text by itself, not as a part of another one."""
+    """Whether a text contains a number that is not part of another one."""
     return re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", text) is not None
 
 
@@ -101,16 +101,16 @@ SMALL = cost_at_1b.Shape(vocab_size=100, dim=16, layers=4, brick=2, heads=2, seq
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """A model that is laid out in no time."""
+    """A small model, so that the cost table is fast."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost_at_1b.table, "__defaults__", (SMALL,))
         yield
 
 
 @pytest.fixture(scope="module")
-def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The paper's folder with the tables of two fronts and of ASHEM taken apart."""
-    root = tmp_path_factory.mktemp("laid")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's folder with the tables of two fronts and of an ablation."""
+    root = tmp_path_factory.mktemp("paper")
     shutil.copytree(PAPER, root / "paper", ignore=shutil.ignore_patterns("build"))
     for number, budget in enumerate((1e13, 1e12)):
         own = {"title": f"Front {number}", "command": "ease reproduce 1 --data stdlib --scales x"}
@@ -127,7 +127,7 @@ def keep(folder: Path, data: dict[str, object]) -> None:
 
 
 def taken(folder: Path, place: str) -> list[str]:
-    """What the index of a place brings in; all of it is there."""
+    """The files that the index of a place includes, all of which exist."""
     text = (folder / "build" / "data" / f"{place}.tex").read_text(encoding="utf-8")
     found = re.findall(r"\\(?:input|wide|includegraphics\[[^]]*\])\{build/data/([^}]+)\}", text)
     for name in found:
@@ -135,13 +135,13 @@ def taken(folder: Path, place: str) -> list[str]:
     return found
 
 
-def test_every_kept_experiment_comes_into_its_place(laid: Path) -> None:
-    assert taken(laid, "fronts") == ["1-1/front.pdf", "1-0/front.pdf"], "from the small scale to the large one"
-    assert taken(laid, "tables") == ["1-1/front", "1-0/front"], "and nothing that saves nothing"
-    assert taken(laid, "apart") == ["2-0/parts", "2-0/last-layer"]
-    assert taken(laid, "costs") == ["1-1/costs", "1-0/costs"]
-    assert taken(laid, "scales") == ["all/scales.pdf", "all/scales"]
-    assert not (laid / "build" / "data" / "tokens.tex").exists(), "nothing was explained"
+def test_every_kept_experiment_comes_into_its_place(written: Path) -> None:
+    assert taken(written, "fronts") == ["1-1/front.pdf", "1-0/front.pdf"], "from the small scale to the large one"
+    assert taken(written, "tables") == ["1-1/front", "1-0/front"], "and nothing that saves nothing"
+    assert taken(written, "apart") == ["2-0/parts", "2-0/last-layer"]
+    assert taken(written, "costs") == ["1-1/costs", "1-0/costs"]
+    assert taken(written, "scales") == ["all/scales.pdf", "all/scales"]
+    assert not (written / "build" / "data" / "tokens.tex").exists(), "no line is shown by token group"
 
 
 def test_without_kept_experiments_only_what_is_counted_comes_in(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_commands_and_quotes_in_notes_keep_their_form() -> None:
 
 
 def latex(folder: Path) -> Iterator[str]:
-    """Compiles, and gives the lines of the log that complain."""
+    """Compile, and yield the warnings and errors of the log."""
     if shutil.which("latexmk") is None:
         pytest.skip("latexmk is not installed")
     command = ["latexmk", "-pdf", "-silent", "-interaction=nonstopmode", "-outdir=build", "lash.tex"]
@@ -174,15 +174,15 @@ def test_it_compiles_without_data(tmp_path: Path) -> None:
     assert list(latex(folder)) == []
 
 
-def test_it_compiles_with_data(laid: Path) -> None:
-    assert list(latex(laid)) == []
+def test_it_compiles_with_data(written: Path) -> None:
+    assert list(latex(written)) == []
 
 
 # Cost at 1B parameters
 
 
 def trained(config: object, text: torch.Tensor) -> list[float]:
-    """FLOPs by token of every phase of a real training run, validation left out."""
+    """FLOPs per token of every phase of a real training run, without validation."""
     torch.manual_seed(0)
     s = SMALL
     batches = ease.TokenBatches(text, s.seq, 10, max_batches=2)
@@ -213,17 +213,17 @@ def trained(config: object, text: torch.Tensor) -> list[float]:
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_line_is_counted_as_it_would_be_trained(line: str, config: object, text: torch.Tensor) -> None:
+def test_the_count_of_a_line_matches_its_training(line: str, config: object, text: torch.Tensor) -> None:
     counted = [part.per_token for part in cost_at_1b.lines(SMALL)[line]]
     assert counted == pytest.approx(trained(config, text % SMALL.vocab_size), rel=0.02)
 
 
-def test_an_exit_on_a_finished_model_is_counted_as_it_would_be_tuned(text: torch.Tensor) -> None:
+def test_the_count_of_a_tuned_exit_matches_its_training(text: torch.Tensor) -> None:
     (part,) = cost_at_1b.parts(ease.TuneConfig(exits=(2,)), SMALL, (0.1,))
     assert [part.per_token] == pytest.approx(trained(ease.TuneConfig(exits=(2,), max_epochs=1), text % 100), rel=0.02)
 
 
-def test_lines_have_the_names_of_the_front() -> None:
+def test_lines_have_the_names_of_tier_1() -> None:
     known = set(strategies(SCALES["m"])) | {f"standard, {layers} layers" for layers in (2, 4)} | {"progressive growth"}
     assert set(cost_at_1b.lines(SMALL)) <= known
 
@@ -245,6 +245,6 @@ def test_phases_share_flops_and_hours_follow() -> None:
     assert rows["standard, 4 layers"][2] == rows["standard, 4 layers"][-1] == "100%"
 
 
-def test_the_model_laid_out_has_a_billion_parameters() -> None:
+def test_the_counted_model_has_a_billion_parameters() -> None:
     D, L, V = cost_at_1b.BILLION.dim, cost_at_1b.BILLION.layers, cost_at_1b.BILLION.vocab_size
     assert pytest.approx(1e9, rel=0.05) == 12 * D * D * L + V * D

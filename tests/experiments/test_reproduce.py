@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import ease
-import ease.cli
+from ease.cli import reproduce as cli_reproduce
 from ease.cli.main import main
 from experiments import reproduce
 from experiments.analysis import tables
@@ -122,7 +122,7 @@ def test_with_a_classifier_exit_a_continuing_token_pays_no_head(data: dict[str, 
 def test_the_in_sample_line_is_in_tables_of_its_own(smoke: Path) -> None:
     made = read(smoke / "text.txt-apart")
     (in_sample,) = [entry for entry in made["entries"] if entry["line"] == made["in_sample"]]
-    assert in_sample["strategy"]["protocol"] == "seed"
+    assert in_sample["strategy"]["protocol"] == "original"
     assert all("hard_ppl" in point["val"] for point in in_sample["points"])
     by_name = {table.name: table for table in tables.all_tables(made)}
     assert {name for name, table in by_name.items() if made["in_sample"] in str(table.rows)} == {"leak", "costs"}
@@ -143,7 +143,7 @@ def test_a_spent_time_budget_starts_nothing_and_lists_what_is_missing(
     ("args", "says"),
     [
         (["4"], "unknown tier '4': use smoke, 1, 2, 3"),
-        (["1", "--seeds", "a,b"], "seeds are numbers"),
+        (["1", "--seeds", "a,b"], "seeds must be integers"),
         (["1", "--seeds", "1,1"], "each once"),
         (["1", "--budget", "0"], "more than 0"),
         (["1", "--jobs", "0"], "at least one"),
@@ -162,6 +162,7 @@ def test_bad_input_is_one_sentence(args: list[str], says: str, tmp_path: Path, c
 
 
 def test_without_a_checkout_there_is_one_sentence(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(ease.cli, "__file__", str(tmp_path / "lib" / "site-packages" / "ease" / "cli.py"))
+    installed = tmp_path / "lib" / "site-packages" / "ease" / "cli" / "reproduce.py"
+    monkeypatch.setattr(cli_reproduce, "__file__", str(installed))
     assert main(["reproduce", "smoke"]) == 2
     assert "clone the repository" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def train_all(scheduler: Scheduler, seeds: tuple[int, ...] = (0,)) -> list[dict[
 @pytest.fixture
 def no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(lab: Lab) -> None:
-        raise AssertionError("training asked for the test split")
+        raise AssertionError("training reads the test split")
 
     monkeypatch.setattr(Lab, "test", property(refuse))
 
@@ -80,7 +80,9 @@ def test_every_line_spends_the_same_and_never_sees_the_test_split(schedule: Call
     assert all(row["memory"] > 0 for row in rows)
 
 
-def test_what_goes_on_from_a_line_reads_on_where_it_stopped(schedule: Callable[..., Scheduler], monkeypatch) -> None:
+def test_a_line_continues_the_text_where_the_line_before_stopped(
+    schedule: Callable[..., Scheduler], monkeypatch
+) -> None:
     read: list[list[torch.Tensor]] = []
     batches = ease.TokenBatches._batches
 
@@ -116,12 +118,12 @@ def test_learning_rates_are_chosen_with_the_first_seed_on_validation(schedule: C
         made.store({"key": task.key, "lr": task.lr, "val": {"loss": loss}})
     state = made.status([0, 1])
     assert state.done["phase 1", 0]["lr"] == 2e-2
-    assert [(task.seed, task.lr) for task in state.todo] == [(1, 2e-2)], "the other seeds run at what was chosen"
-    # Another rate is another trial and leaves those that there are.
+    assert [(task.seed, task.lr) for task in state.todo] == [(1, 2e-2)], "the other seeds use the chosen learning rate"
+    # Another rate adds a trial and keeps the existing ones.
     more = schedule({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 2e-2, 4e-2))
     assert [(task.seed, task.lr) for task in more.status([0, 1]).todo] == [(0, 4e-2)]
     without = schedule({"phase 1": replace(LINES["phase 1"], rates=False)})
-    assert len(without.status([0, 1]).todo) == 1, "a line without a rate is trained once a seed"
+    assert len(without.status([0, 1]).todo) == 1, "a line without a learning rate is trained once per seed"
 
 
 def test_a_changed_line_is_trained_again_and_no_other(schedule: Callable[..., Scheduler]) -> None:
@@ -134,10 +136,10 @@ def test_a_changed_line_is_trained_again_and_no_other(schedule: Callable[..., Sc
     renamed = schedule({"the first": LINES["phase 1"]}, lrs=(1e-2,))
     assert renamed.status([0]).done["the first", 0]["line"] == "the first"
     sizes = schedule(some, lrs=(1e-2,), dim=32)
-    assert [task.line for task in sizes.status([0]).todo] == ["phase 1"], "its phase 1 is another, too"
+    assert [task.line for task in sizes.status([0]).todo] == ["phase 1"], "its phase 1 changes, too"
 
 
-def test_a_key_says_what_a_line_stands_on_and_what_it_reads(schedule: Callable[..., Scheduler]) -> None:
+def test_a_key_depends_on_the_line_it_starts_from_and_on_its_text(schedule: Callable[..., Scheduler]) -> None:
     part = replace(LINES["continued"], part=(0.5, 1.0))
     made = schedule({**LINES, "on a part": part, "wide": replace(LINES["phase 1"], shape={"dropout": 0.1})})
     base = {"phase 1": {"key": "a", "flops": 3e8}}
@@ -147,14 +149,22 @@ def test_a_key_says_what_a_line_stands_on_and_what_it_reads(schedule: Callable[.
     assert len(keys) == len(named)
 
 
-def test_what_a_lab_adds_to_a_key_is_what_kept_rows_were_made_with(text: torch.Tensor) -> None:
+def test_the_identity_of_a_lab_is_fixed(text: torch.Tensor) -> None:
     lab = make_lab(text, pieces=("a",))
-    told = {"corpus": "three modules", "vocab_size": 256, "brick": 1, "depth": 2, "budget": BUDGET, "dim": 16}
-    told |= {"seq": 16, "batch": 8, "epoch_batches": 6, "eval_batches": [2, 2], "kind": "Lab", "text": {}, "lrs": []}
-    assert lab.identity() == told | {"hash": lab.hash}, "or every row there is would be trained again"
+    identity = {"corpus": "three modules", "vocab_size": 256, "brick": 1, "depth": 2, "budget": BUDGET, "dim": 16}
+    identity |= {
+        "seq": 16,
+        "batch": 8,
+        "epoch_batches": 6,
+        "eval_batches": [2, 2],
+        "kind": "Lab",
+        "text": {},
+        "lrs": [],
+    }
+    assert lab.identity() == identity | {"hash": lab.hash}, "otherwise every stored row would be trained again"
 
 
-def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(schedule: Callable[..., Scheduler]) -> None:
+def test_a_row_cut_short_by_a_kill_is_ignored_and_later_ones_are_kept(schedule: Callable[..., Scheduler]) -> None:
     made = schedule()
     made.folder.mkdir(exist_ok=True)
     made.store({"key": "one"})
@@ -165,7 +175,7 @@ def test_rows_that_a_kill_cut_short_do_not_count_and_harm_no_later_ones(schedule
     assert set(made.rows()) == {"one", "three"}
 
 
-def test_training_that_breaks_down_is_a_row_and_is_never_chosen(schedule: Callable[..., Scheduler]) -> None:
+def test_a_failed_training_is_stored_and_never_chosen(schedule: Callable[..., Scheduler]) -> None:
     made = schedule({"phase 1": LINES["phase 1"]}, lrs=(1e-2, 1e18))
     rows = train_all(made)
     assert "lower the learning rate" in rows[1]["failed"]
@@ -175,7 +185,7 @@ def test_training_that_breaks_down_is_a_row_and_is_never_chosen(schedule: Callab
     assert only.missing([0]) == ["phase 1 (failed)"]
 
 
-def test_the_model_comes_back_as_it_was(schedule: Callable[..., Scheduler]) -> None:
+def test_a_stored_model_is_loaded_unchanged(schedule: Callable[..., Scheduler]) -> None:
     made = schedule({name: LINES[name] for name in ("phase 1", "ASHEM")}, lrs=(1e-2,))
     train_all(made)
     row = made.status([0]).done["ASHEM", 0]
@@ -185,14 +195,14 @@ def test_the_model_comes_back_as_it_was(schedule: Callable[..., Scheduler]) -> N
     assert ease.score(model, made.lab.val).metrics()["loss"] == pytest.approx(full["val"]["loss"])
 
 
-def test_exits_that_training_left_behind_are_none(schedule: Callable[..., Scheduler]) -> None:
+def test_exits_that_later_training_changed_are_not_used(schedule: Callable[..., Scheduler]) -> None:
     made = schedule({"growth": LINES["growth"], "early exit": LINES["early exit"]}, lrs=(1e-2,))
     rows = {row["line"]: row for row in train_all(made)}
     assert rows["growth"]["exits"] == [], "its first phase trained exit 1, and the second moved on without it"
     assert rows["early exit"]["exits"] == [1]
 
 
-def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
+def test_learning_rates_are_compared_where_half_of_the_tokens_continue() -> None:
     points = [c._asdict() | {"exits": list(c.exits)} for c in candidates([1, 2], [0.9])]
     assert Candidate.of(compared(points, [1, 2])) == Candidate((1,), 0.5)
     assert Candidate.of(compared(points[:1], [])) == Candidate()
@@ -201,7 +211,7 @@ def test_learning_rates_are_compared_where_half_of_the_tokens_go_on() -> None:
     assert [c.share for c in candidates([1, 2], (), (0.0, 0.9)) if c.exits] == [0.0, 0.9, 0.0, 0.9, 0.9]
 
 
-def test_a_plan_is_sent_to_workers_without_its_lab(schedule: Callable[..., Scheduler]) -> None:
+def test_a_scheduler_is_sent_to_workers_without_its_lab(schedule: Callable[..., Scheduler]) -> None:
     made = schedule()
     assert made.lab is made.lab
     assert "lab" not in vars(made.without_lab)

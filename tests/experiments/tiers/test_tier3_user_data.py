@@ -99,12 +99,12 @@ def reproduce(kind: str) -> int:
 
 
 def folder_of(kind: str) -> Path:
-    """Where its rows and tables lie."""
+    """The folder of its rows and tables."""
     return Path("out", "3", "-".join([*arguments(kind)[1::2], "tiny"]))
 
 
 def data_of(kind: str) -> dict[str, Any]:
-    """What was measured, which takes its time once."""
+    """The content of its `test.json`, measured once for all tests."""
     if not (folder_of(kind) / "test.json").exists():
         assert reproduce(kind) == 0
     return json.loads((folder_of(kind) / "test.json").read_text())
@@ -151,7 +151,7 @@ def test_a_second_run_trains_nothing_and_scores_nothing(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("place")
-def test_a_budget_that_is_used_up_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spent_time_budget_lists_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "3", *arguments("labels"), "--scales", "tiny", "--budget", "1e-9", "--out", "later"]) == 0
     missing = capsys.readouterr().out.split("resumes: ")[1].strip().split("; ")
     assert missing == [f"people-tiny: {name}" for name in tier3.new_lines(tier3.SIZES["tiny"], "labels")]
@@ -172,7 +172,7 @@ def test_workers_train_it_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("place")
-def test_accuracy_and_f1_are_those_of_the_model_that_was_kept() -> None:
+def test_accuracy_and_f1_are_those_of_the_stored_model() -> None:
     data = data_of("labels")
     lab = lab_of("labels")
     scheduler = Scheduler(lambda: lab, {}, folder_of("labels"))
@@ -185,7 +185,7 @@ def test_accuracy_and_f1_are_those_of_the_model_that_was_kept() -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_rouge_is_that_of_what_is_written_under_the_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rouge_is_measured_on_text_generated_under_the_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = lab_of("completions", written=3)
     seen = []
 
@@ -205,7 +205,7 @@ def test_rouge_is_that_of_what_is_written_under_the_routing(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_path: Path, tied: bool) -> None:
+def test_models_share_a_checkpoint_and_store_their_exits_only(place: Path, tmp_path: Path, tied: bool) -> None:
     if tied:
         lab = lab_of("text on a checkpoint")
     else:
@@ -238,7 +238,7 @@ def test_models_on_a_checkpoint_share_it_and_keep_their_exits(place: Path, tmp_p
 
 
 @pytest.mark.usefixtures("place")
-def test_a_cut_checkpoint_is_its_first_layers_and_learns_its_norm_alone(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_has_its_first_layers_and_trains_its_norm_only(tmp_path: Path) -> None:
     lab = lab_of("text on a checkpoint")
     ids = next(iter(lab.val))[0].long()
     truncated, whole = lab.model(2), lab.model(None)
@@ -252,7 +252,7 @@ def test_a_cut_checkpoint_is_its_first_layers_and_learns_its_norm_alone(tmp_path
     assert row["val"]["loss"] < ease.score(truncated, lab.val).metrics()["loss"]
 
 
-def test_weights_are_read_only_where_a_model_is_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_only_when_a_model_is_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ease.hf, "from_pretrained", lambda *_, **__: pytest.fail("the weights were read"))
     lab = lab_of("text on a checkpoint")
     assert lab.describe()["depth"] == 3
@@ -294,7 +294,7 @@ def test_a_key_depends_on_the_data_and_not_on_its_path(kind: str, place: Path, t
 
 
 @pytest.mark.usefixtures("place")
-def test_a_stream_goes_on_behind_the_epochs_that_were_read() -> None:
+def test_a_stream_continues_after_the_epochs_that_were_read() -> None:
     lab = lab_of("documents", epoch_batches=2)
     whole, later = lab.train(0), lab.train(0)
     epochs = [[batch.x for batch in whole] for _ in range(3)]
@@ -377,11 +377,11 @@ def test_a_model_is_for_tier_3_alone(capsys: Any) -> None:
         ("stdlib", "text"),
     ],
 )
-def test_a_source_says_by_its_name_what_it_is(data: str, kind: str) -> None:
+def test_the_kind_of_data_follows_from_its_name(data: str, kind: str) -> None:
     assert tier3.kind_of(data) == kind
 
 
 @pytest.mark.parametrize(("layers", "exits"), [(2, (1,)), (3, (1, 2)), (12, (4, 8)), (32, (10, 21))])
-def test_exits_stand_at_a_third_and_two_thirds(layers: int, exits: tuple[int, ...]) -> None:
+def test_exits_are_after_a_third_and_two_thirds(layers: int, exits: tuple[int, ...]) -> None:
     assert tier3.exits_of(layers) == exits
     assert all(exit < layers for exit in exits)
