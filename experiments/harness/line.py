@@ -36,7 +36,8 @@ class Trial(NamedTuple):
 
 
 Make = Callable[[Trial], Any]
-"""Makes a line's strategy: one of the configurations that `ease.STRATEGIES` lists, or one with the same interface."""
+"""Makes a line's strategy: a configuration that `ease.STRATEGIES` lists or one with the same interface. A strategy that
+trains no phase has `apply(model, data)` instead of `next_phase`."""
 
 
 def make(kind: Callable[..., Any], **settings: Any) -> Make:

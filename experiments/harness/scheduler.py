@@ -188,7 +188,12 @@ class Scheduler:
         curve, seconds = [], 0.0
         try:
             data = ease.Data(batches, lab.val)
-            for phase, history in ease.train(model, strategy, data, device=self.device):  # noqa: B007
+            if hasattr(strategy, "apply"):
+                strategy.apply(model, data)
+                training = ()
+            else:
+                training = ease.train(model, strategy, data, device=self.device)
+            for phase, history in training:  # noqa: B007
                 flops = {
                     kind: flops.get(kind, 0.0) + history.flops.get(kind, 0.0) for kind in {**flops, **history.flops}
                 }

@@ -1,7 +1,7 @@
 """Classifier exits: exit classifiers added to a finished model, so that its confidence needs no output head.
 
 At these sizes a head costs a third of a layer or more, and a token that continues past an exit has paid for a head
-whose logits are not used. The strategy trains no phase: `ease.learn_agreement` fits a linear classifier for each exit
+whose logits are not used. The strategy has no phase: `ease.learn_agreement` fits a linear classifier for each exit
 on a small amount of text, in the order of the training text, that predicts agreement with the last exit.
 """
 
@@ -38,7 +38,7 @@ def classifier_exits(trial: Trial) -> ClassifierExitsConfig:
 
 @dataclass
 class ClassifierExits:
-    """The strategy."""
+    """The strategy, which has no phase."""
 
     config: ClassifierExitsConfig
     spent: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,8 @@ class ClassifierExits:
     def policy(self) -> ease.Policy:
         return ease.Policy(confidence="classifier")
 
-    def next_phase(self, model: ease.ExitModel, data: ease.Data) -> None:
+    def apply(self, model: ease.ExitModel, data: ease.Data) -> None:
+        """Fit the classifiers of all exits of a trained model."""
         assert isinstance(model, ease.StandardTransformer)
         *exits, last = sorted(model.trained_exits)
         text, flops = [], 0.0

@@ -27,13 +27,13 @@ def unchanged(trial: Trial) -> UnchangedConfig:
 
 
 class Unchanged:
-    """The strategy: no phase."""
+    """The strategy, which has no phase."""
 
     def policy(self) -> ease.Policy:
         return ease.Policy()
 
-    def next_phase(self, model: ease.ExitModel, data: ease.Data) -> None:
-        return None
+    def apply(self, model: ease.ExitModel, data: ease.Data) -> None:
+        """Leave the model as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
