@@ -50,9 +50,8 @@ $(STAMP): $(CORE)
 demo: $(CORE)  ## train and compare on Python's own sources: minutes on 2 cores; writes a report
 	$(BIN)/ease run demo --overwrite
 
-picture: demo  ## the README's picture, from the demo's report (needs Chromium)
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
-	    --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
+picture: $(STAMP) demo  ## the README's pictures, from the demo's report (needs Chromium)
+	$(BIN)/python -m experiments.analysis.pictures runs/demo
 
 # It needs Debian's latexmk and texlive-latex-base, and no more:
 #     apt-get install --no-install-recommends latexmk texlive-latex-base

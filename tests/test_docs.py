@@ -24,6 +24,7 @@ from ease.cli.main import COMMANDS, main
 from ease.cli.recipes import recipes
 from ease.runs import reopen as finished
 from ease.runs import runner as runs
+from ease.runs import store
 from experiments import reproduce
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
     for module, name in (*work, (reproduce, "reproduce")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
+    monkeypatch.setattr(store, "load_model", stop)
     if args == ["run"]:
         assert main(args) == 0
     elif "--help" in args:
@@ -206,7 +208,8 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
 
 
 def test_the_commands_are_found() -> None:
-    assert {args[0] for args in commands()} == {"run", "generate", "eval", "calibrate", "report", "reproduce"}
+    shown = {"run", "tune", "generate", "eval", "calibrate", "report", "export", "reproduce"}
+    assert {args[0] for args in commands()} == shown
 
 
 def test_the_settings_of_ashem_are_listed_with_their_defaults() -> None:
