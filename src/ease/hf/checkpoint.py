@@ -11,28 +11,34 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ease.data.tokenizers import EOS, PAD
 from ease.data.tokenizers import load_tokenizer as load_tokenizer_file
 from ease.devices import choose_device, choose_dtype
-from ease.errors import EaseError, require
-from ease.hf.config import read_config, write_config
-from ease.hf.folder import CONFIG, checkpoint_folder, read_json
+from ease.errors import EaseError, check_integer, check_layers, first_line, require
+from ease.files import set_usual_mode
+from ease.hf.config import STOCK_FIELDS, read_config, write_config
+from ease.hf.folder import CONFIG, FIX, checkpoint_folder, read_json
 from ease.hf.weights import (
     NORM,
+    check_tensors,
     fill,
     locate_tensors,
+    shapes_of,
     split_parameters,
+    stock_name,
     stored_dtype,
     weight_files,
     without_copies,
 )
-from ease.models import DeepSupervisionTransformer, StandardTransformer
+from ease.interface import ModelConfig
+from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
 from ease.storage import check_fingerprint, output_folder, write_json
 
@@ -80,7 +86,8 @@ def from_pretrained(
         The model, in evaluation mode.
 
     Raises:
-        EaseError: the folder is missing or damaged, or the native model cannot hold its model exactly.
+        EaseError: the folder is missing or damaged, a weight is NaN or infinite, or the native model cannot hold its
+            model exactly.
 
     Example:
         >>> model = ease.from_pretrained("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16", device="cuda")
@@ -88,47 +95,95 @@ def from_pretrained(
     """
     dtype, device = choose_dtype(dtype), choose_device(str(device or "cpu"))
     folder = checkpoint_folder(name_or_path)
-    raw = read_json(folder / CONFIG)
-    native = raw.get("model_type") == NATIVE
-    saved = raw if native else _read_own(folder)
+    config, saved, native = _read_configuration(folder)
+    files = weight_files(folder)
+    _check_sizes(folder, files, config, native)
     try:
-        options = {} if native else asdict(read_config(raw))
-        if saved:
-            options |= saved["model"]
         with torch.device("meta"):
-            model = DeepSupervisionTransformer(**options)
+            model = DeepSupervisionTransformer(**{f.name: getattr(config, f.name) for f in fields(config)})
         model.trained_exits = set(saved["trained_exits"]) if saved else {model.num_layers}
         if saved:
-            options = saved.get("policy_options" if native else "options") or {}
-            model.policy = Policy.of(saved["exits"], saved["thresholds"], **options)
-            model.policy.check(model.num_layers)
-        calibration = dict(saved.get("calibration", {})) if saved else {}
-    except EaseError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise EaseError(f"the configuration in {folder} is damaged ({error}): fetch the checkpoint again") from error
+            model.policy = saved["policy"]
+    except RuntimeError as error:  # sizes that overflow
+        raise EaseError(f"{folder / CONFIG} is damaged ({first_line(error)}): {FIX}") from error
 
-    stored = without_copies(locate_tensors(weight_files(folder)), model.config.tie_embeddings)
+    stored = without_copies(locate_tensors(files), config.tie_embeddings)
     if dtype is None and stored:
         name, file = next(iter(stored.items()))
         dtype = stored_dtype(file, name)
+    parts = _parts(model, native)
+    check_tensors(parts[0], stored, folder)
+    if saved and not native:
+        stored_exits = locate_tensors([folder / OWN / EXITS])
+        check_tensors(parts[1], stored_exits, folder / OWN)
     model = model.to(dtype).to_empty(device=device).eval()
-    if model.config.tie_embeddings:  # `to_empty` allocates the two separately
+    if config.tie_embeddings:  # `to_empty` allocates the two separately
         model.output_head.weight = model.embedding.weight
     with torch.no_grad():
-        if native:
-            fill({f"model.{name}": parameter for name, parameter in model.named_parameters()}, stored, folder)
-            return model
-        stock, exits = split_parameters(model)
-        fill(stock, stored, folder)
-        if saved:
-            fill(exits, locate_tensors([folder / OWN / EXITS]), folder / OWN)
-        else:
-            for norm in exits.values():
-                norm.copy_(stock[NORM])
-    if calibration:
-        check_fingerprint(model, calibration, folder / OWN / POLICY)
+        stock, exits = _parts(model, native)
+        fill(stock, stored)
+        if saved and not native:
+            fill(exits, stored_exits)
+        for norm in {} if saved else exits.values():
+            norm.copy_(stock[NORM])
+    if saved and saved["calibration"]:
+        check_fingerprint(model, saved["calibration"], folder / OWN / POLICY)
     return model
+
+
+def _parts(model: DeepSupervisionTransformer, native: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters in the weights of a checkpoint, by their names there, and those in its subfolder `ease/`."""
+    if native:
+        return {f"model.{name}": parameter for name, parameter in model.named_parameters()}, {}
+    return split_parameters(model)
+
+
+def _read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None, bool]:
+    """The shape of a checkpoint, what ease saved of it (None: nothing), and whether it is native."""
+    raw = read_json(folder / CONFIG)
+    native = raw.get("model_type") == NATIVE
+    saved = raw if native else _read_own(folder)
+    options = {} if native else asdict(read_config(raw))
+    if not saved:
+        return ModelConfig(**options), None, native
+    file = folder / CONFIG if native else folder / OWN / POLICY
+    try:
+        config = ModelConfig(**(options | saved["model"]))
+        exits = check_layers("trained_exits", saved["trained_exits"], config.num_layers)
+        # The two formats name the remaining fields of the policy differently.
+        policy_options = (saved.get("policy_options") if native else saved.get("options")) or {}
+        policy = Policy.of(saved["exits"], saved["thresholds"], **policy_options)
+        policy.check(config.num_layers)
+        calibration = dict(saved.get("calibration") or {})
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
+    return config, {"trained_exits": exits, "policy": policy, "calibration": calibration}, native
+
+
+def _check_sizes(folder: Path, files: list[Path], config: ModelConfig, native: bool) -> None:
+    """Compares the sizes in config.json with the headers of the weights, before a module is made."""
+    shapes = shapes_of(files)
+    if native:
+        check_sizes(config, shapes, folder / CONFIG, FIX, stored_name=lambda name: f"model.{name}")
+        return
+    stock = read_config(read_json(folder / CONFIG))
+    check_sizes(
+        stock,
+        shapes,
+        folder / CONFIG,
+        FIX,
+        stored_name=lambda name: stock_name(name, stock.num_layers),
+        fields=STOCK_FIELDS,
+    )
+    if config != stock:  # what ease saved replaces fields of config.json
+        shapes |= shapes_of([folder / OWN / EXITS])
+        check_sizes(
+            config,
+            shapes,
+            folder / OWN / POLICY,
+            FIX,
+            stored_name=lambda name: stock_name(name, config.num_layers) or name,
+        )
 
 
 def _read_own(folder: Path) -> dict[str, Any] | None:
@@ -159,7 +214,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     tokenizer = load_tokenizer_file(folder / "tokenizer.json")
     raw = read_json(folder / CONFIG)
     rows = max(tokenizer.get_vocab().values(), default=-1) + 1
-    vocab_size = raw.get("vocab_size") or raw.get("model", {}).get("vocab_size", 0)  # stock, or of EaseForCausalLM
+    native = raw.get("model")  # of EaseForCausalLM
+    vocab_size: Any = raw.get("vocab_size") or (native.get("vocab_size") if isinstance(native, dict) else None)
+    check_integer(f"vocab_size in {folder / CONFIG}", vocab_size, 1)
     if rows > vocab_size:
         raise EaseError(
             f"the tokenizer in {folder} has ids up to {rows - 1}, but the model's embedding has {vocab_size} rows: use "
@@ -170,10 +227,13 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
 def end_of_text(name_or_path: str | os.PathLike[str]) -> int | None:
     """The id that ends a text for a checkpoint, or None. Of several ids it is the first."""
-    eos = read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
+    eos: Any = read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
     if isinstance(eos, list) and eos:
         eos = eos[0]
-    return eos if isinstance(eos, int) else None
+    if eos is not None:
+        check_integer(f"eos_token_id in {CONFIG}", eos, -1)  # -1 in some checkpoints means that there is none
+        return int(eos)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -237,6 +297,7 @@ def save_pretrained(
         (partial / OWN).mkdir()
         write_json(partial / OWN / POLICY, own)
         save_file(exits, partial / OWN / EXITS)
+        set_usual_mode(*partial.rglob("*.safetensors"))
 
 
 def _write_tokenizer(

@@ -8,13 +8,14 @@ computes something else than the original.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_boolean, check_integer, check_list, check_number
 from ease.interface import ModelConfig
 
 # ---------------------------------------------------------------------------------------------------------
@@ -68,6 +69,14 @@ FAMILIES = {
 # Keys
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+STOCK_FIELDS = {  # field of `ModelConfig` -> its key in config.json, where that differs
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+}
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": None}  # of every family
 
@@ -151,7 +160,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         EaseError: the native model cannot hold the checkpoint exactly; the message names the family, key or value.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise EaseError(
             f"model_type {model_type!r} in config.json is not supported: use a checkpoint of {', '.join(FAMILIES)} "
             "(`ease export` writes one from a run)"
@@ -165,23 +174,32 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     for key, value in REQUIRED_VALUES.items():
         if raw.get(key) not in (None, value):
             raise _unsupported(f"{key} {raw[key]!r}")
-    for key in SHAPE:
-        if not isinstance(raw.get(key), int):
-            raise EaseError(f"{key} in config.json must be an integer, got {raw.get(key)!r}")
-
     values = {**DEFAULTS, **family.defaults, **raw}
+    for key in SHAPE:
+        check_integer(f"{key} in config.json", values.get(key), 1)
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if values.get(key) is not None:
+            check_integer(f"{key} in config.json", values[key], 1)
+    for key in ("sliding_window", "no_rope_layer_interval"):
+        if values.get(key) is not None:
+            check_integer(f"{key} in config.json", values[key])
+    for key in ("tie_word_embeddings", "use_sliding_window"):
+        if values.get(key) is not None:
+            check_boolean(f"{key} in config.json", values[key])
+    check_number("rms_norm_eps in config.json", values["rms_norm_eps"], 0)
     num_layers = values["num_hidden_layers"]
     num_heads = values["num_attention_heads"]
     max_positions = values["max_position_embeddings"]
     windowed = family.always_windowed or values.get("use_sliding_window")
     window = values.get("sliding_window") if windowed else None
-    if window is not None and window < max_positions:
+    if window is not None and (max_positions is None or window < max_positions):
         raise _unsupported(f"a sliding_window of {window} below max_position_embeddings ({max_positions})")
-    if layer_types := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
-        raise _unsupported(f"layer_types {', '.join(layer_types)}")
+    layer_types = {str(kind) for kind in check_list("layer_types in config.json", values.get("layer_types") or ())}
+    if others := sorted(layer_types - {"full_attention"}):
+        raise _unsupported(f"layer_types {', '.join(others)}")
     interval = values.get("no_rope_layer_interval") or num_layers + 1
-    rotary = values.get("no_rope_layers") or [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
-    if not all(rotary):
+    rotary = check_list("no_rope_layers in config.json", values.get("no_rope_layers") or ())
+    if not all(rotary) or (not rotary and num_layers >= interval):
         raise _unsupported("layers without rotary positions (no_rope_layers)")
 
     return ModelConfig(
@@ -207,15 +225,19 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes both into `rope_parameters`, earlier versions write `rope_theta` and `rope_scaling`.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise EaseError(f"rope_scaling in config.json must be an object, got {reprlib.repr(rope)}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         raise _unsupported(f"rope_type {rope_type!r}")
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise _unsupported(f"partial_rotary_factor {rope['partial_rotary_factor']!r}")
     known = ROPE_KEYS[rope_type] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(rope.keys() - known):
         raise _unsupported(f"{', '.join(unknown)} in the parameters of rope_type {rope_type!r}")
-    theta = float(rope.get("rope_theta") or values["rope_theta"])
+    stated = rope.get("rope_theta") or values["rope_theta"]
+    check_number("rope_theta in config.json", stated, 1)
+    theta = float(stated)
     if rope_type == "default":
         return {"rope_theta": theta}
     rope = {"original_max_position_embeddings": values["max_position_embeddings"]} | rope

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ease.errors import EaseError, require
+from ease.errors import EaseError, first_line, require
+from ease.files import read_json as read_json_file
 
 CONFIG = "config.json"
+
+FIX = "fetch the checkpoint again"
 
 
 def checkpoint_folder(name_or_path: str | os.PathLike[str]) -> Path:
@@ -29,10 +31,9 @@ def checkpoint_folder(name_or_path: str | os.PathLike[str]) -> Path:
         # Only these files: no pickle, no code.
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the library's own, its HTTP client's or the system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EaseError(
-            f"there is no folder {name}, and the Hugging Face hub could not provide it ({reason}): check the name and "
-            "the network, or pass a folder"
+            f"there is no folder {name}, and the Hugging Face hub could not provide it ({first_line(error)}): check "
+            "the name and the network, or pass a folder"
         ) from error
 
 
@@ -42,12 +43,6 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         EaseError: the file is missing or damaged.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EaseError(f"{path.parent} has no {path.name}: pass the folder of a Hugging Face checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise EaseError(f"{path} is damaged ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise EaseError(f"{path} is damaged (it must hold a JSON object): fetch it again")
-    return value
+    if not os.path.lexists(path):
+        raise EaseError(f"{path.parent} has no {path.name}: pass the folder of a Hugging Face checkpoint")
+    return read_json_file(path, FIX)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
-from ease.hf.folder import read_json
+from ease.errors import EaseError, first_line
+from ease.hf.folder import FIX, read_json
 from ease.models import StandardTransformer
+from ease.storage import check_finite, read_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -86,6 +87,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise EaseError(f"{folder} has no weights: it needs {WEIGHTS}, or {INDEX} and the shards it names")
 
 
+def shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the files, from their headers alone."""
+    return {name: shape for file in files for name, shape in read_shapes(file, FIX).items()}
+
+
 def locate_tensors(files: Iterable[Path]) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     return {name: file for file in files for name in _read(file, lambda opened: list(opened.keys()))}
@@ -118,11 +124,11 @@ def without_copies(stored: dict[str, Path], tied: bool) -> dict[str, Path]:
     return {name: file for name, file in stored.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path) -> None:
-    """Copies every stored tensor into its target, converting the dtype on the way.
+def check_tensors(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path) -> None:
+    """Compares names, shapes and dtypes of stored tensors with those of the targets, which need no memory yet.
 
     Args:
-        targets: tensor name -> the tensor to fill.
+        targets: tensor name -> the tensor to fill, perhaps on the device "meta".
         stored: tensor name -> file.
         folder: the checkpoint, for messages.
 
@@ -133,23 +139,42 @@ def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path
         raise EaseError(f"{folder} lacks {_first_names(missing)}, which its configuration requires: fetch it again")
     if unknown := sorted(stored.keys() - targets.keys()):
         raise EaseError(f"{folder} holds {_first_names(unknown)}, unknown to ease: use a checkpoint without them")
+    for file in sorted(set(stored.values())):
+        _read(file, lambda opened, file=file: _check_file(opened, file, targets, stored))
 
+
+def _check_file(opened: Any, file: Path, targets: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
+    for name, target in targets.items():
+        if stored[name] != file:
+            continue
+        view = opened.get_slice(name)
+        if (shape := tuple(view.get_shape())) != tuple(target.shape):
+            raise EaseError(
+                f"{name} in {file} has shape {shape}, but config.json requires {tuple(target.shape)}: {FIX}"
+            )
+        if view.get_dtype() not in DTYPES:
+            raise EaseError(f"{name} in {file} is stored as {view.get_dtype()}: use a checkpoint in floats")
+
+
+def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
+    """Copies every stored tensor into its target, converting the dtype on the way.
+
+    Args:
+        targets: tensor name -> the tensor to fill.
+        stored: tensor name -> file.
+
+    Raises:
+        EaseError: a file cannot be read, or a value is NaN or infinite in the target's dtype.
+    """
     # Largest first: a stored tensor adds to the memory of the targets filled so far, and the last ones are small norms.
     for name in sorted(targets, key=lambda name: -targets[name].numel()):
         target = targets[name]
 
         def copy(opened: Any, name: str = name, target: Tensor = target) -> None:
-            view = opened.get_slice(name)
-            if (shape := tuple(view.get_shape())) != tuple(target.shape):
-                raise EaseError(
-                    f"{name} in {stored[name]} has shape {shape}, but config.json requires {tuple(target.shape)}: "
-                    "fetch the checkpoint again"
-                )
-            if view.get_dtype() not in DTYPES:
-                raise EaseError(f"{name} in {stored[name]} is stored as {view.get_dtype()}: use a checkpoint in floats")
             target.copy_(opened.get_tensor(name))
 
         _read(stored[name], copy)
+        check_finite(name, target, stored[name], FIX)
 
 
 def _read(file: Path, get: Any) -> Any:
@@ -160,9 +185,9 @@ def _read(file: Path, get: Any) -> Any:
         with safe_open(file, "pt") as opened:
             return get(opened)
     except FileNotFoundError as error:
-        raise EaseError(f"{file} is missing: fetch the checkpoint again") from error
+        raise EaseError(f"{file} is missing: {FIX}") from error
     except (SafetensorError, OSError) as error:
-        raise EaseError(f"{file} is damaged ({error}): fetch the checkpoint again") from error
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
 
 
 def _first_names(names: list[str]) -> str:
