@@ -127,7 +127,7 @@ def test_pictures_are_made_by_a_browser(tmp_path: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "explorer.json").write_text(json.dumps({"tokens": ["a", "b"], "exits": [1, 2], "runs": runs}))
     write_report([run], run / "report.html")
-    main(run, tmp_path)
+    main(run, tmp_path, frames=2)
     record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert record["perplexity"] == {"phase 1": "5.00"}
     for picture in ("report.png", "explorer.gif"):

@@ -28,7 +28,7 @@ from ease.report.verdict import verdict
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FRAMES = 6
-"""Number of thresholds that the animation shows."""
+"""Number of thresholds that the animation shows, from all tokens leaving early to none."""
 SECONDS = 1.5
 """How long it shows each of them."""
 
@@ -98,12 +98,13 @@ def screenshot(browser: str, report: Path, style: str, script: str, width: int, 
     return image.crop((0, 0, image.width, min(image.height, drawn[3] + round(16 * scale))))
 
 
-def main(run: Path, docs: Path = DOCS) -> None:
+def main(run: Path, docs: Path = DOCS, frames: int = FRAMES) -> None:
     """Write the pictures and the record of a run.
 
     Args:
         run: folder of the run.
         docs: folder to write to.
+        frames: number of thresholds that the animation shows, at least two.
 
     Raises:
         EaseError: there is no browser, or it fails.
@@ -121,13 +122,12 @@ def main(run: Path, docs: Path = DOCS) -> None:
     image = screenshot(browser, report, REPORT, "", 1200, 2400, 1)
     image.quantize(128).save(docs / "report.png", pnginfo=info, optimize=True)
 
-    positions = [i / (FRAMES - 1) for i in range(FRAMES)]
-    scripts = [SLIDE.replace("POSITION", str(position)) for position in positions]
-    frames = [screenshot(browser, report, EXPLORER, script, 840, 1400, 1.5).quantize(64) for script in scripts]
-    frames[0].save(
+    scripts = [SLIDE.replace("POSITION", str(i / (frames - 1))) for i in range(frames)]
+    images = [screenshot(browser, report, EXPLORER, script, 840, 1400, 1.5).quantize(64) for script in scripts]
+    images[0].save(
         docs / "explorer.gif",
         save_all=True,
-        append_images=[*frames[1:], *frames[-2:0:-1]],  # back to the first one, so that the loop has no jump
+        append_images=[*images[1:], *images[-2:0:-1]],  # back to the first one, so that the loop has no jump
         duration=round(1000 * SECONDS),
         loop=0,
         comment=mark.encode(),
