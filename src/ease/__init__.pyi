@@ -1,4 +1,13 @@
 # The names that users import from `ease`. At run time `__init__.py` reads this list and imports each on first use.
+from . import data as data
+from . import evaluation as evaluation
+from . import generation as generation
+from . import hf as hf
+from . import report as report
+from . import routing as routing
+from . import runs as runs
+from . import strategies as strategies
+from . import training as training
 from .data.batches import TokenBatches as TokenBatches
 from .data.corpus import Corpus as Corpus
 from .data.corpus import load_corpus as load_corpus
@@ -19,6 +28,7 @@ from .interface import ModelConfig as ModelConfig
 from .models import DeepSupervisionTransformer as DeepSupervisionTransformer
 from .models import StandardTransformer as StandardTransformer
 from .policy import Policy as Policy
+from .progress import Progress as Progress
 from .routing.forward import Routed as Routed
 from .routing.forward import compute_confidence as compute_confidence
 from .routing.forward import route as route
@@ -47,6 +57,7 @@ from .training.mining import MinedBatches as MinedBatches
 from .training.mining import collect_hard_examples as collect_hard_examples
 from .training.mining import compute_confidence_threshold as compute_confidence_threshold
 from .training.phases import Data as Data
+from .training.phases import History as History
 from .training.phases import Phase as Phase
 from .training.phases import Strategy as Strategy
 

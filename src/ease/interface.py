@@ -56,7 +56,6 @@ class Layout:
 
 
 IGNORE = -100
-
 """Target of a token that is not scored."""
 
 

@@ -1,7 +1,7 @@
 """The native decoder, in which every layer can be an exit, and its growth.
 
 - A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
-  biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`hf.py`).
+  biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`ease.hf`).
 - Exit k is `exit_norms[k - 1]` and then the one shared `output_head`.
 - Nothing outside this file and `modules/` depends on the inside of a layer.
 """

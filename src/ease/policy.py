@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,12 @@ LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that t
 
 def exits_named(exit_layer: int | Sequence[int]) -> tuple[int, ...]:
     """The value of the option `exit_layer`, one exit or several, as a tuple."""
-    return (exit_layer,) if isinstance(exit_layer, int) else tuple(exit_layer)
+    return (int(exit_layer),) if isinstance(exit_layer, int | Integral) else tuple(exit_layer)
+
+
+def thresholds_named(routing_threshold: float | Sequence[float]) -> tuple[float, ...]:
+    """The value of the option `routing_threshold`, one threshold or several, as a tuple."""
+    return (routing_threshold,) if isinstance(routing_threshold, int | float | Real) else tuple(routing_threshold)
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,15 @@ class Policy:
             options: further fields of the policy.
         """
         exits = exits_named(exit_layer)
-        thresholds = (routing_threshold,) if isinstance(routing_threshold, int | float) else tuple(routing_threshold)
+        thresholds = thresholds_named(routing_threshold)
         return cls() if thresholds == (0,) else cls(exits, thresholds, **options)
 
     def leaving_at(self, exit: int) -> Policy:
         """The policy under which all tokens leave at `exit`, with the same measure; empty if `exit` is not an exit."""
-        return Policy((exit,), (LOOSEST,), self.confidence, self.patience) if exit in self.exits else Policy()
+        if exit not in self.exits:
+            return Policy()
+        below = [e for e in self.exits if e < exit]  # some measures depend on the exits on the way
+        return Policy((*below, exit), (*[math.inf] * len(below), LOOSEST), self.confidence, self.patience)
 
     @property
     def by_position(self) -> bool:

@@ -1,6 +1,6 @@
 """The training loop.
 
-- A `Trainer` computes the loss of a `TrainingConfig`, creates the optimizer, and runs epochs. `fit` is the only state.
+- A `Trainer` computes the loss of a `TrainingConfig`, creates the optimizer, and runs epochs. `fit` is the only loop.
 - `train` runs the phases that a strategy yields. Neither depends on any particular strategy.
 """
 
@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ from ease.evaluation.scoring import Scores, score
 from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
 from ease.policy import Policy
 from ease.progress import PrintProgress, Progress
-from ease.training.checkpoint import Checkpoint, Interrupts, deferred_interrupts
+from ease.training.checkpoint import (
+    Checkpoint,
+    Interrupts,
+    deferred_interrupts,
+    random_state,
+    set_random_state,
+)
 from ease.training.config import PhaseOptions, TrainingConfig
 
 # Names that the original has here.
 from ease.training.config import StageConfig as StageConfig
 from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.training.config import create_standard_config as create_standard_config
-from ease.training.optimizer import adamw
+from ease.training.optimizer import MasterAdamW, parameters_of
 from ease.training.phases import Data, History, Phase, Step, Strategy
 from ease.training.state import PhaseState, phase_identity
 from ease.training.step import step_flops, step_loss
@@ -87,7 +93,7 @@ class Trainer:
             {"params": params, "lr": base_lr * scale, "weight_decay": weight_decay if decayed else 0.0}
             for (decayed, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
         ]
-        return adamw(parts, base_lr)
+        return MasterAdamW(parts, base_lr)
 
     def compute_loss(
         self,
@@ -231,8 +237,19 @@ class Trainer:
         When it resumes from a checkpoint, the rows of past epochs are reported to `progress` again. An interrupt
         (Ctrl-C) with a checkpoint takes effect after the current step, whose state is saved first.
 
+        Args:
+            model: trained in place; afterwards it has the weights of the best epoch, unless the phase keeps the last.
+            phase: losses, batches, and limits.
+            optimizer: from `create_optimizer`.
+            progress: callback.
+            checkpoint: file for the checkpoints of the phase; if it exists, the phase resumes from it.
+
+        Returns:
+            The record of the phase.
+
         Raises:
-            EaseError: a loss is not finite. The best weights are restored first.
+            EaseError: there is no batch, preparing the phase exceeded its FLOPs, the checkpoint belongs to another
+                phase, or a loss is not finite (the best weights are restored first).
         """
         train, val = re_iterable(phase.train), re_iterable(phase.val)
         x = next(iter(val), (None,))[0]
@@ -287,12 +304,14 @@ class Trainer:
     ) -> None:
         """Scores the model after an epoch, keeps the best weights, and decides whether the phase is over."""
         phase, model = state.phase, state.model
+        before = random_state(self.device_of(model))  # batches may draw from torch's generator
         try:
-            with interrupts.allowed():  # scoring changes nothing, so that an interrupt needs no wait
+            with interrupts.allowed():  # scoring changes nothing else, so that an interrupt needs no wait
                 policy, route_flops = phase.route(model) if phase.route else (None, 0.0)
                 # Up to the deepest loss: where only exits learn, the layers above them give the same every time.
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
         except KeyboardInterrupt:
+            set_random_state(before)
             state.save(saved, state.epoch)
             raise
         metrics = scores.metrics()
@@ -337,12 +356,12 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
-            learning = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            learning = [p for p in parameters_of(optimizer) if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
-            yield loss.item(), scored, step_flops(model, self.config, batch, scored, first, step, continued)
+            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, continued)
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 
@@ -373,12 +392,15 @@ def train(
             and new batches, resumes and ends with the same bits (on a CPU); finished phases are yielded again. By
             default nothing is saved.
 
+    Returns:
+        An iterable of (phase, history).
+
     Warns:
         RuntimeWarning: the result was never iterated over, so that nothing was trained.
 
     Raises:
         EaseError: the folder holds checkpoints of another training, or cannot be written; the strategy was used before
-            and has no phase left.
+            and has no phase left; or for what `Trainer.fit` and the strategy refuse.
 
     Example:
         >>> for phase, history in ease.train(model, ease.ASHEMConfig().strategy(), ease.Data(train, val)):
@@ -390,7 +412,7 @@ def train(
 class Training:
     """The phases of a training with their histories; iterating over it trains."""
 
-    def __init__(self, phases: Iterator[tuple[Phase, History]]) -> None:
+    def __init__(self, phases: Generator[tuple[Phase, History]]) -> None:
         self._phases, self._started = phases, False
 
     def __iter__(self) -> Iterator[tuple[Phase, History]]:
@@ -400,9 +422,14 @@ class Training:
         self._started = True
         return next(self._phases)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Ends the training where it stands, or without a start."""
+        self._started = True
+        self._phases.close()
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:  # bound, since modules vanish at exit
         if not self._started:
-            warnings.warn("ease.train was not iterated over, so nothing was trained: loop over it", RuntimeWarning, 2)
+            warn("ease.train was not iterated over, so nothing was trained: loop over it", RuntimeWarning, 2)
 
 
 def _phases(
@@ -412,7 +439,7 @@ def _phases(
     device: str | torch.device | None,
     progress: Callable[[Phase], Progress] | None,
     checkpoints: str | os.PathLike[str] | None,
-) -> Iterator[tuple[Phase, History]]:
+) -> Generator[tuple[Phase, History]]:
     start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
         preparing = time.perf_counter() - start  # mining is part of a phase's wall-clock time, as of its FLOPs

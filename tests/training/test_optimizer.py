@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ease import ASHEMConfig, Data, GrowthConfig, StandardConfig, StandardTransformer, TuneConfig, score, train
-from ease.training.optimizer import MASTER, adamw
+from ease.training.optimizer import MASTER, MasterAdamW
 
 Make = Callable[..., StandardTransformer]
 SMALL = {"max_epochs": 2, "lr": 1e-3, "patience": None}
@@ -58,7 +58,7 @@ def test_small_updates_add_up_and_survive_a_checkpoint() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    optimizer = adamw([{"params": [weight], "weight_decay": 0.0}], 1e-3)
+    optimizer = MasterAdamW([{"params": [weight], "weight_decay": 0.0}], 1e-3)
     steps(optimizer, 1)
     assert (weight == 1).all()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -67,7 +67,7 @@ def test_small_updates_add_up_and_survive_a_checkpoint() -> None:
     whole = weight.detach().clone()
 
     weight.data.fill_(1)
-    resumed = adamw([{"params": [weight], "weight_decay": 0.0}], 1e-3)
+    resumed = MasterAdamW([{"params": [weight], "weight_decay": 0.0}], 1e-3)
     resumed.load_state_dict(saved)
     steps(resumed, 9)
     assert torch.equal(weight, whole)
@@ -101,5 +101,52 @@ def test_a_bfloat16_phase_resumes_with_the_same_bits(
 
 def test_float32_parameters_are_updated_in_place() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
-    optimizer = adamw([{"params": [weight]}], 1e-3)
+    optimizer = MasterAdamW([{"params": [weight]}], 1e-3)
     assert optimizer.param_groups[0]["params"][0] is weight
+
+
+def test_other_optimizers_train_the_model_afterwards(tiny: Make, text_data: Callable[..., Data]) -> None:
+    model, data = tiny(2).bfloat16(), text_data(4, 1)
+    list(train(model, StandardConfig(num_layers=2, **SMALL).strategy(), data))
+    x, _ = next(iter(data.train))
+    model(x).float().sum().backward()
+    assert all(p.grad is not None for p in model.layers.parameters())
+    before = model.output_head.weight.detach().clone()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert not torch.equal(model.output_head.weight, before)
+
+
+def test_weights_that_were_changed_between_steps_count() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    first, second = (MasterAdamW([{"params": [weight], "weight_decay": 0.0}], 0.0) for _ in range(2))
+    for optimizer, value in ((first, 2.0), (second, 3.0), (first, 4.0)):
+        with torch.no_grad():
+            weight.fill_(value)
+        weight.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (weight == value).all()
+
+
+def test_gradients_do_not_add_up_after_the_models_own_zero_grad() -> None:
+    model = torch.nn.Linear(2, 2, bias=False).bfloat16()
+    optimizer = MasterAdamW([{"params": list(model.parameters())}], 1e-3)
+    for _ in range(3):
+        model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+        assert model.weight.grad is not None
+        assert (model.weight.grad == 1).all()
+        optimizer.step()
+        model.zero_grad()
+
+
+def test_a_state_without_copies_is_loaded() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    float32 = MasterAdamW([{"params": [weight]}], 1e-3)
+    weight.sum().backward()
+    float32.step()
+    half = torch.nn.Parameter(weight.detach().bfloat16())
+    optimizer = MasterAdamW([{"params": [half]}], 1e-3)
+    optimizer.load_state_dict(float32.state_dict())
+    half.sum().backward()
+    optimizer.step()
+    assert half.isfinite().all()

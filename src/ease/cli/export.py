@@ -39,7 +39,7 @@ def main(args: list[str]) -> None:
     model, config = load_model(run)
     if model.config.max_positions is None and config["run"]:
         model.config = replace(model.config, max_positions=data_config_of(run, config).seq_len)
-    own = load_tokenizer(run / "tokenizer.json")
+    own = load_tokenizer(run / "tokenizer.json", model.config.vocab_size)
     save_pretrained(
         model,
         folder,

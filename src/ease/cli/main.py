@@ -47,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         the output closed its pipe.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():  # SIGTERM saves as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    main_thread = threading.current_thread() is threading.main_thread()
+    # SIGTERM saves as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
         try:
             return _run(args)
         finally:
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
             sys.stdout.flush()  # a closed pipe raises here and not at the end of the process
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # what is still in the buffer has no reader

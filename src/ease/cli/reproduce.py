@@ -59,6 +59,6 @@ def main(args: list[str]) -> None:
         scales = tuple(filter(None, given.scales.split(",")))
         missing = reproduce.reproduce(given.tier, given.data, scales, settings, given.model)
     except KeyboardInterrupt:
-        raise EaseError("interrupted: trained lines are stored, and the same command resumes") from None
+        raise KeyboardInterrupt("trained lines are stored, and the same command resumes") from None
     if missing:
         print(f"Incomplete; the same command resumes: {'; '.join(missing)}")

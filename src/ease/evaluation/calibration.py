@@ -23,12 +23,11 @@ from ease.errors import EaseError
 from ease.evaluation.bounds import passing, upper_bound
 from ease.evaluation.sequences import Sequences, Views
 from ease.interface import ExitModel
-from ease.policy import Policy
+from ease.policy import LOOSEST, Policy
 from ease.progress import Progress
 
 CANDIDATES = 32  # steps from strict to loose; each one that is tested costs a routed run
 
-LOOSEST = 1e-9  # a threshold that every confidence reaches; at 0 the exit would not route
 
 CLIP = 1.0  # nats: the largest loss difference of a sequence, in either direction, where a bound needs bounded losses
 

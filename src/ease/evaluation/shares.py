@@ -20,7 +20,8 @@ def threshold_continuing(confidences: Tensor, share: float) -> float:
         share: tokens that continue, in [0, 1].
 
     Returns:
-        A threshold in (0, 1]: `LOOSEST` if no token continues, 1 if all do or if there are no tokens.
+        A threshold in (0, 1]: `LOOSEST` if no token continues; 1, at which only a confidence of exactly 1 leaves, if
+        all do or if there are no tokens.
     """
     if share <= 0:
         return LOOSEST
@@ -28,7 +29,7 @@ def threshold_continuing(confidences: Tensor, share: float) -> float:
         return 1.0
     quantile = Quantile()
     quantile.add(confidences)
-    return quantile(share)
+    return max(LOOSEST, quantile(share))
 
 
 def policy_for_shares(
@@ -76,5 +77,5 @@ def matched_thresholds(
         so_far = score(model, batches, Policy(exits[: len(thresholds)], thresholds), last=exit)
         arrived = so_far.confidences[so_far.exits == exit]
         share = continuing * len(so_far.exits) / max(1, len(arrived))
-        thresholds = (*thresholds, max(LOOSEST, threshold_continuing(arrived, share)))
+        thresholds = (*thresholds, threshold_continuing(arrived, share))
     return thresholds

@@ -102,7 +102,7 @@ class Request:
         is_last = last.flatten()
         logits = self.model.output_head.weight.new_zeros(B, self.model.output_head.weight.shape[0])
         exits = torch.zeros(B, dtype=torch.long, device=ids.device)
-        confidences = logits.new_zeros(B)
+        confidences = logits.new_zeros(B, dtype=torch.promote_types(logits.dtype, torch.float32))
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
             selected = is_last[places]
@@ -116,7 +116,7 @@ class Request:
                 continue
             leaving = step.left & last
             exits[leaving.any(1)] = step.layer
-            by_token = logits.new_zeros(B, T).masked_scatter(step.queried, step.confidence.to(logits))
+            by_token = confidences.new_zeros(B, T).masked_scatter(step.queried, step.confidence.to(confidences))
             confidences = torch.where(leaving.any(1), (by_token * leaving).sum(1), confidences)
         read_rows = last.any(1)
         seen = None if self.seen is None else self.seen[read_rows]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.flops import exit_flops, run_flops
 from ease.interface import ExitModel, Layout, ModelConfig
-from ease.policy import Policy, exits_named
+from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
 from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
 
 HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
@@ -143,7 +143,7 @@ def routed_forward(
             at: float | Tensor = threshold
             if positions is not None:
                 at = policy.limits(threshold, positions[places], dtype)
-            return confidence.to(dtype) >= at
+            return confidence.to(dtype).clamp(min=LOOSEST) >= at  # at `LOOSEST` a confidence of 0 leaves, too
 
         exit = _evaluate(model, layer, before, state, queried, kind, measure, None if final else leave, read)
         measured = 0 if final else kind.flops(model.config, len(exit.confidence))
@@ -254,8 +254,8 @@ def route(
     policy = model.policy if policy is None else policy
     if exit_layer is not None or routing_threshold is not None:
         exits = policy.exits if exit_layer is None else exits_named(exit_layer)
-        thresholds = policy.thresholds if routing_threshold is None else routing_threshold
-        if not exits and thresholds not in (0, (), []):
+        thresholds = policy.thresholds if routing_threshold is None else thresholds_named(routing_threshold)
+        if not exits and any(thresholds):
             raise EaseError("the model's policy has no exit: give exit_layer as well as routing_threshold")
         policy = Policy.of(exits, thresholds, **policy.options)
     policy.check(model.num_layers)
@@ -265,7 +265,7 @@ def route(
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])
     left_at = torch.zeros_like(ids)
-    confidences = head.new_zeros(ids.shape)
+    confidences = head.new_zeros(ids.shape, dtype=torch.promote_types(head.dtype, torch.float32))
     for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         if step.read is not None:
             logits[step.left] = step.read.to(logits)

@@ -65,7 +65,7 @@ class RunContext:
     @property
     def in_sample(self) -> bool:
         """Whether the strategy validates on tokens that it trains on."""
-        return getattr(self.config.strategy, "protocol", None) in ("seed", "original")
+        return getattr(self.config.strategy, "protocol", None) == "original"
 
     def progress_of(self, line: str, label: str | None = None) -> Progress:
         """Progress of the training of a line, logged to metrics.jsonl and shown under `label`."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError
+from ease.files import set_usual_mode
 from ease.interface import ExitModel
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
@@ -185,7 +186,8 @@ class Interrupts:
 def deferred_interrupts(enabled: bool) -> Iterator[Interrupts]:
     """Defers interrupts inside, so that none arrives between the parts of a step; the last is raised at the end.
 
-    Only the main thread can handle signals. In another one, or if not `enabled`, interrupts are raised at once.
+    Only the main thread can handle signals. In another one, if not `enabled`, or where the program handles SIGINT
+    itself, interrupts are not deferred; of nested uses, only the outer one defers them.
     """
     interrupts = Interrupts()
     handled = []
@@ -240,6 +242,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"state": text})
+        set_usual_mode(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # otherwise a crash of the machine may keep the name without the content
         partial.replace(path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ease.errors import EaseError, check_choice, check_least
+from ease.errors import EaseError, check_choice, check_integer, check_least, check_number
 from ease.policy import Policy
 from ease.training.losses import CrossEntropy, Objective
 from ease.training.selection import AllTokens, TokenSelection
@@ -33,7 +33,11 @@ class StageConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Sequence) or len(self.layers) != 2:
+            raise EaseError(f"stage layers must be two layers, first and last, got {self.layers!r}")
         first, last = self.layers
+        check_integer("the first layer of a stage", first, least=-(2**63))
+        check_integer("the last layer of a stage", last, least=-(2**63))
         if first < 1:
             raise EaseError(f"stage layers {tuple(self.layers)}: layers are counted from 1")
         if first > last:
@@ -180,6 +184,13 @@ class PhaseOptions:
     """The part of schedule and warmup that the phase covers, if several phases share one schedule."""
 
     def __post_init__(self) -> None:
+        for name in ("lr", "warmup", "weight_decay"):
+            check_number(name, getattr(self, name))
+        check_integer("max_epochs", self.max_epochs, least=1)
+        if self.patience is not None:
+            check_integer("patience", self.patience, least=1)
+        if self.max_flops is not None:
+            check_number("max_flops", self.max_flops)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise EaseError(f"lr must be above 0, got {self.lr}")
         check_choice("schedule", self.schedule, ("constant", "cosine"))
@@ -190,7 +201,6 @@ class PhaseOptions:
         if not 0 <= self.span[0] < self.span[1] <= 1:
             raise EaseError(f"span must be two increasing numbers in [0, 1], got {self.span}")
         check_least(0, weight_decay=self.weight_decay)
-        check_least(1, max_epochs=self.max_epochs, patience=self.patience)
 
     def check_phases(self, number: int) -> None:
         """Raises `EaseError` if the epochs cannot be divided among this number of phases, each of which needs one."""

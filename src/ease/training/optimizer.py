@@ -1,72 +1,79 @@
-"""AdamW whose parameters are float32, whatever the dtype of the model.
+"""AdamW whose updates are float32, whatever the dtype of the model.
 
-An update of a parameter in half precision is lost when it is smaller than the spacing of numbers there: an exit's norm
-in bfloat16 starts at 1, where the spacing is 2^-7, and AdamW moves it by about the learning rate. The optimizer
-therefore updates float32 copies (master weights, Micikevicius et al. 2018, arXiv:1710.03740, section 3.1) and rounds
-them into the model after every step.
+An update of a parameter in half precision is lost if it is smaller than the spacing of numbers there: an exit's norm in
+bfloat16 starts at 1, where the spacing is 2^-7, and AdamW moves it by about the learning rate. The optimizer therefore
+updates float32 copies (master weights, Micikevicius et al. 2018, arXiv:1710.03740, section 3.1) and rounds them into
+the model after every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 MASTER = "master"  # key of a float32 copy in the optimizer's state
 
-_hooks: Any = WeakTensorKeyDictionary()  # of each half-precision parameter: that of its latest optimizer
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW over parameter groups, with float32 copies of half-precision parameters.
 
-def adamw(groups: Sequence[dict[str, Any]], lr: float) -> torch.optim.AdamW:
-    """AdamW over parameter groups; gradients of half-precision parameters go to their float32 copies.
-
-    The groups of the optimizer hold the copies. The copies are part of its state, so that a checkpoint restores them.
+    `param_groups` holds the copies; gradients stay on the model's parameters, which `sources` lists. The copies are
+    part of the state, so that a checkpoint restores them. A parameter that was changed between steps, such as by
+    restoring weights, is copied again.
 
     Args:
         groups: dictionaries with "params" and options, as for `torch.optim.AdamW`.
         lr: learning rate of groups that have none.
     """
-    copies: list[tuple[Tensor, Tensor]] = []  # each float32 copy with the model's parameter
 
-    def learnable(p: Tensor) -> Tensor:
-        if (hook := _hooks.pop(p, None)) is not None:  # of an earlier optimizer
-            hook.remove()
+    def __init__(self, groups: Sequence[Mapping[str, Any]], lr: float) -> None:
+        self.sources: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._copies: list[tuple[Tensor, Tensor]] = []  # each copy with its parameter
+        parts = [{**group, "params": [self._learnable(p) for p in group["params"]]} for group in groups]
+        # Fused: one pass over the memory of each parameter instead of a dozen.
+        super().__init__(parts, lr=lr, betas=(0.9, 0.95), fused=True)
+
+    def _learnable(self, p: Tensor) -> Tensor:
         if p.dtype.itemsize >= 4:
             return p
         copy = p.detach().float().requires_grad_()
-        _hooks[p] = p.register_post_accumulate_grad_hook(lambda p: hand_over(p, copy))
-        copies.append((copy, p))
+        self._copies.append((copy, p))
         return copy
 
-    def hand_over(p: Tensor, copy: Tensor) -> None:
-        assert p.grad is not None
-        gradient = p.grad.float()
-        copy.grad = gradient if copy.grad is None else copy.grad + gradient
-        p.grad = None
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for copy, p in self._copies:
+            copy.data = torch.where(copy.to(p) == p, copy.to(p.device), p.float())
+            copy.grad = None if p.grad is None else p.grad.float()
+        super().step()
+        for copy, p in self._copies:
+            copy.grad = None
+            if copy in self.state:  # AdamW has no state of a parameter that never had a gradient
+                p.copy_(copy)
+                self.state[copy][MASTER] = copy
+        return loss
 
-    parts = [{**group, "params": [learnable(p) for p in group["params"]]} for group in groups]
-    # Fused: one pass over the memory of each parameter instead of a dozen.
-    optimizer = torch.optim.AdamW(parts, lr=lr, betas=(0.9, 0.95), fused=True)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for _, p in self._copies:
+            p.grad = None
 
     @torch.no_grad()
-    def round_into_model(*_: Any) -> None:
-        for copy, p in copies:
-            if copy in optimizer.state:  # AdamW has no state of a parameter that never had a gradient
-                p.copy_(copy)
-                optimizer.state[copy][MASTER] = copy
-
-    @torch.no_grad()
-    def restore(*_: Any) -> None:
-        for copy, p in copies:
-            if copy in optimizer.state:
-                copy.copy_(optimizer.state[copy][MASTER])
-                optimizer.state[copy][MASTER] = copy
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for copy, p in self._copies:
+            if copy in self.state:
+                copy.copy_(self.state[copy].get(MASTER, p))
+                self.state[copy][MASTER] = copy
                 p.copy_(copy)
 
-    if copies:
-        optimizer.register_step_post_hook(round_into_model)
-        optimizer.register_load_state_dict_post_hook(restore)
-    return optimizer
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The model's parameters that an optimizer updates."""
+    if isinstance(optimizer, MasterAdamW):
+        return optimizer.sources
+    return [p for group in optimizer.param_groups for p in group["params"]]
