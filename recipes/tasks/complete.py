@@ -14,6 +14,7 @@ import tyro
 import ease
 from ease import Data, DeepSupervisionConfig, Policy, StandardTransformer, score, train
 from ease.data import ExampleBatches, load_completion
+from ease.data.tokenizers import save_tokenizer
 from ease.devices import choose_device
 from ease.errors import exit_on_error
 from ease.evaluation.tasks import cheapest_policy, completion_metrics
@@ -83,7 +84,7 @@ def main(
         }
         summary = {"validation": tried, "test": test}
         save_model(folder, model, chosen, ease_version=ease.__version__)
-        task.tokenizer.save(str(folder / "tokenizer.json"))
+        save_tokenizer(task.tokenizer, folder / "tokenizer.json")
         write_json(folder / "summary.json", summary)
     print(f"\ntest split; confidence {chosen.thresholds[0] if chosen.exits else 'is not used'}, chosen on validation")
     for name, figures in summary["test"].items():

@@ -1,6 +1,12 @@
 """Tokenizers: decoding gives back the text, special tokens in a text stay text, and training is deterministic."""
 
+import json
+import random
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -86,3 +92,81 @@ def test_long_texts_are_tokenized_in_pieces_that_lose_nothing(monkeypatch: pytes
     assert ids[-1] == 1
     assert (ids == 1).sum() == 3
     assert BPE.decode(ids.tolist()) == TEXT + "no line end"
+
+
+def trained_whole(text: str) -> str:
+    """The tokenizer that the library trains on the text as it is, as JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=700, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return str(tok.to_str())
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        "",
+        "日本語の文章。" * 2000,  # no white space, and every word short
+        "QUJDREVG+/0=" * 2000,
+        "x" * 9_990,
+        " " * 4_900,
+    ],
+)
+def test_words_up_to_a_length_train_the_same_vocabulary(long: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"{TEXT}it's 'x' don't\n\n   {long}\u00a0{long[::-1]}\n\n {TEXT}"
+    expected = trained_whole(text)
+    assert train_tokenizer("bpe:700", [text]).to_str() == expected
+    monkeypatch.setattr(tokenizers, "LONG_RUN", tokenizers.re.compile(""))  # every chunk is searched for long words
+    assert train_tokenizer("bpe:700", [text]).to_str() == expected
+
+
+@pytest.mark.parametrize("unit", ["ab日", "1", "!?", " ", "\n", "\x1c!"])
+def test_a_word_is_cut_into_bounded_pieces_for_training(unit: str) -> None:
+    text = f"a {unit * 30_000} b"
+    pieces = list(tokenizers._bounded(text))
+    assert "".join(pieces) == text
+    words = [word for piece in pieces for word, _ in BPE.pre_tokenizer.pre_tokenize_str(piece)]
+    ends = [offsets for piece in pieces for _, offsets in BPE.pre_tokenizer.pre_tokenize_str(piece)]
+    assert len(words) > 3
+    assert max(end - start for start, end in ends) <= tokenizers.LONGEST_WORD
+
+
+def test_training_on_a_text_without_white_space_ends_soon() -> None:
+    rng = random.Random(0)
+    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=200_000))  # a minute as one word
+    start = time.perf_counter()
+    train_tokenizer("bpe:400", [text])
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"]["vocab"].update(a=10**9),
+        lambda content: content["model"]["vocab"].update(a=280),
+        lambda content: content["model"]["vocab"].update(a=-1),
+        lambda content: content["model"]["vocab"].update(a="1"),
+        lambda content: content["model"]["vocab"].update(a=1.5),
+        lambda content: content["added_tokens"][0].update(id=10**9),
+        lambda content: content.update(added_tokens=[3]),
+        lambda content: content.update(added_tokens=3),
+    ],
+)
+def test_ids_without_a_row_in_the_embedding_are_refused(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    content = json.loads(BPE.to_str())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(path, 280).get_vocab_size() == 280
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(EaseError, match=re.escape(str(path))) as caught:
+        load_tokenizer(path, 280)
+    assert "use the tokenizer.json" in str(caught.value)

@@ -70,9 +70,9 @@ def test_runs_of_one_name_are_labeled_by_folder(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({}, "is not a run folder: it has no summary.json."),
-        ({"summary.json": b'{"format": 1, "li'}, "is damaged or cannot be read: run it again."),
-        ({"summary.json": b"\xff\xfe\x00"}, "is damaged or cannot be read: run it again."),
-        ({"summary.json": b"[1]"}, "is damaged (it is not a JSON object): run it again."),
+        ({"summary.json": b'{"format": 1, "li'}, "is damaged (Unterminated string"),
+        ({"summary.json": b"\xff\xfe\x00"}, "is damaged ('utf-8' codec"),
+        ({"summary.json": b"[1]"}, "is damaged (it must hold a JSON object): run it again."),
         ({"summary.json": b'{"format": 2}'}, "has format 2 and this version of ease reads format 1"),
         (
             {"summary.json": b'{"format": 1, "lines": []}'},

@@ -7,13 +7,16 @@ becomes the end-of-text id.
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_integer, first_line
+from ease.files import read_json, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,6 +26,16 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and, for `word` only, 2
 BYTE_VOCAB = 256 + len((PAD, EOS))
 
 LARGEST_VOCAB = 2**20
+
+LARGEST_ID = 2**24  # above every vocabulary, and quick to count up to
+
+LONGEST_WORD = 10_000  # characters of a word that a tokenizer is trained on; longer ones are cut
+
+# A word is a run without white space, with one space before it, or a run of white space (Unicode's, as in the trainer).
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+# From the start of a run only, which keeps the search linear.
+LONG_RUN = re.compile(f"(?<![^{_SPACE}])[^{_SPACE}]{{{LONGEST_WORD}}}|(?<![{_SPACE}])[{_SPACE}]{{{LONGEST_WORD}}}")
 
 CHUNK_CHARS = 1 << 16  # characters per piece of text; pieces are tokenized in parallel
 
@@ -79,20 +92,60 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     )
     if size == BYTE_VOCAB:
         texts = ()  # without room for merges there is nothing to learn from them
-    tokenizer.train_from_iterator((chunk for text in texts for chunk in _chunks(text)), trainer)
+    chunks = (piece for text in texts for chunk in _chunks(text) for piece in _bounded(chunk))
+    tokenizer.train_from_iterator(chunks, trainer)
     return tokenizer_from_json(tokenizer.to_str())
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads a tokenizer that `tokenizer.save(path)` wrote.
+def load_tokenizer(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+    """Loads a tokenizer that `save_tokenizer` or `tokenizer.save(path)` wrote.
+
+    Args:
+        path: the file tokenizer.json.
+        vocab_size: rows of the embedding that the ids are for; None if it is not known.
 
     Raises:
-        EaseError: the file is missing or damaged.
+        EaseError: the file is missing or damaged, or an id has no row in the embedding.
     """
+    file, fix = Path(path), "use the tokenizer.json that the model was trained with"
+    _check_sizes(
+        file, read_json(file, f"it has no tokenizer, so {fix}"), LARGEST_ID if vocab_size is None else vocab_size, fix
+    )
     try:
-        return tokenizer_from_json(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise EaseError(f"no tokenizer in {os.fspath(path)} ({error}): use a saved tokenizer.json") from error
+        return tokenizer_from_json(file.read_text(encoding="utf-8"))
+    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise EaseError(f"no tokenizer in {file} ({first_line(error)}): use a saved tokenizer.json") from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes a tokenizer as JSON, completely or not at all; raises OSError, unlike the library, if it cannot."""
+    write_text(path, tokenizer.to_str(pretty=True))
+
+
+def _check_sizes(file: Path, content: dict[str, Any], vocab_size: int, fix: str) -> None:
+    """Checks the numbers that the library would allocate memory for or count up to."""
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.items()) if isinstance(vocab, dict) else []
+    added = content.get("added_tokens") or ()
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise EaseError(f"{file} is damaged (added_tokens must be a list of objects): {fix}")
+    ids += [(token.get("content"), token.get("id")) for token in added]
+    for token, i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
+            raise EaseError(
+                f"{file} gives the token {reprlib.repr(token)} the id {reprlib.repr(i)}, and ids must lie in "
+                f"0..{vocab_size - 1}: {fix}"
+            )
+    padding = content.get("padding")
+    if isinstance(padding, dict):
+        strategy = padding.get("strategy")
+        fixed = strategy.get("Fixed") if isinstance(strategy, dict) else None
+        for name, size in (("strategy", fixed), ("pad_to_multiple_of", padding.get("pad_to_multiple_of"))):
+            if size is not None:
+                check_integer(f"padding {name} in {file}", size, 0, LARGEST_ID)
 
 
 def tokenizer_from_json(json: str) -> Tokenizer:
@@ -124,6 +177,25 @@ def _chunks(text: str) -> Iterator[str]:
         end = text.find("\n", start + CHUNK_CHARS) + 1 or len(text)
         yield text[start:end]
         start = end
+
+
+def _bounded(chunk: str) -> Iterator[str]:
+    """The chunk, cut inside words above LONGEST_WORD characters: the trainer is quadratic in the length of a word.
+
+    A megabyte without white space takes it 25 minutes, and 28 s in words of at most 10,000 characters. All words
+    below that length, and so the vocabulary of ordinary text, stay the same.
+    """
+    from tokenizers import pre_tokenizers
+
+    start = 0
+    if LONG_RUN.search(chunk):  # otherwise no word can be that long
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # the tokenizer's own is locked while it trains
+        for _, (first, end) in words.pre_tokenize_str(chunk):
+            for cut in range(first + LONGEST_WORD // 2, end - LONGEST_WORD // 2 + 1, LONGEST_WORD // 2):
+                if end - first > LONGEST_WORD:
+                    yield chunk[start:cut]
+                    start = cut
+    yield chunk[start:]
 
 
 def token_strings(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ease.data.tokenizers import EOS, PAD
+from ease.data.tokenizers import EOS, PAD, save_tokenizer
 from ease.data.tokenizers import load_tokenizer as load_tokenizer_file
 from ease.devices import choose_device, choose_dtype
 from ease.errors import EaseError, check_integer, check_layers, first_line, require
@@ -317,7 +317,7 @@ def _write_tokenizer(
         special = {"eos": (None if eos is None else tokenizer.id_to_token(eos)) or EOS, "pad": PAD}
         ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
         token_ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
-        tokenizer.save(str(folder / "tokenizer.json"))
+        save_tokenizer(tokenizer, folder / "tokenizer.json")
         write_json(
             folder / "tokenizer_config.json",
             {

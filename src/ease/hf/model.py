@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ease.errors import EaseError, require
+from ease.errors import EaseError, first_line, require
 from ease.hf.checkpoint import NATIVE, from_pretrained
 from ease.hf.folder import CONFIG, checkpoint_folder, read_json
 from ease.interface import Layout
@@ -164,7 +164,12 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             from_pretrained(folder, dtype=dtype, device=kwargs.get("device")), **{name: raw.get(name) for name in names}
         )
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            read_json(folder / "generation_config.json")
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # for a field of the wrong type the library raises many kinds of errors
+                file = folder / "generation_config.json"
+                raise EaseError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

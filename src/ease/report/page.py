@@ -13,17 +13,22 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ease.errors import EaseError
+from ease.errors import EaseError, first_line
+from ease.files import read_json, write_text
 from ease.report.formats import SPLITS
 from ease.report.seeds import seed_groups
 from ease.report.tables import decoding_sentence
 from ease.report.verdict import verdict
+
+# What sentences and tables raise for values of another type than `ease run` writes.
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 # Parts of the page's script; each builds on those before.
 SCRIPTS = ("ui.js", "charts.js", "sections.js", "decoding.js", "explorer.js", "page.js")
@@ -53,20 +58,27 @@ def write_report(runs: list[Path], out: Path) -> Path:
         # Runs that share a name, such as several seeds of one recipe, are distinguished by their folders.
         run["label"] = name if names.count(name) == 1 else f"{name} ({run['folder']})"
     title = loaded[0]["label"] if len(loaded) == 1 else f"{len(loaded)} runs compared"
+    try:
+        seeds = seed_groups(loaded)
+    except DAMAGED as error:
+        raise EaseError(
+            f"The summary.json of one of the runs is damaged (settings cannot be read: {first_line(error)}): run it "
+            "again."
+        ) from error
     assets = files("ease.report") / "assets"
     read = {name: (assets / name).read_text("utf-8") for name in ("page.html", "style.css", *SCRIPTS)}
     # One pass over the placeholders, so that text from a run is never searched for placeholders.
     parts = {
         "TITLE": html.escape(str(title)),
         "STYLE": read["style.css"],
-        "DATA": _embedded({"title": str(title), "runs": loaded, "seeds": seed_groups(loaded)}),
+        "DATA": _embedded({"title": str(title), "runs": loaded, "seeds": seeds}),
         "SCRIPT": "\n".join(read[name] for name in SCRIPTS),
     }
     page = re.sub("|".join(f"@@{name}@@" for name in parts), lambda hit: parts[hit[0].strip("@")], read["page.html"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # UTF-8 cannot encode a lone surrogate in a name.
-        out.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        write_text(out, page, errors="xmlcharrefreplace")
     except OSError as error:
         raise EaseError(f"The report cannot be written to {out} ({error.strerror}): name another file.") from error
     return out
@@ -91,21 +103,18 @@ def _load(folder: Path) -> dict[str, Any]:
     if not valid or not lines:
         raise EaseError(f"{folder / 'summary.json'} is damaged (its lines cannot be read): run it again.")
     explorer = _read(folder / "explorer.json")
-    sentences = {"verdict": asdict(verdict(summary)), "decoding": decoding_sentence(summary)}
+    try:
+        sentences = {"verdict": asdict(verdict(summary)), "decoding": decoding_sentence(summary)}
+    except DAMAGED as error:
+        raise EaseError(
+            f"{folder / 'summary.json'} is damaged (its metrics cannot be read: {first_line(error)}): run it again."
+        ) from error
     return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, **sentences}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is no file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise EaseError(f"{path} is damaged or cannot be read: run it again.") from error
-    if not isinstance(value, dict):
-        raise EaseError(f"{path} is damaged (it is not a JSON object): run it again.")
-    return value
+    return read_json(path, "run it again.") if os.path.lexists(path) else None
 
 
 def _embedded(value: object) -> str:

@@ -51,7 +51,7 @@ def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, 
         model, config = load_model(folder)
         if model.config.num_labels is not None:
             raise EaseError(f"{name} is a classifier, which generates no text: use a model that predicts tokens")
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
         data = config["data"]
         return model, tokenizer, data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
     return from_pretrained(name, dtype=dtype), load_checkpoint_tokenizer(name), end_of_text(name)
@@ -73,7 +73,9 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     model.to(choose_device("auto"))
     data = data_config_of(folder, config)
     corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "an unrecorded source")
-    given = load_tokenizer(folder / "tokenizer.json") if config["data"].get("given") else data.tokenizer
+    given: Tokenizer | str = data.tokenizer
+    if config["data"].get("given"):
+        given = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
     corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")

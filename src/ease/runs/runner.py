@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ease.data.corpus import Corpus, load_corpus
+from ease.data.tokenizers import save_tokenizer
 from ease.devices import choose_device, machine
 from ease.errors import EaseError
 from ease.flops import head_flops, layer_flops
@@ -88,7 +89,7 @@ def run(
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
         save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=source)
-        corpus.tokenizer.save(str(folder / "tokenizer.json"))
+        save_tokenizer(corpus.tokenizer, folder / "tokenizer.json")
         write_json(folder / "summary.json", summary)
         write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
         write_report([folder], folder / "report.html")
