@@ -111,7 +111,7 @@ def even_policy() -> Callable[..., Policy]:
             with torch.no_grad():
                 stop = next(stop for stop in routed_forward(model, ids, policy, layout=layout) if stop.layer == layer)
             # A threshold t asks for t + (1 - t) raised: this is the t that a token just meets.
-            raised = policy.limits(0.0, places[stop.asked], torch.float64)
+            raised = policy.limits(0.0, places[stop.queried], torch.float64)
             leaves_at = ((stop.confidence - raised) / (1 - raised)).masked_fill(raised >= 1, -torch.inf)
             ordered = leaves_at.sort(descending=True).values.tolist()
             leaving = max(1, round(len(ordered) / (len(exits) + 1 - i)))

@@ -259,7 +259,7 @@ def test_a_bad_override_is_reported_by_name(override: list[str], says: str, caps
 def test_a_run_in_a_process_of_its_own_prints_plain_text(text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ease", "run", "demo", "--data", str(text_file), "--out", str(tmp_path / "r")]
     done = subprocess.run(
-        [*command, *TINY, *budget("6e7"), "--compare", "continued"],
+        [*command, *TINY, *budget("2e8"), "--compare", "continued"],
         capture_output=True,
         text=True,
         timeout=300,
