@@ -267,7 +267,7 @@ def check_sizes(
     file: object,
     fix: str,
     *,
-    stored_name: Callable[[str], str | None] = lambda name: name,
+    stored_name: Callable[[str], str] = lambda name: name,
     fields: Mapping[str, str] = {},
 ) -> None:
     """Compares a configuration with the shapes of stored weights, before a module of that size is made.
@@ -280,7 +280,7 @@ def check_sizes(
         shapes: name of a stored tensor -> its shape.
         file: the file of the configuration, for messages.
         fix: what the message of an error recommends.
-        stored_name: native name of a parameter -> its name in `shapes`, None if it is stored elsewhere.
+        stored_name: native name of a parameter -> its name in `shapes`.
         fields: name of a field of `ModelConfig` -> its name in `file`, where that differs.
 
     Raises:
@@ -304,7 +304,7 @@ def check_sizes(
         ("layers.0.ffn.gate_proj.weight", 0, names["hidden_dim"], c.ffn_size),
         *adapters,
     ]:
-        shape = shapes.get(stored_name(native) or "", ())
+        shape = shapes.get(stored_name(native), ())
         if axis < len(shape) and shape[axis] != size:
             raise EaseError(f"{file} has {field} {size}, but the weights have {shape[axis]}: {fix}")
     # Fields whose tensor is absent are caught by the comparison of all tensors, which makes the layers without memory.

@@ -95,9 +95,7 @@ def from_pretrained(
     """
     dtype, device = choose_dtype(dtype), choose_device(str(device or "cpu"))
     folder = checkpoint_folder(name_or_path)
-    config, saved, native = _read_configuration(folder)
-    files = weight_files(folder)
-    _check_sizes(folder, files, config, native)
+    config, saved, native = read_configuration(folder)
     try:
         with torch.device("meta"):
             model = DeepSupervisionTransformer(**{f.name: getattr(config, f.name) for f in fields(config)})
@@ -107,7 +105,7 @@ def from_pretrained(
     except RuntimeError as error:  # sizes that overflow
         raise EaseError(f"{folder / CONFIG} is damaged ({first_line(error)}): {FIX}") from error
 
-    stored = without_copies(locate_tensors(files), config.tie_embeddings)
+    stored = without_copies(locate_tensors(weight_files(folder)), config.tie_embeddings)
     if dtype is None and stored:
         name, file = next(iter(stored.items()))
         dtype = stored_dtype(file, name)
@@ -138,12 +136,16 @@ def _parts(model: DeepSupervisionTransformer, native: bool) -> tuple[dict[str, T
     return split_parameters(model)
 
 
-def _read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None, bool]:
-    """The shape of a checkpoint, what ease saved of it (None: nothing), and whether it is native."""
+def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None, bool]:
+    """The shape of a checkpoint, which fits its weights, what ease saved of it (or None), and whether it is native."""
     raw = read_json(folder / CONFIG)
     native = raw.get("model_type") == NATIVE
     saved = raw if native else _read_own(folder)
-    options = {} if native else asdict(read_config(raw))
+    options = {}
+    if not native:
+        stock = read_config(raw)
+        _check_sizes(folder / CONFIG, stock, shapes_of(weight_files(folder)), STOCK_FIELDS)
+        options = asdict(stock)
     if not saved:
         return ModelConfig(**options), None, native
     file = folder / CONFIG if native else folder / OWN / POLICY
@@ -157,33 +159,23 @@ def _read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | Non
         calibration = dict(saved.get("calibration") or {})
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
+    if native:
+        shapes = shapes_of(weight_files(folder))
+        check_sizes(config, shapes, file, FIX, stored_name=lambda name: f"model.{name}")
+    else:  # ease may have saved fields that replace those of config.json
+        _check_sizes(file, config, shapes_of([*weight_files(folder), folder / OWN / EXITS]), {})
     return config, {"trained_exits": exits, "policy": policy, "calibration": calibration}, native
 
 
-def _check_sizes(folder: Path, files: list[Path], config: ModelConfig, native: bool) -> None:
-    """Compares the sizes in config.json with the headers of the weights, before a module is made."""
-    shapes = shapes_of(files)
-    if native:
-        check_sizes(config, shapes, folder / CONFIG, FIX, stored_name=lambda name: f"model.{name}")
-        return
-    stock = read_config(read_json(folder / CONFIG))
-    check_sizes(
-        stock,
-        shapes,
-        folder / CONFIG,
-        FIX,
-        stored_name=lambda name: stock_name(name, stock.num_layers),
-        fields=STOCK_FIELDS,
-    )
-    if config != stock:  # what ease saved replaces fields of config.json
-        shapes |= shapes_of([folder / OWN / EXITS])
-        check_sizes(
-            config,
-            shapes,
-            folder / OWN / POLICY,
-            FIX,
-            stored_name=lambda name: stock_name(name, config.num_layers) or name,
-        )
+def _check_sizes(
+    file: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, str]
+) -> None:
+    """Compares sizes with the headers of stock weights and those of the exits, before a module is made."""
+
+    def stored_name(name: str) -> str:
+        return stock_name(name, config.num_layers) or name
+
+    check_sizes(config, shapes, file, FIX, stored_name=stored_name, fields=fields)
 
 
 def _read_own(folder: Path) -> dict[str, Any] | None:

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError, first_line, require
-from ease.hf.checkpoint import NATIVE, from_pretrained
-from ease.hf.folder import CONFIG, checkpoint_folder, read_json
+from ease.hf.checkpoint import NATIVE, from_pretrained, read_configuration
+from ease.hf.folder import CONFIG, FIX, checkpoint_folder, read_json
+from ease.hf.weights import DTYPES
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
 from ease.routing.forward import routed_forward
+from ease.storage import check_finite
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -154,7 +156,11 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
         folder = checkpoint_folder(pretrained_model_name_or_path)
         raw = read_json(folder / CONFIG)
         if raw.get("model_type") == NATIVE:
+            read_configuration(folder)  # refuses sizes that do not fit the weights, before transformers makes a model
             loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
+            for name, parameter in loaded.named_parameters():
+                if parameter.dtype in DTYPES.values() and not parameter.is_meta:
+                    check_finite(name, parameter, folder, FIX)
             return loaded
         if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "device"}):
             raise EaseError(f"{', '.join(unknown)} is not supported for this checkpoint: use dtype and device only")
