@@ -47,7 +47,7 @@ def test_the_summary_has_the_lines_of_a_fair_comparison(made: Path) -> None:
 
 def test_several_baselines_may_be_given_at_once(text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
-    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *budget("6e7")]
+    args = ["run", "demo", "--data", str(text_file), "--out", str(tmp_path / "out"), *TINY, *budget("2e8")]
     assert main([*args, "--compare", "full-depth", "continued"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [line["name"] for line in summary["lines"]] == [
@@ -81,7 +81,7 @@ def test_ashem_grows_on_a_checkpoint(made: Path, text_file: Path, tmp_path: Path
         "--strategy.phase2-layers",
         "4",
         "--strategy.phase2-max-flops",
-        "6e7",
+        "3e8",
         "--compare",
         "continued",
         "standard",
@@ -102,7 +102,7 @@ def test_phase_1_determines_the_hard_set_after_an_initial_model(made, text_file,
     """The hard set and the continued line belong to phase 1, which phase 2 was built on, not to the initial model."""
     monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
     out, plan = tmp_path / "grown", ["--strategy.phase1-layers", "3", "--strategy.phase1-max-flops", "6e7"]
-    limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "6e7", "--compare", "continued"]
+    limits = ["--strategy.phase2-layers", "4", "--strategy.phase2-max-flops", "3e8", "--compare", "continued"]
     args = ["run", "ashem", "--start", str(made), "--data", str(text_file), "--out", str(out), *SHORT, *plan, *limits]
     assert main(args) == 0
     summary = json.loads((out / "summary.json").read_text())
