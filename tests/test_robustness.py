@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_runs import TINY, budget
 
 import ease
 from ease.cli.main import main
@@ -315,6 +316,27 @@ def test_a_full_disk_costs_one_sentence_and_no_file(made: Path, tmp_path: Path) 
     assert "could not be written" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == [report.name]
+
+
+def test_a_run_that_finds_the_disk_full_at_its_end_resumes(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    command = ["run", "demo", "--data", str(text_file), "--out", str(out), *TINY, *budget("1e8"), "--compare"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ease.data.tokenizers.write_text", full)
+        assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"ease: {out} could not be written")
+    assert "No space left on device" in error
+    assert not out.exists()
+    assert main(command) == 0
+    assert "resuming" in "".join(capsys.readouterr())
+    assert (out / "tokenizer.json").is_file()
 
 
 def test_a_tokenizer_that_cannot_be_written_is_an_os_error(made: Path, tmp_path: Path) -> None:
