@@ -289,7 +289,7 @@ def test_another_training_is_refused(other: str, text: torch.Tensor, tmp_path: P
 
     killed(make, tmp_path)
     model, strategy, data = make(other)
-    with pytest.raises(EaseError, match=r"another configuration, model or text: give another folder") as error:
+    with pytest.raises(EaseError, match=r"another configuration, model, or text: give another folder") as error:
         list(train(model, strategy, data, checkpoints=tmp_path))
     assert "\n" not in str(error.value)
 
