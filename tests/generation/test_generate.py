@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ease import EaseError, Policy, StandardTransformer, generate
-from ease.generation.decode import bytes_per_token
+from ease.generation.decode import bytes_per_token, free_memory
 from ease.generation.request import Token
 
 Make = Callable[..., StandardTransformer]
@@ -151,3 +151,10 @@ def test_too_many_positions_and_nan_logits_raise(tiny: Make) -> None:
         model.layers[1].ffn.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(EaseError, match="NaN"):
         generate(model, ids, 2)
+
+
+def test_memory_that_torch_has_reserved_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000, 70_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 61_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    assert free_memory(torch.device("cuda")) == 62_000

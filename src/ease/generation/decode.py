@@ -210,7 +210,9 @@ def bytes_per_token(model: StandardTransformer) -> int:
 def free_memory(device: torch.device) -> float:
     """Free bytes of a device; infinite where the system does not report them."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # The system does not count what torch's allocator has reserved and not given out.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + reserved)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return math.inf

@@ -119,7 +119,7 @@ class Term(NamedTuple):
         """The term with a teacher (n, D) for the n tokens with `seen` (N,), and cross entropy for all other tokens."""
         if bool(seen.all()):
             return [self._replace(teacher=teacher)]
-        share = seen.double().mean().item()
+        share = int(seen.sum()) / len(seen)
         return [
             Term(self.states[seen], self.targets[seen], share * self.weight, self.objective, teacher),
             Term(self.states[~seen], self.targets[~seen], (1 - share) * self.weight),
