@@ -77,7 +77,8 @@ class Sequences:
                     best = torch.cat([self.model.logits(h, step.layer).argmax(-1) for h in states])
                     for values in (step.confidence, best):
                         everywhere = values.new_zeros(batch.x.shape).masked_scatter(step.queried, values)
-                        columns.append(everywhere[batch.scored].cpu().double())  # exact for every vocabulary; MPS has no float64
+                        # float64 is exact for every vocabulary, and MPS does not have it.
+                        columns.append(everywhere[batch.scored].cpu().double())
                 parts.append(torch.stack(columns))
         table = torch.cat(parts, 1)  # a row of confidences and a row of outputs per exit
         if not bool(table.isfinite().all()):
