@@ -232,7 +232,8 @@ def test_every_recipe_is_listed_with_its_cost() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     pages = [page.read_text(encoding="utf-8") for page in (DOCS / "reference" / "api").glob("*.md")]
     shown = {name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page, re.M)}
-    assert {f"ease.{name}" for name in ease.__all__} <= shown
+    named = {name for name in ease.__all__ if not isinstance(getattr(ease, name), ModuleType | str)}
+    assert {f"ease.{name}" for name in named} <= shown
 
 
 def field_names(page: str, heading: str) -> set[str]:
