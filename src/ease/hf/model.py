@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,47 +30,15 @@ from ease.routing.forward import routed_forward
 from ease.storage import check_finite
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-    from transformers.configuration_utils import PreTrainedConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from ease.hf.cache import EaseCache
+    from ease.hf.configuration import EaseConfig, config_of
+    from ease.hf.generation import EaseGenerationMixin
 except ImportError:
     require("transformers", "hf")
     raise
-
-
-class EaseConfig(PreTrainedConfig):
-    """The config.json of an `EaseForCausalLM`.
-
-    Args:
-        model: the fields of `ease.ModelConfig`.
-        exits: layers after which tokens may leave.
-        thresholds: one per exit; an exit with threshold 0 is not used.
-        trained_exits: exits that a loss has trained.
-        policy_options: the other fields of `ease.Policy`.
-        bos_token_id, eos_token_id, pad_token_id: as in transformers.
-    """
-
-    model_type = NATIVE
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits"]
-
-    model: dict[str, Any] | None = None
-    exits: list[int] | tuple[int, ...] = ()
-    thresholds: list[float] | tuple[float, ...] = ()
-    trained_exits: list[int] | tuple[int, ...] = ()
-    policy_options: dict[str, Any] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    # For tools that read stock names. Read-only, since the model is built from `model` alone.
-    vocab_size = property(lambda self: (self.model or {}).get("vocab_size"))
-    hidden_size = property(lambda self: (self.model or {}).get("dim"))
-    num_hidden_layers = property(lambda self: (self.model or {}).get("num_layers"))
-    num_attention_heads = property(lambda self: (self.model or {}).get("num_heads"))
-    max_position_embeddings = property(lambda self: (self.model or {}).get("max_positions"))
-    tie_word_embeddings = property(lambda self: bool((self.model or {}).get("tie_embeddings")))
 
 
 @dataclass
@@ -85,7 +53,7 @@ class EaseOutput(CausalLMOutputWithPast):
     exits: Tensor | None = None
 
 
-class EaseForCausalLM(PreTrainedModel, GenerationMixin):
+class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
     """A native model behind the interface of transformers.
 
     In evaluation mode tokens leave as the policy allows (`set_routing`); in training mode the model runs at full depth,
@@ -321,76 +289,6 @@ class EaseForCausalLM(PreTrainedModel, GenerationMixin):
             cache.real = torch.cat([cache.real, real], 1)
         return logits.view(B, K, V), exits
 
-    def _new_cache(self, rows: int, capacity: int) -> EaseCache | None:
-        """A cache for `rows` rows. None in training mode, where dropout gives a token other keys in every pass."""
-        return None if self.training else EaseCache(self.model.new_cache(rows, capacity, key=self.policy))
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Adds a cache with room for the longest possible text to `model_kwargs`, unless one is there or is off."""
-        # A forward pre-hook may expect rows (B, T, D), as that of PEFT's `adapter_names`; with a cache, layers get
-        # single tokens.
-        if self.training or any(module._forward_pre_hooks for module in self.model.modules()):
-            generation_config.use_cache = False
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            super()._prepare_cache_for_generation(*arguments)  # type: ignore[misc]
-            return
-        if generation_config.cache_implementation is not None:
-            raise EaseError(
-                "cache_implementation is for stock models: leave it out, since this model has its own cache"
-            )
-        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = self._new_cache(rows, max_cache_length)
-
-    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """Does nothing: positions follow from mask or cache. transformers' are wrong after padding on the right."""
-
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Prepares as transformers does, but continues a row that is padded on the right from its last real token."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        mask, T = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
-        if mask is not None and not bool(mask[:, -1].all()):
-            real = mask[:, -T:].bool()
-            if bool((mask.any(1) & ~real.any(1)).any()):
-                raise EaseError(
-                    "a row has only padding in this part of the prompt: pad prompts that are read in parts on the left"
-                )
-            inputs["logits_to_keep"] = (real * torch.arange(T, device=real.device)).amax(1, keepdim=True)
-        return inputs
-
-    def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-    ) -> Any:
-        """Generates as transformers does. Tokens are read once, except with `use_cache=False` and in training mode."""
-        if any(
-            getattr(source, "assistant_early_exit", None) is not None
-            for source in (generation_config, self.generation_config)
-        ) or kwargs.get("assistant_early_exit"):
-            raise EaseError(
-                "assistant_early_exit is for stock models (ease.save_pretrained writes one): use "
-                "model.set_routing(threshold, exits)"
-            )
-        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-
-
-def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:
-    """The fields of `EaseConfig` that describe a model."""
-    policy = model.policy
-    return {
-        "model": asdict(model.config),
-        "exits": policy.exits,
-        "thresholds": policy.thresholds,
-        "policy_options": policy.options,
-        "trained_exits": sorted(model.trained_exits),
-    }
-
 
 def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:
     """The layout (B, T) of rows with an attention mask or positions.
@@ -414,7 +312,5 @@ def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor
     default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return None if bool(layout.real.all()) and torch.equal(layout.positions, default) else layout
 
-
-AutoConfig.register(NATIVE, EaseConfig, exist_ok=True)
 
 AutoModelForCausalLM.register(EaseConfig, EaseForCausalLM, exist_ok=True)
