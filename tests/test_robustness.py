@@ -25,7 +25,7 @@ from ease.errors import EaseError
 from ease.files import read_json, write_text
 from ease.hf.checkpoint import end_of_text
 from ease.hf.checkpoint import load_tokenizer as load_checkpoint_tokenizer
-from ease.interface import ModelConfig, RopeScaling
+from ease.model_config import ModelConfig, RopeScaling
 from ease.policy import Policy
 from ease.report import write_report
 from ease.runs.config import DataConfig

@@ -29,7 +29,7 @@ from ease.errors import require
 from ease.flops import full_depth_flops
 from ease.hf import checkpoint as hf
 from ease.hf.config import read_config
-from ease.interface import ModelConfig
+from ease.model_config import ModelConfig
 from experiments.analysis.pages import write
 from experiments.harness.candidates import SHARES
 from experiments.harness.lab import Lab

@@ -24,7 +24,7 @@ from .hf.checkpoint import save_pretrained as save_pretrained
 from .interface import Batch as Batch
 from .interface import ExitModel as ExitModel
 from .interface import Layout as Layout
-from .interface import ModelConfig as ModelConfig
+from .model_config import ModelConfig as ModelConfig
 from .models import DeepSupervisionTransformer as DeepSupervisionTransformer
 from .models import StandardTransformer as StandardTransformer
 from .policy import Policy as Policy

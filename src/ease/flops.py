@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ease.interface import Layout, ModelConfig
+from ease.interface import Layout
+from ease.model_config import ModelConfig
 
 
 def real_pairs(active: Tensor, layout: Layout | None = None) -> int:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError
-from ease.interface import ExitModel, Layout, ModelConfig
+from ease.interface import ExitModel, Layout
+from ease.model_config import ModelConfig
 from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, rotary
 from ease.policy import Policy
 

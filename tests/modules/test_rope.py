@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ease.interface import RopeScaling
+from ease.model_config import RopeScaling
 from ease.modules.rope import rotary, rotate
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ease import EaseError, Layout, Policy, StandardTransformer, generate, route
-from ease.interface import RopeScaling
+from ease.model_config import RopeScaling
 from ease.modules import TransformerBlock
 from ease.routing.confidence import MEASURES
 from ease.routing.forward import routed_forward

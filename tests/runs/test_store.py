@@ -12,7 +12,7 @@ import torch
 
 import ease
 from ease.errors import EaseError
-from ease.interface import RopeScaling
+from ease.model_config import RopeScaling
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import route

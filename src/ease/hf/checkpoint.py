@@ -37,7 +37,7 @@ from ease.hf.weights import (
     weight_files,
     without_copies,
 )
-from ease.interface import ModelConfig
+from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
 from ease.storage import check_fingerprint, output_folder, write_json

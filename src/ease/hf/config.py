@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ease.errors import EaseError, check_boolean, check_integer, check_list, check_number
-from ease.interface import ModelConfig
+from ease.model_config import ModelConfig
 
 # ---------------------------------------------------------------------------------------------------------
 # Families

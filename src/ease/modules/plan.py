@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.interface import Layout, RopeScaling
+from ease.interface import Layout
+from ease.model_config import RopeScaling
 from ease.modules.rope import rotary
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.interface import RopeScaling
+from ease.model_config import RopeScaling
 
 
 def rotary(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import classifier_flops
-from ease.interface import ExitModel, ModelConfig
+from ease.interface import ExitModel
+from ease.model_config import ModelConfig
 from ease.policy import Policy
 
 

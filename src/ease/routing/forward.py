@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import exit_flops, run_flops
-from ease.interface import ExitModel, Layout, ModelConfig
+from ease.interface import ExitModel, Layout
+from ease.model_config import ModelConfig
 from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
 from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
 

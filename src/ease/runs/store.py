@@ -28,7 +28,7 @@ import torch
 from ease.devices import choose_dtype
 from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_string, first_line
 from ease.files import set_usual_mode
-from ease.interface import ModelConfig
+from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
 from ease.storage import (

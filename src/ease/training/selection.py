@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import classifier_flops, exit_flops
-from ease.interface import Batch, ExitModel, ModelConfig
+from ease.interface import Batch, ExitModel
+from ease.model_config import ModelConfig
 from ease.routing.forward import compute_confidence
 from ease.training.losses import Objective
 
