@@ -1,4 +1,4 @@
-"""Single files: JSON read with every kind of damage reported, and text that replaces a file in one step.
+"""Single files: JSON read with every kind of damage reported, text that replaces a file in one step, and checksums.
 
 Files come from other people and from interrupted copies. What a reader returns has been checked so far that no later
 step fails on its form: it is an object, no key occurs twice, and it is not nested so deep that a recursive function
@@ -7,15 +7,19 @@ overflows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ease.errors import EaseError, first_line
+
+CHECKSUMS = "SHA256SUMS"
 
 DEEPEST = 100  # levels of nesting; files of ease have fewer than 10, and Python's recursion ends at 1000
 
@@ -32,12 +36,21 @@ def read_json(path: Path, fix: str = "restore it") -> dict[str, Any]:
             a key, or is nested deeper than 100 levels.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EaseError(f"{path} is missing: {fix}") from error
+    except (OSError, ValueError) as error:
+        raise EaseError(f"{path} is damaged ({first_line(error)}): {fix}") from error
+    return parse_json(text, path, fix)
+
+
+def parse_json(text: str, path: Path, fix: str) -> dict[str, Any]:
+    """Parses the JSON object that was read from `path`, with the checks and errors of `read_json`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise EaseError(f"{path} is damaged (it is nested too deep): {fix}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise EaseError(f"{path} is damaged ({first_line(error)}): {fix}") from error
     if not isinstance(value, dict):
         raise EaseError(f"{path} is damaged (it must hold a JSON object): {fix}")
@@ -97,6 +110,44 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that SHA256SUMS lists, as `sha256sum` writes it; empty if there is no such file."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise EaseError(f"cannot read {folder / CHECKSUMS} ({error.strerror}): make it readable") from error
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+
+def write_checksums(folder: Path, names: Sequence[str], without: Sequence[str] = ()) -> None:
+    """Writes the SHA-256 of the files `names` of a folder into its SHA256SUMS; entries of others stay but `without`."""
+    sums = {name: value for name, value in read_checksums(folder).items() if name not in without}
+    sums |= {name: _checksum(folder / name) for name in names}
+    write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+
+
+def check_checksums(folder: Path, names: Sequence[str], fix: str) -> None:
+    """Raises `EaseError` if one of the files `names` has another checksum than SHA256SUMS lists for it.
+
+    Files that are missing or not listed are not checked.
+    """
+    sums = read_checksums(folder)
+    for name in names:
+        file = folder / name
+        if name in sums and file.is_file() and _checksum(file) != sums[name]:
+            raise EaseError(
+                f"{file} is damaged (its checksum is not the one in {CHECKSUMS}, which you may remove if you changed "
+                f"the file on purpose): {fix}"
+            )
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def set_usual_mode(*files: Path) -> None:

@@ -106,8 +106,10 @@ def standing(model: Any, strategy: Any, data: Data, histories: list[History]) ->
 Setting = Callable[[], tuple[Any, Any, Data]]
 
 
-def ends(setting: Setting, folder: Path | None, lives: list[Killer]) -> dict[str, Any]:
-    """Trains through all lives, each with everything made anew, and lives on after the last."""
+def ends(
+    setting: Setting, folder: Path | None, lives: list[Killer], killed: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Trains through all lives, each with everything made anew and `killed` called after it, and lives on at last."""
     for life in [*lives, Killer()]:
         killer = Drawing(life.steps, life.at)
         torch.manual_seed(7)
@@ -118,6 +120,7 @@ def ends(setting: Setting, folder: Path | None, lives: list[Killer]) -> dict[str
                 histories.append(history)
                 torch.rand(1)  # as one does who looks at the model between two phases
             break
+        killed()
     return standing(model, strategy, data, histories)
 
 
@@ -294,16 +297,45 @@ def test_another_training_is_refused(other: str, text: torch.Tensor, tmp_path: P
     assert "\n" not in str(error.value)
 
 
-def test_files_are_no_pickles_and_a_damaged_one_is_told(text: torch.Tensor, tmp_path: Path) -> None:
+def flip(path: Path, at: float) -> None:
+    """Changes one bit at a share of the file."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def test_files_are_no_pickles_and_a_phase_without_an_intact_one_is_refused(text: torch.Tensor, tmp_path: Path) -> None:
     make = lambda: (small(2), STRATEGIES["ashem"].strategy(), data_of(text))  # noqa: E731
     killed(make, tmp_path)
-    (path,) = tmp_path.iterdir()
-    assert path.suffix == ".safetensors"
-    path.write_bytes(path.read_bytes()[:2000])
+    paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == ["phase-1.previous.safetensors", "phase-1.safetensors"]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:2000])
     model, strategy, data = make()
-    with pytest.raises(EaseError, match=r"phase-1.safetensors is damaged .*: remove it") as error:
+    with pytest.raises(EaseError, match=r"phase-1.previous.safetensors is damaged .*: remove it") as error:
         list(train(model, strategy, data, checkpoints=tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("at", [0.001, 0.2, 0.6, 0.9, 0.9999])
+def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
+    at: float, text: torch.Tensor, tmp_path: Path
+) -> None:
+    make = lambda: (small(2), STRATEGIES["ashem"].strategy(), data_of(text))  # noqa: E731
+    paths = [tmp_path / f"phase-{n}.safetensors" for n in (1, 2)]
+    whole = ends(make, None, [])
+    with pytest.warns(UserWarning, match="is damaged .*: training resumes from the checkpoint before it") as told:
+        again = ends(make, tmp_path, [Killer(18)], lambda: [flip(path, at) for path in paths])
+    assert [name for name in whole if whole[name] != again[name]] == []
+    assert [str(each.message).split()[0] for each in told] == list(map(str, paths))
+    assert ends(make, tmp_path, []) == again
+
+
+def test_a_kill_while_two_checkpoints_are_exchanged_loses_none(text: torch.Tensor, tmp_path: Path) -> None:
+    make = lambda: (small(2), STRATEGIES["ashem"].strategy(), data_of(text))  # noqa: E731
+    whole = ends(make, None, [])
+    again = ends(make, tmp_path, [Killer(3)], (tmp_path / "phase-1.safetensors").unlink)
+    assert [name for name in whole if whole[name] != again[name]] == []
 
 
 def test_a_kill_while_writing_leaves_the_file_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,13 @@ def test_runs_of_one_name_are_labeled_by_folder(tmp_path: Path) -> None:
             {"summary.json": b'{"format": 1, "lines": [{"name": "a"}]}', "explorer.json": b"{"},
             "explorer.json is damaged",
         ),
+        (
+            {
+                "summary.json": b'{"format": 1, "lines": [{"name": "a", "test": {"ppl": 3}}]}',
+                "SHA256SUMS": b"0123  summary.json\n",
+            },
+            "summary.json is damaged (its checksum is not the one in SHA256SUMS, ",
+        ),
     ],
 )
 def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path, files: dict[str, bytes], message: str) -> None:

@@ -17,7 +17,7 @@ def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
     assert names == {
         *("config.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
-        *("explorer.json", "report.html"),
+        *("explorer.json", "report.html", "SHA256SUMS"),
     }
     assert [p for p in made.parent.iterdir() if p.name.startswith(".")] == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 import ease
 from ease.errors import EaseError
+from ease.files import write_checksums
 from ease.model_config import RopeScaling
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import route
-from ease.runs.store import load_model, save_model
+from ease.runs.store import can_resume, load_model, save_calibration, save_model
 
 
 @pytest.fixture
@@ -66,6 +68,35 @@ def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path, model, damage
     with pytest.raises(EaseError, match=says) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "policy.json"])
+def test_a_file_with_another_checksum_is_refused(name: str, tmp_path: Path, model: StandardTransformer) -> None:
+    save_model(tmp_path, model, Policy((1,), (0.5,)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_checksums(tmp_path, ("config.json", "model.safetensors", "tokenizer.json"))
+    save_calibration(tmp_path, model, {"policy": asdict(Policy((1,), (0.5,)))})
+    save_calibration(tmp_path, model, {"policy": asdict(Policy((1,), (0.75,)))})
+    assert load_model(tmp_path)[0].policy.thresholds == (0.75,)
+    file = tmp_path / name
+    data = bytearray(file.read_bytes())
+    if name == "model.safetensors":
+        data[-1] ^= 1
+    file.write_bytes(data.replace(b"0.75", b"0.25").replace(b"0.5", b"0.6").replace(b"{}", b"[]"))
+    says = "were calibrated on other weights" if name == "model.safetensors" else rf"{name} is damaged \(its checksum"
+    with pytest.raises(EaseError, match=says):
+        load_model(tmp_path)
+
+
+def test_a_damaged_plan_of_an_unfinished_run_is_named_and_discarded_on_request(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert not can_resume(tmp_path, {"seed": 1}, overwrite=False)
+    (tmp_path / "checkpoints" / "phase-1.safetensors").touch()
+    assert can_resume(tmp_path, {"seed": 1}, overwrite=False)
+    (tmp_path / "checkpoints" / "plan.json").write_text("{")
+    with pytest.raises(EaseError, match=r"plan.json is damaged .*--overwrite"):
+        can_resume(tmp_path, {"seed": 1}, overwrite=False)
+    assert not can_resume(tmp_path, {"seed": 1}, overwrite=True)
 
 
 def _edit(folder: Path, **changes: object) -> None:

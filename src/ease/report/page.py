@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ease.errors import EaseError, first_line
-from ease.files import read_json, write_text
+from ease.files import check_checksums, read_json, write_text
 from ease.report.formats import SPLITS
 from ease.report.seeds import seed_groups
 from ease.report.tables import decoding_sentence
@@ -109,6 +109,7 @@ def _load(folder: Path) -> dict[str, Any]:
         raise EaseError(
             f"{folder / 'summary.json'} is damaged (its metrics cannot be read: {first_line(error)}): run it again."
         ) from error
+    check_checksums(folder, ("summary.json", "explorer.json"), "run it again.")
     return {"folder": folder.resolve().name, "summary": summary, "explorer": explorer, **sentences}
 
 

@@ -16,6 +16,7 @@ from ease.data.corpus import Corpus, load_corpus
 from ease.data.tokenizers import save_tokenizer
 from ease.devices import choose_device, machine
 from ease.errors import EaseError
+from ease.files import write_checksums
 from ease.flops import head_flops, layer_flops
 from ease.models import StandardTransformer
 from ease.progress import Progress
@@ -27,7 +28,7 @@ from ease.runs.explorer import explorer_data
 from ease.runs.lines import train_strategy
 from ease.runs.metrics import decoding_metrics, run_metrics
 from ease.runs.reopen import load_start
-from ease.runs.store import can_resume, save_model
+from ease.runs.store import FILES, can_resume, save_model
 from ease.storage import fingerprint, output_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.version import __version__
@@ -92,6 +93,7 @@ def run(
         save_tokenizer(corpus.tokenizer, folder / "tokenizer.json")
         write_json(folder / "summary.json", summary)
         write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
+        write_checksums(folder, FILES)
         write_report([folder], folder / "report.html")
     return summary
 

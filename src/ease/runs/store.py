@@ -8,6 +8,7 @@
     explorer.json       routed runs over a held-out text, token by token
     report.html         report
     policy.json         thresholds chosen by `ease calibrate`; they replace those in config.json
+    SHA256SUMS          checksums of the other files, which `sha256sum -c` can check too
 
 No file is a pickle. A run in progress is in `.NAME.partial` in the same parent folder, with the checkpoints needed to
 resume it in `checkpoints/`.
@@ -27,7 +28,7 @@ import torch
 
 from ease.devices import choose_dtype
 from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_string, first_line
-from ease.files import set_usual_mode
+from ease.files import check_checksums, set_usual_mode, write_checksums
 from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
@@ -46,9 +47,18 @@ from ease.storage import (
 
 FORMAT = 1
 
-WEIGHTS, POLICY = "model.safetensors", "policy.json"
+WEIGHTS, POLICY, TOKENIZER = "model.safetensors", "policy.json", "tokenizer.json"
 
-FIX = "run again, or restore it"
+FILES = (
+    CONFIG,
+    WEIGHTS,
+    TOKENIZER,
+    "metrics.jsonl",
+    "summary.json",
+    "explorer.json",
+)  # of a finished run, without its report
+
+FIX, RECALIBRATE = "run again, or restore it", "remove it and calibrate again"
 
 PLAN = "plan.json"  # in the folder of checkpoints: the identity of the run that they belong to
 
@@ -64,14 +74,16 @@ def can_resume(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bo
         overwrite: discard checkpoints of another run.
 
     Raises:
-        EaseError: the folder holds checkpoints of another run and `overwrite` is not set.
+        EaseError: `overwrite` is not set, and the folder holds checkpoints of another run, or their plan is damaged.
     """
     checkpoints, identity = folder / CHECKPOINTS, json.loads(json.dumps(identity, default=stable_repr))
     expected, resumable = _flat(identity), has_checkpoints(folder)
     if resumable:
         try:
-            found = _flat(read_json(checkpoints / PLAN))
+            found = _flat(read_json(checkpoints / PLAN, "restore it, or discard the unfinished run (--overwrite)"))
         except EaseError:
+            if not overwrite:
+                raise
             found = {}
         differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         if differing and not overwrite:
@@ -124,8 +136,8 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         None, and "run" and "data" are present, perhaps empty.
 
     Raises:
-        EaseError: the folder is missing, damaged or written in another format version, a weight is NaN or infinite, or
-            policy.json was calibrated on other weights.
+        EaseError: the folder is missing, damaged or written in another format version, a weight is NaN or infinite, a
+            file has another checksum than SHA256SUMS lists, or policy.json was calibrated on other weights.
     """
     from safetensors.torch import load_model as load
 
@@ -166,6 +178,8 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
     model.policy, model.trained_exits = policy, trained_exits
     if calibration:
         check_fingerprint(model, calibration, folder / POLICY)
+    check_checksums(folder, (CONFIG, WEIGHTS, TOKENIZER), FIX)
+    check_checksums(folder, (POLICY,), RECALIBRATE)
     return model.eval(), config
 
 
@@ -215,7 +229,9 @@ def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[s
     sizes = {"parameters": sum(p.numel() for p in model.parameters()), **asdict(model.config)}
     written = {"format": FORMAT, "fingerprint": fingerprint(model), **record, "model": sizes}
     try:
+        write_checksums(folder, (), without=(POLICY,))  # a kill in between leaves a file without checksum
         write_json(folder / POLICY, written)
+        write_checksums(folder, (POLICY,))
     except OSError as error:
         raise EaseError(
             f"{folder / POLICY} could not be written ({error}): make room, or make the folder writable"
@@ -226,11 +242,10 @@ def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[s
 def _read_calibration(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    fix = "remove it and calibrate again"
-    record = read_json(file, fix)
-    _check_format(file, record, fix)
+    record = read_json(file, RECALIBRATE)
+    _check_format(file, record, RECALIBRATE)
     try:
         policy = Policy(**record["policy"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise EaseError(f"{file} is damaged ({first_line(error)}): {fix}") from error
+        raise EaseError(f"{file} is damaged ({first_line(error)}): {RECALIBRATE}") from error
     return record | {"policy": asdict(policy)}

@@ -1,6 +1,7 @@
 """Checkpoint of a phase: a run that is killed at any moment and resumed ends with the same bits.
 
-- One file per phase: tensors as safetensors, everything else as JSON in their header. It is replaced atomically.
+- One file per phase: tensors as safetensors, everything else as JSON in their header, with a checksum over both. It is
+  replaced atomically, and the one before is kept: if the newest is damaged, the phase resumes from that one.
 - It contains no strategy. On resuming, a strategy yields its phases again; a finished phase is loaded instead of
   trained, after which the next one starts with the same model, batches, and random state as before.
 - Within an epoch the position among its batches is saved; batches that were trained on are skipped.
@@ -8,11 +9,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
-from ease.files import set_usual_mode
+from ease.errors import EaseError, first_line
+from ease.files import parse_json, set_usual_mode
 from ease.interface import ExitModel
+from ease.storage import digest
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
 
@@ -31,12 +35,12 @@ SHARE = 0.02  # maximum share of the time that saving takes; large models are sa
 
 
 class Checkpoint:
-    """The checkpoint file of one phase.
+    """The checkpoint files of one phase: the newest, and the one before it.
 
     Iterating over it gives the rest of the epoch: the batches of `train` from the saved position on.
 
     Args:
-        path: the file; None to save nothing.
+        path: the newest file; None to save nothing.
         model, optimizer: saved and restored.
         train, val: batches. If epochs differ, they have `state_dict` and `load_state_dict`, or use torch's default
             generator.
@@ -109,14 +113,17 @@ class Checkpoint:
             self._write(**loop, epoch_start=self._epoch_state(), place=0)
 
     def load(self) -> dict[str, Any] | None:
-        """Restores what `save` or `finish` saved and returns the state of the loop; None if there is no file.
+        """Restores what `save` or `finish` saved last and returns the state of the loop; None if there is no file.
+
+        Warns:
+            UserWarning: the newest file is damaged, and the one before was loaded.
 
         Raises:
-            EaseError: the file is damaged or belongs to another phase.
+            EaseError: every file is damaged, or the file belongs to another phase.
         """
-        if self.path is None or not self.path.exists():
+        state = self._read()
+        if state is None:
             return None
-        state = read_state(self.path)
         if state["identity"] != self.identity:
             raise EaseError(
                 f"{self.path} belongs to a training with another configuration, model, or text: "
@@ -139,6 +146,26 @@ class Checkpoint:
     def replay(self) -> None:
         """Restores the random state from the beginning of the loaded epoch, or from the end of the phase."""
         set_random_state(self.epoch_start["random"])
+
+    def _read(self) -> dict[str, Any] | None:
+        """The newest state that is not damaged; None if there is no file."""
+        if self.path is None:
+            return None
+        previous = previous_path(self.path)
+        if not self.path.exists() and previous.exists():  # killed while the files were exchanged
+            previous.replace(self.path)
+        if not self.path.exists():
+            return None
+        try:
+            return read_state(self.path)
+        except EaseError as error:
+            if not previous.exists():
+                raise
+            state = read_state(previous)
+            reason = str(error).partition(f": {FIX}")[0]
+            warnings.warn(f"{reason}: training resumes from the checkpoint before it", stacklevel=2)
+            previous.replace(self.path)  # so that the next save keeps this one and not the damaged one
+            return state
 
     def _epoch_state(self) -> dict[str, Any]:
         states = [b.state_dict() if hasattr(b, "state_dict") else None for b in self.batches]
@@ -225,8 +252,19 @@ def set_random_state(kinds: Mapping[str, Tensor]) -> None:
 TENSOR = "tensor!"  # the only key of the dictionary that represents a tensor in JSON
 
 
+FIX = "remove it to resume from the phase before"
+
+
+def previous_path(path: Path) -> Path:
+    """The file of the checkpoint before the newest, which is in `path`."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes nested dictionaries with string keys, lists, tensors, numbers, and strings atomically."""
+    """Writes nested dictionaries with string keys, lists, tensors, numbers, and strings atomically.
+
+    The file that was there is kept under its `previous_path`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -241,10 +279,12 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"state": text})
+        save_file(tensors, partial, {"state": text, "checksum": _checksum(text, tensors)})
         set_usual_mode(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # otherwise a crash of the machine may keep the name without the content
+        if path.exists():
+            path.replace(previous_path(path))
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -257,11 +297,22 @@ def read_state(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
+            header = file.metadata()
             # Copies, since not every system can replace a file that is mapped.
-            return dict(_join_tensors(state, {name: file.get_tensor(name).clone() for name in file.keys()}))  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = header["state"]
+        intact = header["checksum"] == _checksum(text, tensors)
     except Exception as error:  # a damaged file makes the library raise errors without a common base class
-        raise EaseError(f"{path} is damaged ({error}): remove it to resume from the phase before") from error
+        raise EaseError(f"{path} is damaged ({first_line(error)}): {FIX}") from error
+    if not intact:
+        raise EaseError(f"{path} is damaged (its checksum differs): {FIX}")
+    return dict(_join_tensors(parse_json(text, path, FIX), tensors))
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the JSON and every tensor's name, dtype, shape, and bytes."""
+    parts = ((f"{name} {value.dtype} {tuple(value.shape)}", value) for name, value in sorted(tensors.items()))
+    return digest(text, *itertools.chain.from_iterable(parts))
 
 
 def _split_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
