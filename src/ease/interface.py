@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -224,16 +225,41 @@ def learnable(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its previous mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def evaluation_view(model: Module) -> Module:
+    """A copy of the model in evaluation mode that shares its weights and hooks; the model itself is not changed.
+
+    A switch of the model's own mode would also reach other threads that train or evaluate it.
+    """
+    views: dict[int, Any] = {
+        id(module): module if isinstance(module, torch.jit.ScriptModule) else object.__new__(type(module))
+        for module in model.modules()
+    }
+
+    def bound_to_view(value: Any) -> Any:
+        # A forward that was replaced on an instance (by accelerate's hooks, for example) holds the module itself.
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, views.get(id(value.__self__), value.__self__))
+        if isinstance(value, partial):
+            args = (views.get(id(arg), arg) for arg in value.args)
+            return partial(bound_to_view(value.func), *args, **value.keywords)
+        return value
+
+    for module in model.modules():
+        view = views[id(module)]
+        if view is module:
+            continue
+        attributes = vars(module).copy()
+        attributes |= {name: bound_to_view(v) for name, v in attributes.items() if isinstance(v, (MethodType, partial))}
+        if module.training:  # a compiled call would run the module itself
+            attributes["_compiled_call_impl"] = None
+        attributes["_modules"] = {name: views.get(id(part)) for name, part in module._modules.items()}
+        attributes["_parameters"], attributes["_buffers"] = module._parameters.copy(), module._buffers.copy()
+        vars(view).update(attributes, training=False)
+    copied: Module = views[id(model)]
+    return copied
 
 
 def train_mode(model: nn.Module) -> None:

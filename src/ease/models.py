@@ -24,6 +24,7 @@ from ease.errors import EaseError
 from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
 from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, rotary
+from ease.modules.functional import is_altered
 from ease.policy import Policy
 
 
@@ -128,7 +129,10 @@ class StandardTransformer(ExitModel):
         classifier: Any = self.exit_classifiers[str(exit)]
         # In half precision many tokens would have the same confidence.
         kind = torch.promote_types(normed.dtype, torch.float32)
-        odds = F.linear(normed.to(kind), classifier.weight.to(kind), classifier.bias.to(kind))
+        if type(classifier) is nn.Linear and not is_altered(classifier):
+            odds = F.linear(normed.to(kind), classifier.weight.to(kind), classifier.bias.to(kind))
+        else:
+            odds = classifier(normed).to(kind)
         return odds.squeeze(-1).sigmoid()
 
     def set_classifiers(self, weights: Mapping[int, Tensor]) -> None:

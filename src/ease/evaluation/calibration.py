@@ -163,7 +163,7 @@ def calibrate(
     cost those with the highest quality.
 
     Args:
-        model: the model; it is put in eval mode while it runs.
+        model: the model; it runs in evaluation mode whatever its mode, which stays as it is.
         policy: exits and confidence measure; its thresholds are replaced.
         target: the condition to satisfy.
         propose: batches of (x, y) or `Batch` that candidates are computed from, such as the validation split.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import IGNORE, Batch, ExitModel, eval_mode
+from ease.interface import IGNORE, Batch, ExitModel, evaluation_view
 from ease.policy import Policy
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
@@ -139,7 +139,7 @@ def score(
     """Runs a model over batches and scores every token whose target is not -100.
 
     Args:
-        model: the model; it is put in eval mode for the call.
+        model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
         batches: an iterable of (x, y) or `Batch`, x and y integers (B, T).
         policy: exits, thresholds, and confidence measure; by default every token runs to the end.
         last: the layer at which the run ends (the model's last by default). `last=k` without a policy scores exit k.
@@ -158,30 +158,30 @@ def score(
     """
     policy = policy or Policy()
     policy.check(model.num_layers)
+    model = evaluation_view(model)
     if device is None:
         device = next(model.parameters()).device
     parts: list[Tensor] = []
     flops = 0.0
     processed = 0
     start = time.perf_counter()
-    with eval_mode(model):
-        for item in batches:
-            batch = Batch(*item)
-            if batch.x.shape != batch.y.shape:
-                raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
-            batch = batch._replace(active=None, y=batch.y.long()).to(device)
-            model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
-            read = partial(_loss_and_correct, batch.y.flatten())
-            columns = torch.zeros(*batch.y.shape, 4, device=device)  # loss, correct, exit, confidence
-            for step in routed_forward(model, batch.x, policy, layout=batch.layout, last=last, read=read):
-                flops += step.flops
-                if step.read is not None:
-                    confidence = step.confidence[step.leaves]
-                    exits = torch.full_like(confidence, step.layer)
-                    row = torch.cat([step.read, torch.stack([exits, confidence], 1)], 1)
-                    columns[step.left] = row.float()
-            processed += int(batch.running.sum())
-            parts.append(columns[batch.scored].cpu())
+    for item in batches:
+        batch = Batch(*item)
+        if batch.x.shape != batch.y.shape:
+            raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
+        batch = batch._replace(active=None, y=batch.y.long()).to(device)
+        model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
+        read = partial(_loss_and_correct, batch.y.flatten())
+        columns = torch.zeros(*batch.y.shape, 4, device=device)  # loss, correct, exit, confidence
+        for step in routed_forward(model, batch.x, policy, layout=batch.layout, last=last, read=read):
+            flops += step.flops
+            if step.read is not None:
+                confidence = step.confidence[step.leaves]
+                exits = torch.full_like(confidence, step.layer)
+                row = torch.cat([step.read, torch.stack([exits, confidence], 1)], 1)
+                columns[step.left] = row.float()
+        processed += int(batch.running.sum())
+        parts.append(columns[batch.scored].cpu())
     seconds = time.perf_counter() - start
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")

@@ -20,7 +20,7 @@ from ease.errors import EaseError
 from ease.evaluation.bounds import auroc
 from ease.evaluation.scoring import Scores, perplexity, score
 from ease.flops import layer_flops
-from ease.interface import IGNORE, Batch, ExitModel, eval_mode, running_batches
+from ease.interface import IGNORE, Batch, ExitModel, evaluation_view, running_batches
 from ease.policy import Policy
 from ease.routing.forward import HEAD_CHUNK, routed_forward
 
@@ -43,7 +43,7 @@ class Sequences:
     """Sequences under a model, with the loss and cost of any policy over the same exits.
 
     Args:
-        model: the model; it is put in eval mode while it runs.
+        model: the model; it runs in evaluation mode whatever its mode, which stays as it is.
         batches: (x, y) or `Batch`; a row is a sequence.
         policy: exits and confidence measure; its thresholds are not used.
 
@@ -67,19 +67,19 @@ class Sequences:
     @torch.no_grad()
     def views(self) -> Views:
         """Predictions of all exits for every scored token, from one pass at full depth."""
-        device = next(self.model.parameters()).device
+        model = evaluation_view(self.model)
+        device = next(model.parameters()).device
         parts = []
-        with eval_mode(self.model):
-            for batch in running_batches(self.batches, device):
-                columns = []
-                for step in routed_forward(self.model, batch.x, self.policy, layout=batch.layout):
-                    states = step.state[step.queried].split(HEAD_CHUNK)
-                    best = torch.cat([self.model.logits(h, step.layer).argmax(-1) for h in states])
-                    for values in (step.confidence, best):
-                        everywhere = values.new_zeros(batch.x.shape).masked_scatter(step.queried, values)
-                        # float64 is exact for every vocabulary, and MPS does not have it.
-                        columns.append(everywhere[batch.scored].cpu().double())
-                parts.append(torch.stack(columns))
+        for batch in running_batches(self.batches, device):
+            columns = []
+            for step in routed_forward(model, batch.x, self.policy, layout=batch.layout):
+                states = step.state[step.queried].split(HEAD_CHUNK)
+                best = torch.cat([model.logits(h, step.layer).argmax(-1) for h in states])
+                for values in (step.confidence, best):
+                    everywhere = values.new_zeros(batch.x.shape).masked_scatter(step.queried, values)
+                    # float64 is exact for every vocabulary, and MPS does not have it.
+                    columns.append(everywhere[batch.scored].cpu().double())
+            parts.append(torch.stack(columns))
         table = torch.cat(parts, 1)  # a row of confidences and a row of outputs per exit
         if not bool(table.isfinite().all()):
             raise EaseError("some confidences are NaN: the model's weights are probably corrupt, restore them")

@@ -15,7 +15,7 @@ from ease.data.tasks import Task
 from ease.errors import require
 from ease.evaluation.scoring import score
 from ease.generation.decode import generate
-from ease.interface import IGNORE, ExitModel, Layout, eval_mode
+from ease.interface import IGNORE, ExitModel, Layout, evaluation_view
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import routed_forward
@@ -31,7 +31,8 @@ def predict(
     """Predicts the most likely output of every token in a routed forward.
 
     Args:
-        model: a classifier or a language model, with the ids on its device.
+        model: a classifier or a language model; the call runs in evaluation mode whatever the model's mode, which
+            stays as it is.
         x: (B, T) ids.
         layout: positions and segments; by default one segment a row without padding.
         policy: exits and thresholds; full depth by default.
@@ -40,14 +41,14 @@ def predict(
         Outputs (B, T) and exits (B, T). Both are -1 where the head is not evaluated: at padding and, in a classifier,
         before the last token of a row.
     """
+    model, device = evaluation_view(model), next(model.parameters()).device
+    x, layout = x.to(device), None if layout is None else layout.to(device)
     predictions = torch.full_like(x, -1)
     exits = torch.full_like(x, -1)
-    steps = routed_forward(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1))
-    with eval_mode(model):
-        for step in steps:
-            if step.read is not None:
-                predictions[step.left] = step.read
-                exits[step.left] = step.layer
+    for step in routed_forward(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1)):
+        if step.read is not None:
+            predictions[step.left] = step.read
+            exits[step.left] = step.layer
     return predictions, exits
 
 

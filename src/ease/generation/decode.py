@@ -25,7 +25,7 @@ from ease.errors import EaseError, check_choice, check_least
 from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
-from ease.interface import eval_mode
+from ease.interface import evaluation_view
 from ease.models import StandardTransformer
 from ease.policy import Policy
 
@@ -70,7 +70,7 @@ def generate(
     """Continues each of B prompts by up to `max_new_tokens` tokens.
 
     Args:
-        model: the model; it is put in eval mode for the call.
+        model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
         ids: (B, T) integers, the prompts.
         max_new_tokens: the largest number of tokens generated per row.
         mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding, drafted at an exit).
@@ -107,7 +107,7 @@ def generate(
     _check_drafting(mode, draft_exit, draft_confidence, model.num_layers)
     capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
     _check_memory(model, len(ids), capacity, max_memory)
-    device = next(model.parameters()).device
+    model, device = evaluation_view(model), next(model.parameters()).device
     ids, real = ids.to(device), real.to(device)
     model.check_ids(ids, model.config.vocab_size)
 
@@ -123,15 +123,12 @@ def generate(
         stream=stream,
     )
     drafts = DraftCounts()
-    with eval_mode(model):
-        request.step(ids, real, policy)
-        prefilled = time.perf_counter()
-        if mode == "exact":
-            drafts = decode_exactly(
-                request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence
-            )
-        while request.unfinished:
-            request.step(request.current[:, None], request.running[:, None], policy)
+    request.step(ids, real, policy)
+    prefilled = time.perf_counter()
+    if mode == "exact":
+        drafts = decode_exactly(request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence)
+    while request.unfinished:
+        request.step(request.current[:, None], request.running[:, None], policy)
     end = time.perf_counter()
     stats = _timing(request, start, prefilled, end)
     if mode == "exact":

@@ -24,7 +24,7 @@ from ease.modules.attention import Attention, split_heads
 from ease.modules.block import TransformerBlock
 from ease.modules.cached_plan import CachedPlan
 from ease.modules.ffn import FFN
-from ease.modules.functional import functional, rms_norm
+from ease.modules.functional import functional, is_altered, rms_norm
 from ease.modules.plan import Plan
 from ease.modules.rope import rotate
 
@@ -47,10 +47,12 @@ def packable(layer: Any) -> bool:
     """Whether a packed layer computes all that the layer does, and is faster."""
     weights = list(layer.parameters())
     return (
-        all(type(m) in PACKABLE and not (m._forward_hooks or m._forward_pre_hooks) for m in layer.modules())
+        all(type(m) in PACKABLE and not is_altered(m) for m in layer.modules())
         and layer.attention.q_proj.bias is None
         and type(layer.attention.q_norm) is nn.Identity
-        and all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64) for w in weights)
+        # A quantized weight is a subclass of `nn.Parameter` in a plain module.
+        and all(type(w) is nn.Parameter and w.device.type == "cpu" for w in weights)
+        and all(w.dtype in (torch.float32, torch.float64) for w in weights)
         and sum(w.numel() for w in weights) <= MAX_PACKED_PARAMETERS
     )
 

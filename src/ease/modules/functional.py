@@ -2,8 +2,9 @@
 
 A decoding step calls a dozen small modules per layer, and at small widths attribute lookup and hook checks take longer
 than the matrix products. The mathematics is not written a second time, except for the norm on a CPU: the same `forward`
-runs on a stand-in object whose parts are plain functions of the same weights. A module with hooks, or of another class
-(wrapped by LoRA, for example), is called as it is. `decoding.py` says when this is used.
+runs on a stand-in object whose parts are plain functions of the same weights. A module with hooks, with a forward of
+its own, or of another class (wrapped by LoRA or quantized, for example) is called as it is. `decoding.py` says when
+this is used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callable[..., Any]:
@@ -27,7 +29,7 @@ def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callabl
         kinds: classes whose `forward` may run on a stand-in: it uses submodules and plain attributes, no methods.
     """
     kind = type(module)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if is_altered(module):
         return module
     if kind is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)  # type: ignore[arg-type]
@@ -40,6 +42,13 @@ def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callabl
     plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     parts = {name: functional(part, kinds) for name, part in module.named_children()}
     return partial(kind.forward, SimpleNamespace(**plain | parts | {"training": False}))
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, a forward of its own, or a compiled one."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own_call = "forward" in vars(module) or module._compiled_call_impl is not None
+    return own_call or any(hooks) or bool(_has_any_global_hook())
 
 
 def rms_norm(module: nn.RMSNorm) -> Callable[[Tensor], Tensor]:

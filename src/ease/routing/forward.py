@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import exit_flops, run_flops
-from ease.interface import ExitModel, Layout
+from ease.interface import ExitModel, Layout, evaluation_view
 from ease.model_config import ModelConfig
 from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
 from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
@@ -236,7 +236,7 @@ def route(
     A token that has left still gives keys and values to the tokens that continue.
 
     Args:
-        model: an `ExitModel`, in evaluation mode.
+        model: an `ExitModel`; the call runs in evaluation mode whatever its mode, which stays as it is.
         ids: (B, T) token ids.
         exit_layer, routing_threshold: exits and thresholds that replace those of the policy.
         attention_mask: (B, T), true (or 1) for real tokens, false for padding on either side.
@@ -249,7 +249,7 @@ def route(
         EaseError: the model cannot follow the policy, or ids lie outside the vocabulary.
 
     Example:
-        >>> routed = ease.route(model.eval(), ids, exit_layer=2, routing_threshold=0.9)
+        >>> routed = ease.route(model, ids, exit_layer=2, routing_threshold=0.9)
         >>> routed.exits  # the layer at which each token left
     """
     policy = model.policy if policy is None else policy
@@ -262,7 +262,9 @@ def route(
     policy.check(model.num_layers)
     if attention_mask is not None and attention_mask.shape != ids.shape:
         raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
-    layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask)
+    model, device = evaluation_view(model), next(model.parameters()).device
+    ids = ids.to(device)
+    layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask.to(device))
     head = model.output_head.weight
     logits = head.new_zeros(*ids.shape, head.shape[0])
     left_at = torch.zeros_like(ids)

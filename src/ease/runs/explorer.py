@@ -35,7 +35,7 @@ def explorer_data(
     Returns:
         The content of explorer.json.
     """
-    model = copy.copy(line.model.eval())
+    model = copy.copy(line.model)
     model.policy = line.policy
     device = next(model.parameters()).device
     rows = max(1, min(EXPLORER_TOKENS // test.seq_len, len(test.windows)))

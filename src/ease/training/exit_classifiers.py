@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import Batch, Batches, eval_mode, re_iterable
+from ease.interface import Batch, Batches, evaluation_view, re_iterable
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import HEAD_CHUNK
@@ -26,22 +26,22 @@ def agreements(
     """Per exit, the states (N, D) of all scored tokens, and (N,) whether its likeliest output is the last exit's."""
     states: dict[int, list[Tensor]] = {exit: [] for exit in exits}
     agrees: dict[int, list[Tensor]] = {exit: [] for exit in exits}
+    model = evaluation_view(model)
     device, last = next(model.parameters()).device, model.num_layers
-    with eval_mode(model):
-        for item in re_iterable(batches):
-            batch = Batch(*item).to(device)
-            state, first = model.embed(batch.x), 1
-            at_exit: dict[int, Tensor] = {}
-            for exit in (*exits, last):
-                state = model.run(state, first, exit, layout=batch.layout)
-                at_exit[exit], first = state[batch.scored], exit + 1
-            likeliest = {
-                exit: torch.cat([model.logits(part, exit).argmax(-1) for part in h.split(HEAD_CHUNK)])
-                for exit, h in at_exit.items()
-            }
-            for exit in exits:
-                states[exit].append(at_exit[exit])
-                agrees[exit].append(likeliest[exit] == likeliest[last])
+    for item in re_iterable(batches):
+        batch = Batch(*item).to(device)
+        state, first = model.embed(batch.x), 1
+        at_exit: dict[int, Tensor] = {}
+        for exit in (*exits, last):
+            state = model.run(state, first, exit, layout=batch.layout)
+            at_exit[exit], first = state[batch.scored], exit + 1
+        likeliest = {
+            exit: torch.cat([model.logits(part, exit).argmax(-1) for part in h.split(HEAD_CHUNK)])
+            for exit, h in at_exit.items()
+        }
+        for exit in exits:
+            states[exit].append(at_exit[exit])
+            agrees[exit].append(likeliest[exit] == likeliest[last])
     if not any(map(len, next(iter(states.values()), []))):
         raise EaseError("there is no scored token to learn the agreement from: give batches with targets")
     return {e: torch.cat(s) for e, s in states.items()}, {e: torch.cat(a) for e, a in agrees.items()}

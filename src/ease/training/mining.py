@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ease.errors import EaseError, check_seed
 from ease.flops import run_flops
-from ease.interface import Batch, Batches, ExitModel, Layout, eval_mode, re_iterable, running_batches
+from ease.interface import Batch, Batches, ExitModel, Layout, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
 from ease.routing.forward import ExitStep, routed_forward
 
@@ -63,11 +63,10 @@ def read_states(
     model: ExitModel, batches: Any, device: Any, exit: int | None
 ) -> Iterator[tuple[Batch, ExitStep, Tensor]]:
     """Every batch with a running token, its step at full depth up to `exit`, and the confidences (B, T) there."""
-    device = device or next(model.parameters()).device
-    with eval_mode(model):
-        for batch in running_batches(re_iterable(batches), device):
-            (step,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
-            yield batch, step, spread(step)
+    model = evaluation_view(model)
+    for batch in running_batches(re_iterable(batches), device or next(model.parameters()).device):
+        (step,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
+        yield batch, step, spread(step)
 
 
 def spread(step: ExitStep) -> Tensor:
@@ -193,18 +192,18 @@ class MinedBatches:
         device = next(model.parameters()).device
         quantile = Quantile()
         found: list[tuple[Batch, Tensor]] = []
-        with eval_mode(model):
-            passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
-            for batch in running_batches(passes, device):
-                step, flops = self._mine(batch.x, batch.layout)
-                self.flops += flops
-                confidence = spread(step)
-                total += int(batch.scored.sum())
-                quantile.add(confidence[step.arrived & batch.scored])
-                size = step.state.numel() * step.state.element_size()
-                state = step.state if kept + size <= budget else None
-                kept += size if state is not None else 0
-                found.append((batch._replace(active=step.arrived, state=state), confidence))
+        view = evaluation_view(model)
+        passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
+        for batch in running_batches(passes, device):
+            step, flops = self._mine(view, batch.x, batch.layout)
+            self.flops += flops
+            confidence = spread(step)
+            total += int(batch.scored.sum())
+            quantile.add(confidence[step.arrived & batch.scored])
+            size = step.state.numel() * step.state.element_size()
+            state = step.state if kept + size <= budget else None
+            kept += size if state is not None else 0
+            found.append((batch._replace(active=step.arrived, state=state), confidence))
         # The share is of all tokens, the quantile over those still running.
         share = min(1.0, ratio * total / max(1, quantile.count))
         self.threshold = quantile(share) if share < 1 else 1.0
@@ -218,10 +217,10 @@ class MinedBatches:
             raise EaseError(no_hard_token_message(self.threshold))
 
     @torch.no_grad()
-    def _mine(self, x: Tensor, layout: Layout | None) -> tuple[ExitStep, float]:
+    def _mine(self, model: ExitModel, x: Tensor, layout: Layout | None) -> tuple[ExitStep, float]:
         """The step at the mined layer and the FLOPs up to there; tokens that left before are not in `arrived`."""
         flops = 0.0
-        for step in routed_forward(self.model, x, self.policy, layout=layout, last=self.layer):
+        for step in routed_forward(model, x, self.policy, layout=layout, last=self.layer):
             flops += step.flops
         if step.layer < self.layer:  # every token of the batch left earlier
             none = torch.zeros_like(step.arrived)
@@ -239,15 +238,16 @@ class MinedBatches:
         self.generator.set_state(state["generator"])
 
     def __iter__(self) -> Iterator[Batch]:
+        model = evaluation_view(self.model)
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
             batch = self.batches[i]
             if batch.state is None and self.policy.exits:
-                step, flops = self._mine(batch.x, batch.layout)
+                step, flops = self._mine(model, batch.x, batch.layout)
                 batch = batch._replace(state=step.state, flops=flops)
             elif batch.state is None:  # no token left before, so no head has to be evaluated again
                 with torch.no_grad():
-                    state = self.model.run(self.model.embed(batch.x), 1, self.layer, layout=batch.layout)
+                    state = model.run(model.embed(batch.x), 1, self.layer, layout=batch.layout)
                 running = batch._replace(active=None).running
-                flops = run_flops(self.model.config, self.layer, running, batch.layout)
+                flops = run_flops(model.config, self.layer, running, batch.layout)
                 batch = batch._replace(state=state, flops=flops)
             yield batch
