@@ -445,7 +445,7 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     for options, message in (
-        ({"device_map": "auto", "token": "x"}, "device_map, token"),
+        ({"load_in_8bit": True}, "load_in_8bit is not supported"),
         ({"torch_dtype": "f99"}, "f99"),
     ):
         with pytest.raises(EaseError, match=message):

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ease.data.tokenizers import EOS, PAD, save_tokenizer
 from ease.data.tokenizers import load_tokenizer as load_tokenizer_file
-from ease.devices import choose_device, choose_dtype
 from ease.errors import EaseError, check_integer, check_layers, first_line, require
 from ease.files import set_usual_mode
 from ease.hf.config import STOCK_FIELDS, read_config, write_config
-from ease.hf.folder import CONFIG, FIX, checkpoint_folder, read_json
+from ease.hf.folder import CONFIG, EXITS, FIX, OWN, POLICY, TOKENIZER_FILES, checkpoint_folder, read_json
+from ease.hf.options import read_options
 from ease.hf.weights import (
     NORM,
     check_tensors,
@@ -49,19 +49,6 @@ FORMAT = 1
 
 NATIVE = "ease"  # the model type of a folder that `EaseForCausalLM.save_pretrained` writes
 
-OWN, EXITS, POLICY = "ease", "exits.safetensors", "policy.json"
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -71,6 +58,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    **options: Any,
 ) -> DeepSupervisionTransformer:
     """Loads a checkpoint of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM) into the native model.
 
@@ -81,20 +69,23 @@ def from_pretrained(
         name_or_path: a folder with config.json and safetensors, in one file or in shards, or a name on the hub.
         dtype: dtype of the weights, as a torch dtype or its name; by default (and with "auto") as they are stored.
         device: device of the weights; the CPU by default.
+        options: options of transformers' `from_pretrained`. `revision`, `subfolder`, `token`, `cache_dir`,
+            `local_files_only` and `force_download` say what is fetched; `torch_dtype` stands for `dtype`, and a
+            `device_map` with one device for `device`; "sdpa" is the one `attn_implementation`. `low_cpu_mem_usage` and
+            `trust_remote_code` change nothing: memory holds the weights once, and no code of a checkpoint is run.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        EaseError: the folder is missing or damaged, a weight is NaN or infinite, or the native model cannot hold its
-            model exactly.
+        EaseError: the folder is missing or damaged, a weight is NaN or infinite, an option is not supported, or the
+            native model cannot hold its model exactly.
 
     Example:
         >>> model = ease.from_pretrained("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16", device="cuda")
         >>> routed = ease.route(model, ids, exit_layer=15, routing_threshold=0.9)
     """
-    dtype, device = choose_dtype(dtype), choose_device(str(device or "cpu"))
-    folder = checkpoint_folder(name_or_path)
+    folder, dtype, device = read_options(name_or_path, {"dtype": dtype, "device": device, **options})
     config, saved, native = read_configuration(folder)
     try:
         with torch.device("meta"):
@@ -188,16 +179,17 @@ def _read_own(folder: Path) -> dict[str, Any] | None:
     return saved
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Tokenizer:
     """Loads the tokenizer of a checkpoint, in the form that `ease.data` uses.
 
     Args:
         name_or_path: as for `from_pretrained`.
+        options: which files are fetched, as for `from_pretrained`: `revision`, `subfolder`, `token`, ...
 
     Raises:
         EaseError: the checkpoint has no tokenizer.json, or one with more ids than the model's embedding has rows.
     """
-    folder = checkpoint_folder(name_or_path)
+    folder = read_options(name_or_path, options).folder
     if not (folder / "tokenizer.json").is_file():
         raise EaseError(
             f"{folder} has no tokenizer.json: write one with transformers' "

@@ -14,14 +14,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError, first_line, require
 from ease.hf.checkpoint import NATIVE, from_pretrained, read_configuration
-from ease.hf.folder import CONFIG, FIX, checkpoint_folder, read_json
+from ease.hf.folder import CONFIG, FIX, read_json
+from ease.hf.options import read_options
 from ease.hf.weights import DTYPES
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
@@ -77,6 +78,7 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _tied_weights_keys = {"model.output_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     model: DeepSupervisionTransformer
@@ -115,27 +117,36 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub.
-            model_args, kwargs: for a folder of this class, the arguments of transformers; for other checkpoints `dtype`
-                (a torch dtype, its name or "auto") and `device`.
+            kwargs: the options of `ease.from_pretrained`; `bos_token_id`, `eos_token_id` and `pad_token_id`, which
+                replace those of the checkpoint; `output_loading_info`; and for a folder of this class `config`.
 
         Raises:
             EaseError: the checkpoint is missing, damaged or not supported, or an argument is not.
         """
-        folder = checkpoint_folder(pretrained_model_name_or_path)
+        if model_args:
+            raise EaseError("from_pretrained takes one argument without a name: the folder, or the name on the hub")
+        config = kwargs.get("config")
+        if isinstance(config, EaseConfig):  # the Auto classes put this option there
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        also = (*tokens, "output_loading_info", "config", "adapter_kwargs")
+        folder, dtype, device = read_options(pretrained_model_name_or_path, kwargs, also=also)
         raw = read_json(folder / CONFIG)
+        given = {name: kwargs[name] for name in also if kwargs.get(name) is not None}
         if raw.get("model_type") == NATIVE:
             read_configuration(folder)  # refuses sizes that do not fit the weights, before transformers makes a model
-            loaded: Self = super().from_pretrained(folder, *model_args, **kwargs)
-            for name, parameter in loaded.named_parameters():
+            loaded: Any = super().from_pretrained(folder, dtype=dtype or "auto", **given)
+            model: Self = loaded[0] if given.get("output_loading_info") else loaded
+            for name, parameter in model.named_parameters():
                 if parameter.dtype in DTYPES.values() and not parameter.is_meta:
                     check_finite(name, parameter, folder, FIX)
-            return loaded
-        if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "device"}):
-            raise EaseError(f"{', '.join(unknown)} is not supported for this checkpoint: use dtype and device only")
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            model.to(device)  # type: ignore[arg-type]
+            return cast(Self, loaded)
+        if refused := sorted(given.keys() & {"config", "adapter_kwargs"}):
+            raise EaseError(f"{', '.join(refused)} is not supported for this checkpoint: leave it out")
         model = cls.wrap(
-            from_pretrained(folder, dtype=dtype, device=kwargs.get("device")), **{name: raw.get(name) for name in names}
+            from_pretrained(folder, dtype=dtype, device=device),
+            **{name: given.get(name, raw.get(name)) for name in tokens},
         )
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")
@@ -144,7 +155,15 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
             except Exception as error:  # for a field of the wrong type the library raises many kinds of errors
                 file = folder / "generation_config.json"
                 raise EaseError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
-        return model
+        model.generation_config.update(**{name: given[name] for name in tokens if name in given})
+        # Loading has refused every tensor that is missing or unknown, or has another shape.
+        none: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
+        return cast(Self, (model, none)) if given.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, with the model's present shape and policy in the config."""

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, first_line
-from ease.hf.folder import FIX, read_json
+from ease.hf.folder import FIX, INDEX, WEIGHTS, shard_names
 from ease.models import StandardTransformer
 from ease.storage import check_finite, read_shapes
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -75,10 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-            raise EaseError(f"{folder / INDEX} does not name shards in its own folder (weight_map): fetch it again")
-        return sorted({folder / shard for shard in shards.values()})
+        return [folder / shard for shard in shard_names(folder)]
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
         raise EaseError(
