@@ -1,6 +1,7 @@
 """Checkpoints of the Hugging Face ecosystem, read and written, and the native model as a transformers model.
 
     folder         a checkpoint on disk or on the hub
+    options        the options of `from_pretrained`
     config         config.json <-> ModelConfig, with the table of supported families
     weights        stock names, safetensors files
     checkpoint     `from_pretrained`, `save_pretrained`, tokenizers
