@@ -14,7 +14,7 @@ def main(args: list[str]) -> None:
     from ease.data.tokenizers import load_tokenizer
     from ease.hf.checkpoint import save_pretrained
     from ease.runs.reopen import data_config_of
-    from ease.runs.store import load_model
+    from ease.runs.store import load_model, start_folder
 
     def export_(
         run: tyro.conf.Positional[Path],
@@ -27,8 +27,8 @@ def main(args: list[str]) -> None:
         Args:
             run: the run folder.
             folder: the folder to write; exits and policy are in its subfolder ease/.
-            tokenizer: checkpoint whose tokenizer files, special tokens and chat template to copy (the run's own
-                tokenizer by default).
+            tokenizer: checkpoint whose tokenizer files, special tokens, chat template and generation settings to copy
+                (by default those of the checkpoint that the run started from, or else the run's own tokenizer).
             overwrite: replace the folder if it holds a checkpoint or a run.
         """
         return run, folder, tokenizer, overwrite
@@ -43,7 +43,7 @@ def main(args: list[str]) -> None:
     save_pretrained(
         model,
         folder,
-        tokenizer=tokenizer or own,
+        tokenizer=tokenizer or start_folder(run) or own,
         eos=config["data"].get("eos"),
         calibration=config["calibration"],
         overwrite=overwrite,

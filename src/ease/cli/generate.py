@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ease.errors import EaseError, check_text
 
-USAGE = "MODEL --prompt TEXT [--mode M]"
+USAGE = "MODEL --prompt TEXT [--chat] [--mode M]"
 HELP = "continue a text, its tokens colored by exit"
 
 COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
@@ -23,6 +23,7 @@ def main(args: list[str]) -> None:
     from ease.devices import choose_device
     from ease.generation.decode import generate
     from ease.generation.request import Token
+    from ease.hf.prompting import chat_prompt, sampling_defaults
     from ease.policy import Policy
     from ease.runs.reopen import load_start
 
@@ -34,6 +35,11 @@ def main(args: list[str]) -> None:
         """Run folder, or Llama-family checkpoint (a folder, or a name on the Hugging Face hub)."""
         prompt: str
         """The text to continue."""
+        chat: bool = False
+        """Take the prompt as a user's message: the chat template of the checkpoint makes the text to continue."""
+        split_special_tokens: bool | None = None
+        """Whether a special token that the prompt spells, such as <|im_start|>, stays text (by default as the
+        tokenizer of a checkpoint says, and as a run was trained)."""
         mode: Literal["full", "routed", "exact"] | None = None
         """full runs every layer; routed exits early where the confidence suffices; exact drafts at an exit and checks
         the drafts, which gives the tokens of full (routed by default if the model has a policy, else full)."""
@@ -44,24 +50,41 @@ def main(args: list[str]) -> None:
         policy by default)."""
         draft_exit: int | None = None
         """For mode exact: the exit that drafts (by default the fastest, measured during decoding)."""
-        temperature: float = 0.0
-        """0 chooses the most likely token; above 0 tokens are sampled."""
+        temperature: float | None = None
+        """0 chooses the most likely token; above 0 tokens are sampled. What is not given of this and the next three
+        options is that of the checkpoint's generation_config.json, or else 0 and no limit."""
         top_k: int | None = None
         """Sample among the k most likely tokens."""
         top_p: float | None = None
         """Sample among the most likely tokens that together have this probability."""
-        repetition_penalty: float = 1.0
+        repetition_penalty: float | None = None
         """Values above 1 make tokens that occurred before less likely."""
         seed: int | None = None
         """Random seed of the sampling."""
         device: str = "auto"
         """auto, cpu, cuda or mps."""
 
-    given = tyro.cli(Arguments, args=args, prog="ease generate")
+    given = tyro.cli(Arguments, args=args, prog="ease generate", config=(tyro.conf.FlagCreatePairsOff,))
     check_text("the prompt", given.prompt)
     if given.threshold is not None and given.mode in ("full", "exact"):
         raise EaseError(f"--threshold applies to mode routed, not {given.mode}: leave it out")
-    model, tokenizer, eos = load_start(given.model)
+    if given.chat and given.split_special_tokens:
+        raise EaseError("--split-special-tokens True would also split the tokens of the chat template: leave one out")
+    model, tokenizer, _, stop, checkpoint = load_start(given.model, split_special_tokens=given.split_special_tokens)
+    prompt = given.prompt
+    if given.chat:
+        if checkpoint is None:
+            raise EaseError(f"{given.model} did not start from a checkpoint with a chat template: leave out --chat")
+        prompt = chat_prompt(checkpoint, given.prompt)
+    defaults, others = ({}, []) if checkpoint is None else sampling_defaults(checkpoint)
+    options = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    stated = {name: value for name, value in options.items() if value is not None}
+    if stated.get("temperature") == 0:
+        defaults = {name: value for name, value in defaults.items() if name == "repetition_penalty"}
+    if others:
+        error_console().print(
+            f"ease: generation_config.json sets {', '.join(others)}, which ease does not apply", soft_wrap=True
+        )
     model.to(choose_device(given.device))
     if given.threshold is not None:
         exits = model.policy.exits or model.early_exits
@@ -72,7 +95,7 @@ def main(args: list[str]) -> None:
     if given.mode == "routed" and not routes:
         raise EaseError(f"{given.model} has no policy to route with: add --threshold, or use --mode full")
     mode = given.mode or ("routed" if routes else "full")
-    ids = tokenizer.encode(given.prompt).ids
+    ids = tokenizer.encode(prompt, add_special_tokens=not given.chat).ids  # the template has written its own
     if not ids:
         raise EaseError("the prompt is empty: give it a few words")
     limit = model.config.max_positions
@@ -83,7 +106,7 @@ def main(args: list[str]) -> None:
 
     def show(token: Token) -> None:
         if not colors:  # with the first token, so that an error has no output before it
-            console.print(Text(given.prompt), end="", soft_wrap=True)
+            console.print(Text(prompt), end="", soft_wrap=True)
         color = colors.setdefault(token.exit, COLORS[len(colors) % len(COLORS)])
         if piece := stream.step(tokenizer, token.token):
             console.print(Text(piece, style=color), end="", soft_wrap=True)
@@ -93,11 +116,8 @@ def main(args: list[str]) -> None:
         torch.tensor([ids]),
         default_tokens if given.max_new_tokens is None else given.max_new_tokens,
         mode,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        repetition_penalty=given.repetition_penalty,
-        stop=() if eos is None else eos,
+        **(defaults | stated),
+        stop=stop,
         seed=given.seed,
         stream=show,
         draft_exit="auto" if given.draft_exit is None else given.draft_exit,

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ease.data.hub import WIKITEXT, hub_name
 from ease.data.sources import SPLITS, Splits, read_splits
-from ease.data.tokenizers import EOS, bpe_vocab_size, encode, tokenizer_from_json, train_tokenizer
+from ease.data.tokenizers import (
+    EOS,
+    bpe_vocab_size,
+    encode,
+    surrounding_tokens,
+    tokenizer_from_json,
+    train_tokenizer,
+)
 from ease.errors import check_least
 
 if TYPE_CHECKING:
@@ -71,6 +78,7 @@ def load_corpus(
     tokenizer: str | Tokenizer = "bpe:2048",
     *,
     eos: int | None = None,
+    add_special_tokens: bool = True,
     max_tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Corpus:
@@ -82,8 +90,10 @@ def load_corpus(
     Args:
         source: "stdlib", a text file, a folder with train.txt and valid.txt, "wikitext-2", "wikitext-103" or
             "hf:NAME/CONFIG"; `ease.data.sources.read_splits` says how each is split.
-        tokenizer: a spec ("bpe:N", "byte" or "word", see `train_tokenizer`), or a tokenizer to use as it is.
+        tokenizer: a spec ("bpe:N", "byte" or "word", see `train_tokenizer`), or a tokenizer to use as it is; its
+            `encode_special_tokens` decides whether text that spells a special token stays text.
         eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
+        add_special_tokens: add to each document what a given tokenizer adds to a text, such as bos.
         max_tokens: tokens of train to keep; of a hub data set no more is read than they take.
         cache_dir: where to cache the result; `$EASE_CACHE` or `~/.cache/ease` by default.
 
@@ -109,6 +119,11 @@ def load_corpus(
     identity = [f"{CACHE_VERSION} {spec} {max_tokens}"]
     if given_tokenizer:
         identity += [given_tokenizer.to_str(), str(eos)]
+        # Only where the tokens differ from those of earlier versions, so that their runs keep their hash.
+        if not given_tokenizer.encode_special_tokens:
+            identity.append("special tokens in the text")
+        if add_special_tokens and any(surrounding_tokens(given_tokenizer, None)):
+            identity.append("special tokens around the text")
     key = _digest([*identity, source] if splits is None else identity + _flat(splits))
     folder = Path(cache_dir or os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
     path = folder / f"{key}.npz"
@@ -119,13 +134,17 @@ def load_corpus(
         with _spinner(f"tokenizing {source} ({spec})"):
             trained = given_tokenizer or train_tokenizer(spec, splits["train"])
             end = eos if given_tokenizer else trained.token_to_id(EOS)
-            arrays = {split: encode(trained, splits[split], end) for split in SPLITS}
+            arrays = {
+                split: encode(trained, splits[split], end, add_special_tokens=add_special_tokens) for split in SPLITS
+            }
         arrays["train"] = arrays["train"][:max_tokens]
         arrays["tokenizer"] = np.array(trained.to_str())
         arrays["hash"] = np.array(_digest(identity + _flat(splits)))
         _write_cache(path, arrays)
 
-    loaded_tokenizer = tokenizer_from_json(str(arrays["tokenizer"]))
+    loaded_tokenizer = given_tokenizer
+    if loaded_tokenizer is None:
+        loaded_tokenizer = tokenizer_from_json(str(arrays["tokenizer"]), split_special_tokens=True)
     return Corpus(
         name=_display_name(source),
         tokenizer_spec=spec,

@@ -21,7 +21,7 @@ import torch
 
 from ease.data.batches import Example
 from ease.data.jsonl import Record, read_jsonl
-from ease.data.tokenizers import EOS, train_tokenizer
+from ease.data.tokenizers import EOS, surrounding_tokens, train_tokenizer
 from ease.errors import EaseError
 from ease.interface import IGNORE
 
@@ -92,13 +92,13 @@ def load_classification(
                 "correct the line, or train with that label"
             )
     tokenizer, eos = _prepare_tokenizer(tokenizer, eos, (record.fields[0] for record in records["train"]))
+    before, after = surrounding_tokens(tokenizer, eos)
 
     def example(record: Record, encoded: list[list[int]], notes: Counter[str]) -> Example:
         (text,) = encoded
-        end = [] if eos is None else [eos]
-        room = _room(seq_len, len(end))
+        room = _room(seq_len, len(before) + len(after))
         notes[f"texts are cut to {seq_len} tokens"] += len(text) > room
-        ids = text[:room] + end
+        ids = before + text[:room] + after
         return _example(ids, [IGNORE] * (len(ids) - 1) + [class_of[record.fields[1]]])
 
     return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 1, example), labels)
@@ -134,16 +134,17 @@ def load_completion(
     """
     records = _read_files(folder, prompt=(str,), completion=(str,))
     tokenizer, eos = _prepare_tokenizer(tokenizer, eos, (text for record in records["train"] for text in record.fields))
+    before, after = surrounding_tokens(tokenizer, eos)
 
     def example(record: Record, encoded: list[list[int]], notes: Counter[str]) -> Example | None:
         prompt, completion = encoded
-        end = completion + ([] if eos is None else [eos])
-        room = _room(seq_len, 0) + 1 - len(end)  # the last token is a target only
+        end = completion + after
+        room = _room(seq_len, 0) + 1 - len(before) - len(end)  # the last token is a target only
         if room < 1:
             notes[f"records are left out because their completion does not fit into {seq_len} tokens"] += 1
             return None
         notes["prompts lose their beginning"] += len(prompt) > room
-        prompt = prompt[-room:]
+        prompt = before + prompt[-room:]
         return _example((prompt + end)[:-1], [IGNORE] * (len(prompt) - 1) + end)
 
     return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 2, example))
@@ -178,11 +179,11 @@ def _prepare_tokenizer(
     return trained, trained.token_to_id(EOS)
 
 
-def _room(seq_len: int, end: int) -> int:
-    """Tokens left in a row after `end` tokens that close it."""
-    if seq_len <= end:
-        raise EaseError(f"seq_len must be at least {end + 1}, got {seq_len}")
-    return seq_len - end
+def _room(seq_len: int, special: int) -> int:
+    """Tokens left in a row after `special` tokens that open and close it."""
+    if seq_len <= special:
+        raise EaseError(f"seq_len must be at least {special + 1}, got {seq_len}")
+    return seq_len - special
 
 
 def _example(ids: list[int], targets: list[int]) -> Example:

@@ -1,7 +1,8 @@
 """Tokenizers trained on a text, saved ones, and the encoding of whole corpora.
 
-A tokenizer is a `tokenizers.Tokenizer`. Text that spells a special token stays text: "<eos>" in a document never
-becomes the end-of-text id.
+A tokenizer is a `tokenizers.Tokenizer`. With one that ease trains, text that spells a special token stays text: "<eos>"
+in a document never becomes the end-of-text id. With that of a checkpoint, such text is the special token, as in
+transformers. `tokenizer.encode_special_tokens` holds this choice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,7 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.add_special_tokens(special)
-        return tokenizer_from_json(tokenizer.to_str())
+        return tokenizer_from_json(tokenizer.to_str(), split_special_tokens=True)
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,29 +96,46 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         texts = ()  # without room for merges there is nothing to learn from them
     chunks = (piece for text in texts for chunk in _chunks(text) for piece in _bounded(chunk))
     tokenizer.train_from_iterator(chunks, trainer)
-    return tokenizer_from_json(tokenizer.to_str())
+    return tokenizer_from_json(tokenizer.to_str(), split_special_tokens=True)
 
 
-def load_tokenizer(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], vocab_size: int | None = None, *, split_special_tokens: bool | None = None
+) -> Tokenizer:
     """Loads a tokenizer that `save_tokenizer` or `tokenizer.save(path)` wrote.
 
     Args:
         path: the file tokenizer.json.
         vocab_size: rows of the embedding that the ids are for; None if it is not known.
+        split_special_tokens: whether text that spells a special token stays text. By default as the
+            tokenizer_config.json beside the file says; without one, true for a tokenizer that ease trained and false,
+            as in transformers, for others.
 
     Raises:
         EaseError: the file is missing or damaged, or an id has no row in the embedding.
     """
-    file, fix = Path(path), "use the tokenizer.json that the model was trained with"
-    _check_sizes(
-        file, read_json(file, f"it has no tokenizer, so {fix}"), LARGEST_ID if vocab_size is None else vocab_size, fix
-    )
+    file = Path(path)
+    content = read_tokenizer_json(file, vocab_size)
+    if split_special_tokens is None:
+        split_special_tokens = _splits_special_tokens(file, content)
     try:
-        return tokenizer_from_json(file.read_text(encoding="utf-8"))
+        return tokenizer_from_json(file.read_text(encoding="utf-8"), split_special_tokens)
     except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise EaseError(f"no tokenizer in {file} ({first_line(error)}): use a saved tokenizer.json") from error
+
+
+def read_tokenizer_json(file: Path, vocab_size: int | None = None) -> dict[str, Any]:
+    """The content of a tokenizer.json that is safe to load: every id has a row in the embedding.
+
+    Raises:
+        EaseError: the file is missing or damaged, or an id has no row in the embedding.
+    """
+    fix = "use the tokenizer.json that the model was trained with"
+    content = read_json(file, f"it has no tokenizer, so {fix}")
+    _check_sizes(file, content, LARGEST_ID if vocab_size is None else vocab_size, fix)
+    return content
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -148,20 +167,55 @@ def _check_sizes(file: Path, content: dict[str, Any], vocab_size: int, fix: str)
                 check_integer(f"padding {name} in {file}", size, 0, LARGEST_ID)
 
 
-def tokenizer_from_json(json: str) -> Tokenizer:
+def _splits_special_tokens(file: Path, content: dict[str, Any]) -> bool:
+    """What `split_special_tokens` is by default for a tokenizer.json with this content."""
+    if (config := file.with_name("tokenizer_config.json")).is_file():
+        return bool(read_json(config, "restore it, or remove it").get("split_special_tokens"))
+    checkpoint = file.with_name("config.json")
+    own = {token.get("content") for token in content.get("added_tokens") or ()} <= {PAD, EOS, UNK}
+    return own and not (checkpoint.is_file() and "model_type" in read_json(checkpoint))
+
+
+def tokenizer_from_json(json: str, split_special_tokens: bool) -> Tokenizer:
     """The tokenizer of a tokenizer.json, given as a string."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(json)
-    tokenizer.encode_special_tokens = True  # "<eos>" in a text stays text; JSON does not carry this flag
+    return prepare(Tokenizer.from_str(json), split_special_tokens)
+
+
+def prepare(tokenizer: Tokenizer, split_special_tokens: bool) -> Tokenizer:
+    """Sets whether text that spells a special token stays text, and returns the tokenizer."""
+    tokenizer.encode_special_tokens = split_special_tokens  # JSON does not carry this flag
+    tokenizer.no_truncation()  # as in transformers: a saved file has what the last call before it had set
+    tokenizer.no_padding()
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], eos: int | None) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Encodes all texts into one row of ids (N,), with `eos` after each text unless it is None."""
-    end = np.array([] if eos is None else [eos], np.int32)
+def surrounding_tokens(tokenizer: Tokenizer, eos: int | None) -> tuple[list[int], list[int]]:
+    """The ids before and after a text: those that the tokenizer adds, such as bos, and then `eos` unless it is None."""
+    encoding = tokenizer.encode("a")
+    pairs = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+    before, after = ([i for i, _ in takewhile(lambda pair: pair[1], side)] for side in (pairs, pairs[::-1]))
+    after = after[::-1] if len(before) < len(pairs) else []
+    return before, after if eos is None or after[-1:] == [eos] else [*after, eos]
+
+
+def encode(
+    tokenizer: Tokenizer, texts: list[str], eos: int | None, *, add_special_tokens: bool = True
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Encodes all texts into one row of ids (N,).
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the documents.
+        eos: the id after each document, or None.
+        add_special_tokens: add what the tokenizer adds to a text, such as bos.
+    """
+    before, after = surrounding_tokens(tokenizer, eos) if add_special_tokens else ([], [] if eos is None else [eos])
+    begin, end = np.array(before, np.int32), np.array(after, np.int32)
     parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []
     for text in texts:
+        parts.append(begin)
         chunks = list(_chunks(text))
         for i in range(0, len(chunks), 256):  # not all at once: an encoding takes some 100 bytes a token
             encodings = tokenizer.encode_batch_fast(chunks[i : i + 256], add_special_tokens=False)

@@ -4,16 +4,19 @@
     options        the options of `from_pretrained`
     config         config.json <-> ModelConfig, with the table of supported families
     weights        stock names, safetensors files
-    checkpoint     `from_pretrained`, `save_pretrained`, tokenizers
+    checkpoint     `from_pretrained`, `save_pretrained`
+    prompting      tokenizer, chat template, end tokens, sampling defaults
     configuration  `EaseConfig`, the config.json of a native model
     model          `EaseForCausalLM`
     generation     its `generate`
     cache          its cache
     lm_eval        lm-evaluation-harness
 
-Importing this package does not import transformers; the last five files do.
+Importing this package does not import transformers; the last five files and the reading of
+tokenizers do.
 """
 
-from ease.hf.checkpoint import end_of_text, from_pretrained, load_tokenizer, save_pretrained
+from ease.hf.checkpoint import from_pretrained, save_pretrained
+from ease.hf.prompting import end_of_text, end_tokens, load_tokenizer
 
-__all__ = ["end_of_text", "from_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = ["end_of_text", "end_tokens", "from_pretrained", "load_tokenizer", "save_pretrained"]

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ease.data.tokenizers import EOS, PAD, save_tokenizer
-from ease.data.tokenizers import load_tokenizer as load_tokenizer_file
-from ease.errors import EaseError, check_integer, check_layers, first_line, require
+from ease.errors import EaseError, check_layers, first_line, require
 from ease.files import set_usual_mode
 from ease.hf.config import STOCK_FIELDS, read_config, write_config
-from ease.hf.folder import CONFIG, EXITS, FIX, OWN, POLICY, TOKENIZER_FILES, checkpoint_folder, read_json
+from ease.hf.folder import CONFIG, EXITS, FIX, GENERATION, NATIVE, OWN, POLICY, checkpoint_folder, read_json
 from ease.hf.options import read_options
+from ease.hf.prompting import copy_prompting, token_ids
+from ease.hf.prompting import end_of_text as end_of_text
+from ease.hf.prompting import load_tokenizer as load_tokenizer
 from ease.hf.weights import (
     NORM,
     check_tensors,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-NATIVE = "ease"  # the model type of a folder that `EaseForCausalLM.save_pretrained` writes
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
@@ -179,47 +179,6 @@ def _read_own(folder: Path) -> dict[str, Any] | None:
     return saved
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, in the form that `ease.data` uses.
-
-    Args:
-        name_or_path: as for `from_pretrained`.
-        options: which files are fetched, as for `from_pretrained`: `revision`, `subfolder`, `token`, ...
-
-    Raises:
-        EaseError: the checkpoint has no tokenizer.json, or one with more ids than the model's embedding has rows.
-    """
-    folder = read_options(name_or_path, options).folder
-    if not (folder / "tokenizer.json").is_file():
-        raise EaseError(
-            f"{folder} has no tokenizer.json: write one with transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    tokenizer = load_tokenizer_file(folder / "tokenizer.json")
-    raw = read_json(folder / CONFIG)
-    rows = max(tokenizer.get_vocab().values(), default=-1) + 1
-    native = raw.get("model")  # of EaseForCausalLM
-    vocab_size: Any = raw.get("vocab_size") or (native.get("vocab_size") if isinstance(native, dict) else None)
-    check_integer(f"vocab_size in {folder / CONFIG}", vocab_size, 1)
-    if rows > vocab_size:
-        raise EaseError(
-            f"the tokenizer in {folder} has ids up to {rows - 1}, but the model's embedding has {vocab_size} rows: use "
-            "the tokenizer that the model was trained with"
-        )
-    return tokenizer
-
-
-def end_of_text(name_or_path: str | os.PathLike[str]) -> int | None:
-    """The id that ends a text for a checkpoint, or None. Of several ids it is the first."""
-    eos: Any = read_json(checkpoint_folder(name_or_path) / CONFIG).get("eos_token_id")
-    if isinstance(eos, list) and eos:
-        eos = eos[0]
-    if eos is not None:
-        check_integer(f"eos_token_id in {CONFIG}", eos, -1)  # -1 in some checkpoints means that there is none
-        return int(eos)
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -263,8 +222,8 @@ def save_pretrained(
     policy = model.policy
     reads = [*reads, *([tokenizer] if isinstance(tokenizer, str | os.PathLike) else [])]
     with output_folder(Path(folder), overwrite, reads=reads) as partial:
-        token_ids = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
-        config = write_config(model.config, token_ids, next(model.parameters()).dtype)
+        special = _write_tokenizer(partial, tokenizer, eos, model.config.max_positions)
+        config = write_config(model.config, special, next(model.parameters()).dtype)
         # Fields that config.json cannot express, so that the same shape comes back.
         expressed, shape = asdict(read_config(config)), asdict(model.config)
         own = {
@@ -290,27 +249,24 @@ def _write_tokenizer(
     """Writes the tokenizer's files and generation_config.json; returns the ids of its special tokens."""
     if isinstance(tokenizer, str | os.PathLike):
         source = checkpoint_folder(tokenizer)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
-        raw = read_json(source / CONFIG)
-        return {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+        copy_prompting(source, folder, config=False)
+        return token_ids(read_json(source / CONFIG))
 
-    token_ids: dict[str, Any] = {}
+    own_ids: dict[str, Any] = {}
     if tokenizer is not None:
         special = {"eos": (None if eos is None else tokenizer.id_to_token(eos)) or EOS, "pad": PAD}
         ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
-        token_ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+        own_ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
         save_tokenizer(tokenizer, folder / "tokenizer.json")
         write_json(
             folder / "tokenizer_config.json",
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
-                "split_special_tokens": True,  # as in ease, "<eos>" in a text stays text
-                **{f"{name}_token": token for name, token in special.items() if f"{name}_token_id" in token_ids},
+                "split_special_tokens": bool(tokenizer.encode_special_tokens),
+                **{f"{name}_token": token for name, token in special.items() if f"{name}_token_id" in own_ids},
                 **({} if max_positions is None else {"model_max_length": max_positions}),
             },
         )
-    write_json(folder / "generation_config.json", token_ids)
-    return token_ids
+    write_json(folder / GENERATION, own_ids)
+    return own_ids

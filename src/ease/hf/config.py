@@ -32,6 +32,7 @@ class Family:
         qk_norm: queries and keys have a norm per head.
         always_windowed: `sliding_window` applies without `use_sliding_window`.
         any_head_dim: stock transformers accepts heads whose widths do not add up to the model's.
+        token_ids: ids of special tokens that config.json leaves out.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -39,13 +40,18 @@ class Family:
     qk_norm: bool = False
     always_windowed: bool = False
     any_head_dim: bool = True
+    token_ids: Mapping[str, Any] = field(default_factory=dict)
 
 
 # A model is exported as the first family that fits it.
 FAMILIES = {
-    "llama": Family({"max_position_embeddings": 2048}, any_head_dim=False),
+    "llama": Family(
+        {"max_position_embeddings": 2048}, any_head_dim=False, token_ids={"bos_token_id": 1, "eos_token_id": 2}
+    ),
     "mistral": Family(
-        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}, always_windowed=True
+        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        always_windowed=True,
+        token_ids={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "qwen2": Family(
         {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}, qkv_bias=True
@@ -61,7 +67,8 @@ FAMILIES = {
             "rope_theta": 2_000_000.0,
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
-        }
+        },
+        token_ids={"bos_token_id": 128_000, "eos_token_id": 128_001, "pad_token_id": 128_004},
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from ease.hf.checkpoint import NATIVE
+from ease.hf.folder import NATIVE
 from ease.models import DeepSupervisionTransformer
 
 

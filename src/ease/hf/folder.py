@@ -11,26 +11,34 @@ from typing import Any
 from ease.errors import EaseError, first_line, require
 from ease.files import read_json as read_json_file
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+NATIVE = "ease"  # the model type of a folder that `EaseForCausalLM.save_pretrained` writes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 OWN, EXITS, POLICY = "ease", "exits.safetensors", "policy.json"  # the subfolder that ease adds, and its files
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+TOKENIZER_FILES = (  # patterns; a tokenizer's code (.py) is never copied
+    "tokenizer*.json",
+    "tokenizer.model*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "sentencepiece*.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 
 # What a checkpoint is read from, shards excepted. A repository may hold its weights a second time under other names
 # (consolidated.safetensors, variants, original/, onnx/), pickles and code; none of these are fetched.
-FILES = (CONFIG, "generation_config.json", WEIGHTS, INDEX, *TOKENIZER_FILES, f"{OWN}/{EXITS}", f"{OWN}/{POLICY}")
+FILES = (CONFIG, GENERATION, WEIGHTS, INDEX, *TOKENIZER_FILES, f"{OWN}/{EXITS}", f"{OWN}/{POLICY}")
 
 FIX = "fetch the checkpoint again"
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError, first_line, require
-from ease.hf.checkpoint import NATIVE, from_pretrained, read_configuration
-from ease.hf.folder import CONFIG, FIX, read_json
+from ease.hf.checkpoint import from_pretrained, read_configuration
+from ease.hf.folder import CONFIG, FIX, NATIVE, read_json
 from ease.hf.options import read_options
+from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
@@ -128,8 +129,7 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
         config = kwargs.get("config")
         if isinstance(config, EaseConfig):  # the Auto classes put this option there
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        also = (*tokens, "output_loading_info", "config", "adapter_kwargs")
+        also = (*TOKEN_IDS, "output_loading_info", "config", "adapter_kwargs")
         folder, dtype, device = read_options(pretrained_model_name_or_path, kwargs, also=also)
         raw = read_json(folder / CONFIG)
         given = {name: kwargs[name] for name in also if kwargs.get(name) is not None}
@@ -146,7 +146,7 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
             raise EaseError(f"{', '.join(refused)} is not supported for this checkpoint: leave it out")
         model = cls.wrap(
             from_pretrained(folder, dtype=dtype, device=device),
-            **{name: given.get(name, raw.get(name)) for name in tokens},
+            **token_ids(raw | {name: given[name] for name in TOKEN_IDS if name in given}),
         )
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")
@@ -155,7 +155,7 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
             except Exception as error:  # for a field of the wrong type the library raises many kinds of errors
                 file = folder / "generation_config.json"
                 raise EaseError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
-        model.generation_config.update(**{name: given[name] for name in tokens if name in given})
+        model.generation_config.update(**{name: given[name] for name in TOKEN_IDS if name in given})
         # Loading has refused every tensor that is missing or unknown, or has another shape.
         none: dict[str, Any] = {
             "missing_keys": set(),

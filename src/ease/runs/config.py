@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from ease.errors import EaseError, check_integer, check_least, check_seed, check_string
+from ease.errors import EaseError, check_boolean, check_integer, check_least, check_seed, check_string
 from ease.training.phases import StrategyConfig
 
 Baseline = Literal["full-depth", "continued", "standard", "deep-supervision", "growth"]
@@ -40,6 +40,8 @@ class DataConfig:
         source: "stdlib", a folder with train.txt and valid.txt, a text file, "wikitext-2", "wikitext-103" or
             "hf:NAME/CONFIG".
         tokenizer: "bpe:N", "word" or "byte".
+        split_special_tokens: whether text that spells a special token of a checkpoint's tokenizer, such as
+            <|im_start|>, stays text; None reads it as transformers does.
         seq_len: tokens per sequence.
         batch_size: sequences per batch.
         max_tokens: limit on the number of training tokens read.
@@ -52,6 +54,7 @@ class DataConfig:
 
     source: str = "stdlib"
     tokenizer: str = "bpe:2048"
+    split_special_tokens: bool | None = None
     seq_len: int = 128
     batch_size: int = 32
     max_tokens: int | None = None
@@ -63,6 +66,8 @@ class DataConfig:
         check_string("tokenizer", self.tokenizer)
         check_integer("seq_len", self.seq_len, 1)
         check_integer("batch_size", self.batch_size, 1)
+        if self.split_special_tokens is not None:
+            check_boolean("split_special_tokens", self.split_special_tokens)
         for name in ("max_tokens", "epoch_batches", "eval_batches"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -95,7 +100,8 @@ class RunConfig(Generic[S]):
         note: remark printed in the report.
 
     Raises:
-        EaseError: the seed or a depth is out of range, or `dtype` is set without `start`.
+        EaseError: the seed or a depth is out of range, or `dtype` or `data.split_special_tokens` is set without
+            `start`.
     """
 
     strategy: S
@@ -116,3 +122,7 @@ class RunConfig(Generic[S]):
             check_least(1, compare_layers=layers)
         if self.dtype != "float32" and self.start is None:
             raise EaseError(f"dtype {self.dtype} applies to a checkpoint: name one with --start, or leave it out")
+        if self.data.split_special_tokens is not None and self.start is None:
+            raise EaseError(
+                "split_special_tokens applies to a checkpoint's tokenizer: name one with --start, or leave it out"
+            )

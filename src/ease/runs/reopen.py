@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,27 +17,47 @@ from ease.errors import EaseError
 from ease.evaluation import calibration
 from ease.evaluation.calibration import Target
 from ease.evaluation.scoring import score
-from ease.hf.checkpoint import end_of_text, from_pretrained
-from ease.hf.checkpoint import load_tokenizer as load_checkpoint_tokenizer
+from ease.hf.checkpoint import from_pretrained
+from ease.hf.folder import checkpoint_folder
+from ease.hf.prompting import end_of_text, end_tokens
+from ease.hf.prompting import load_tokenizer as load_checkpoint_tokenizer
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.progress import Progress, ProgressBatches
 from ease.runs.config import DataConfig
-from ease.runs.store import load_model, save_calibration
+from ease.runs.store import load_model, save_calibration, start_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, Tokenizer, int | None]:
+class Start(NamedTuple):
+    """A trained model to start from.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        eos: the id that ends a document of its training text, or None.
+        stop: the ids that end a generated text.
+        checkpoint: the folder with the files that a checkpoint has beside its weights (tokenizer, chat template,
+            generation_config.json); None for a run with a tokenizer of its own.
+    """
+
+    model: StandardTransformer
+    tokenizer: Tokenizer
+    eos: int | None
+    stop: tuple[int, ...]
+    checkpoint: Path | None
+
+
+def load_start(name: str, dtype: str = "float32", *, split_special_tokens: bool | None = None) -> Start:
     """Load a trained model to start from.
 
     Args:
         name: a run folder, a checkpoint folder, or a name on the Hugging Face hub.
         dtype: dtype of the weights of a checkpoint.
-
-    Returns:
-        The model, its tokenizer, and the id of its end-of-text token (None if it has none).
+        split_special_tokens: whether text that spells a special token stays text; by default as the run was trained,
+            and for a checkpoint as in transformers.
 
     Raises:
         EaseError: there is no such model, it cannot be read, or it is a classifier.
@@ -51,10 +71,25 @@ def load_start(name: str, dtype: str = "float32") -> tuple[StandardTransformer, 
         model, config = load_model(folder)
         if model.config.num_labels is not None:
             raise EaseError(f"{name} is a classifier, which generates no text: use a model that predicts tokens")
-        tokenizer = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
+        tokenizer = _tokenizer_of(folder, model, config, split_special_tokens)
         data = config["data"]
-        return model, tokenizer, data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
-    return from_pretrained(name, dtype=dtype), load_checkpoint_tokenizer(name), end_of_text(name)
+        eos = data["eos"] if data.get("given") else tokenizer.token_to_id(EOS)
+        checkpoint = start_folder(folder)
+        stop = end_tokens(checkpoint) if checkpoint else () if eos is None else (eos,)
+        return Start(model, tokenizer, eos, stop, checkpoint)
+    folder = checkpoint_folder(name)
+    model = from_pretrained(folder, dtype=dtype)
+    tokenizer = load_checkpoint_tokenizer(folder, split_special_tokens=split_special_tokens)
+    return Start(model, tokenizer, end_of_text(folder), end_tokens(folder), folder)
+
+
+def _tokenizer_of(
+    folder: Path, model: StandardTransformer, config: dict[str, Any], split_special_tokens: bool | None = None
+) -> Tokenizer:
+    """The tokenizer of a run, which reads special tokens in a text as in training unless stated."""
+    if split_special_tokens is None:
+        split_special_tokens = config["data"].get("split_special_tokens", True)  # as in runs that do not record it
+    return load_tokenizer(folder / "tokenizer.json", model.config.vocab_size, split_special_tokens=split_special_tokens)
 
 
 def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
@@ -75,8 +110,12 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "an unrecorded source")
     given: Tokenizer | str = data.tokenizer
     if config["data"].get("given"):
-        given = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
-    corpus = load_corpus(source, given, eos=config["data"].get("eos"), max_tokens=data.max_tokens)
+        given = _tokenizer_of(folder, model, config)
+    recorded = config["data"]
+    surrounded = recorded.get("add_special_tokens", False)  # as in runs that do not record it
+    corpus = load_corpus(
+        source, given, eos=recorded.get("eos"), add_special_tokens=surrounded, max_tokens=data.max_tokens
+    )
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")
     return model, config, corpus, data

@@ -7,6 +7,7 @@ scored on the test split once; the hard tokens are those of phase 1's final mode
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ease.devices import choose_device, machine
 from ease.errors import EaseError
 from ease.files import write_checksums
 from ease.flops import head_flops, layer_flops
+from ease.hf.prompting import copy_prompting
 from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.report.page import write_report
@@ -28,7 +30,7 @@ from ease.runs.explorer import explorer_data
 from ease.runs.lines import train_strategy
 from ease.runs.metrics import decoding_metrics, run_metrics
 from ease.runs.reopen import load_start
-from ease.runs.store import FILES, can_resume, save_model
+from ease.runs.store import FILES, START, can_resume, save_model, start_files
 from ease.storage import fingerprint, output_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.version import __version__
@@ -65,7 +67,13 @@ def run(
     reads = (config.data.source.removeprefix("hf:"), *([config.start] if config.start else []))
     with output_folder(out, overwrite, resumable=True, reads=reads) as folder:
         data = config.data
-        start, tokenizer, eos = load_start(config.start, config.dtype) if config.start else (None, data.tokenizer, None)
+        given = None
+        if config.start is not None:
+            given = load_start(config.start, config.dtype, split_special_tokens=data.split_special_tokens)
+        start, tokenizer, eos = (given.model, given.tokenizer, given.eos) if given else (None, data.tokenizer, None)
+        shutil.rmtree(folder / START, ignore_errors=True)
+        if given and given.checkpoint is not None:
+            copy_prompting(given.checkpoint, folder / START, config=True)
         limit = None if start is None else start.config.max_positions
         if limit is not None and data.seq_len > limit:
             raise EaseError(
@@ -88,12 +96,13 @@ def run(
         summary["generation"] = decoding_metrics(final, test, progress)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
-        source |= {"hash": corpus.hash, "given": start is not None, "eos": eos}
+        source |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}
+        source["split_special_tokens"] = bool(corpus.tokenizer.encode_special_tokens)
         save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=source)
         save_tokenizer(corpus.tokenizer, folder / "tokenizer.json")
         write_json(folder / "summary.json", summary)
         write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
-        write_checksums(folder, FILES)
+        write_checksums(folder, (*FILES, *start_files(folder)))
         write_report([folder], folder / "report.html")
     return summary
 

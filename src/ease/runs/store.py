@@ -5,6 +5,7 @@
     summary.json        metrics of all lines
     model.safetensors   weights
     tokenizer.json      tokenizer
+    start/              everything but the weights of the checkpoint that the run started from
     explorer.json       routed runs over a held-out text, token by token
     report.html         report
     policy.json         thresholds chosen by `ease calibrate`; they replace those in config.json
@@ -47,7 +48,7 @@ from ease.storage import (
 
 FORMAT = 1
 
-WEIGHTS, POLICY, TOKENIZER = "model.safetensors", "policy.json", "tokenizer.json"
+WEIGHTS, POLICY, TOKENIZER, START = "model.safetensors", "policy.json", "tokenizer.json", "start"
 
 FILES = (
     CONFIG,
@@ -183,6 +184,21 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
     return model.eval(), config
 
 
+def start_files(folder: Path) -> list[str]:
+    """The names of the files in the subfolder START of a run, relative to the run's folder."""
+    return sorted(file.relative_to(folder).as_posix() for file in (folder / START).rglob("*") if file.is_file())
+
+
+def start_folder(folder: Path) -> Path | None:
+    """What a run keeps of the checkpoint that it started from: everything but the weights. None without one.
+
+    Raises:
+        EaseError: a file in it is damaged.
+    """
+    check_checksums(folder, start_files(folder), FIX)
+    return folder / START if (folder / START).is_dir() else None
+
+
 def _stored(name: str, stored: Mapping[str, Any], shape: ModelConfig) -> str:
     """The name under which a parameter is stored; safetensors keeps one name of a tied embedding."""
     tied = {"embedding.weight", "output_head.weight"} if shape.tie_embeddings else set()
@@ -193,10 +209,11 @@ def _check_data(data: Mapping[str, Any], shape: ModelConfig) -> None:
     """Checks what config.json records about the data of a run."""
     if data.get("eos") is not None:
         check_integer("data.eos", data["eos"], 0, shape.vocab_size - 1)
-    if "given" in data:
-        check_boolean("data.given", data["given"])
-        if data["given"] and "eos" not in data:
-            raise EaseError("data.eos is missing")
+    for name in ("given", "split_special_tokens", "add_special_tokens"):
+        if name in data:
+            check_boolean(f"data.{name}", data[name])
+    if data.get("given") and "eos" not in data:
+        raise EaseError("data.eos is missing")
     for name in ("source", "hash"):
         if name in data:
             check_string(f"data.{name}", data[name])
