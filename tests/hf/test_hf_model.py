@@ -445,7 +445,7 @@ def test_an_export_loads_with_its_exits_and_generation_settings(routed: EaseForC
     model = EaseForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     for options, message in (
-        ({"load_in_8bit": True}, "load_in_8bit is not supported"),
+        ({"load_in_8bit": True}, "load_in_8bit is not an option"),
         ({"torch_dtype": "f99"}, "f99"),
     ):
         with pytest.raises(EaseError, match=message):

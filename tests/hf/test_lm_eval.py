@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,12 +18,13 @@ import pytest
 import torch
 
 import ease
-from ease.data.tokenizers import train_tokenizer
+from ease.data.tokenizers import load_tokenizer, train_tokenizer
 from ease.errors import EaseError
 from ease.flops import exit_flops, full_depth_flops, layer_flops, run_flops
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
 from ease.routing.forward import route
+from ease.runs.store import load_model
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -30,8 +33,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # imports of the harness warn
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
 
     from ease.hf.lm_eval import EaseLM, main
+    from ease.hf.model import EaseForCausalLM
 
 # The harness and its dependencies emit warnings of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -173,6 +178,176 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda options=options: EaseLM(str(folder), **options))
         assert main() == 2
         assert capsys.readouterr().err.startswith(f"ease: {message}")
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two models of the harness give the same log-likelihoods, and whether they are greedy."""
+    a, b = (lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True) for lm in (ours, theirs))
+    return [x[0] for x in a] == pytest.approx([x[0] for x in b], rel=1e-4) and [x[1] for x in a] == [x[1] for x in b]
+
+
+def adapter(model: Any, folder: Path, **options: Any) -> str:
+    """Saves a random adapter of a model."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": "all-linear", "init_lora_weights": False, "lora_alpha": 64} | options
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({}, 0), ({}, 3), ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm"]}, 0)],
+)
+def test_an_adapter_of_the_stock_model_changes_scores_as_in_the_harness(
+    folder: Path, tmp_path: Path, options: dict[str, Any], rows: int
+) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    if rows:  # the harness fits the vocabulary to the tokenizer before it applies an adapter
+        folder = shutil.copytree(folder, tmp_path / "larger")
+        stock.resize_token_embeddings(stock.config.vocab_size + rows)
+        stock.save_pretrained(folder)
+        shutil.rmtree(folder / "ease")
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+    path = adapter(stock, tmp_path / "adapter", **options)
+    base, ours = EaseLM(str(folder)), EaseLM(str(folder), peft=path)
+    assert same(ours, HFLM(str(folder), device="cpu", peft=path))
+    assert not same(ours, base)
+    assert ours.model.model.trained_exits == base.model.model.trained_exits
+
+
+def test_an_adapter_of_the_native_model_works_at_every_exit(folder: Path, tmp_path: Path) -> None:
+    model = ease.from_pretrained(folder)
+    tuned = EaseForCausalLM.wrap(ease.from_pretrained(folder))
+    path = adapter(tuned, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    lm = EaseLM(str(folder), 0.5, "1+2", peft=path)
+    ids = torch.arange(20)[None] + 40
+    for exit in (1, 2, 3):
+        ours, with_adapter = (m.logits(m.forward_to_layer(ids, exit), exit) for m in (lm.model.model, tuned.model))
+        torch.testing.assert_close(ours, with_adapter, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(ours, model.logits(model.forward_to_layer(ids, exit), exit))
+    assert lm.model.policy.exits == (1, 2)
+
+
+def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    shape = AutoModelForCausalLM.from_pretrained(folder).config
+    deeper = adapter(
+        AutoModelForCausalLM.from_config(shape.__class__(**shape.to_dict() | {"num_hidden_layers": 4})),
+        tmp_path / "deeper",
+    )
+    wider = adapter(
+        AutoModelForCausalLM.from_config(shape.__class__(**shape.to_dict() | {"intermediate_size": 40})),
+        tmp_path / "wider",
+    )
+    prompt = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    )
+    prompt.save_pretrained(tmp_path / "prompt")
+    for path, message in (
+        ("/no/such", "the adapter /no/such cannot be read"),
+        (str(folder), "cannot be read"),
+        (deeper, r"does not fit the model \(.*layers.3"),
+        (wider, "does not fit the model .*size mismatch"),
+        (str(tmp_path / "prompt"), "PROMPT_TUNING, which has no weights to merge"),
+    ):
+        with pytest.raises(EaseError, match=message):
+            EaseLM(str(folder), peft=path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 20},
+        {"add_bos_token": True},
+        {"prefix_token_id": 7},
+        {"batch_size": "auto", "max_batch_size": 3},
+        {"batch_size": "auto:2"},
+        {"use_fast_tokenizer": True, "truncation": True, "trust_remote_code": True, "logits_cache": False},
+        {"revision": "main", "dtype": "float64", "softmax_dtype": "float64", "subfolder": ""},
+        {"dtype": "bfloat16", "softmax_dtype": "float32"},
+        {"backend": "causal", "softmax_dtype": "float32", "parallelize": False, "peft": None, "delta": None},
+    ],
+)
+def test_options_of_the_harness_have_the_effect_that_they_have_there(folder: Path, options: dict[str, Any]) -> None:
+    ours, theirs = EaseLM(str(folder), **options), HFLM(str(folder), device="cpu", **options)
+    if options.get("dtype") != "bfloat16":
+        assert same(ours, theirs)
+    else:  # matrix products of other shapes round differently
+        a, b = (lm.loglikelihood(instances("loglikelihood", PAIRS), True) for lm in (ours, theirs))
+        assert [x[0] for x in a] == pytest.approx([x[0] for x in b], rel=0.05)
+    assert ours.max_length == theirs.max_length
+    assert ours.prefix_token_id == theirs.prefix_token_id
+
+
+def test_mixed_precision_and_another_tokenizer_have_their_effect(folder: Path, tmp_path: Path) -> None:
+    (score, _), *_ = EaseLM(str(folder)).loglikelihood(instances("loglikelihood", PAIRS), True)
+    (mixed, _), *_ = EaseLM(str(folder), mixed_precision_dtype="bfloat16").loglikelihood(
+        instances("loglikelihood", PAIRS), True
+    )
+    assert mixed != score
+    assert mixed == pytest.approx(score, rel=0.05)
+    other = shutil.copytree(folder, tmp_path / "other")
+    (folder_tokenizer := json.loads((other / "tokenizer.json").read_text()))["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(folder_tokenizer))
+    ours, theirs = (EaseLM(str(folder), tokenizer=str(other)), HFLM(str(folder), device="cpu", tokenizer=str(other)))
+    assert ours.tok_encode("ABC") == theirs.tok_encode("ABC") == EaseLM(str(folder)).tok_encode("abc")
+    assert same(ours, theirs)
+    assert same(EaseLM(str(folder), tokenizer=ours.tokenizer), theirs)
+
+
+def test_a_model_in_memory_and_the_folder_of_a_run_are_scored(folder: Path, made: Path) -> None:
+    lm = EaseLM(str(folder))
+    again = EaseLM(lm.model, tokenizer=str(folder))
+    assert same(again, lm)
+    with pytest.raises(EaseError, match="dtype, peft is for a folder or a name"):
+        EaseLM(lm.model, tokenizer=str(folder), dtype="float32", peft="x")
+    with pytest.raises(EaseError, match="no tokenizer: give tokenizer"):
+        EaseLM(lm.model)
+
+    lm, (model, _) = EaseLM(str(made), batch_size=2), load_model(made)
+    text = "def wrap(self"
+    ids = load_tokenizer(made / "tokenizer.json", model.config.vocab_size).encode(text).ids
+    [(total, _)] = lm.loglikelihood(instances("loglikelihood", [("def", text[3:])]), True)
+    scores = ease.score(model, [(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))], model.policy)
+    start = len(lm.tok_encode("def")) - 1
+    assert total == pytest.approx(-scores.losses[start:].sum().item(), rel=1e-4)
+    assert lm.model.policy == model.policy
+    answer, *_ = lm.generate_until(instances("generate_until", [("def", {"until": ["\n"], "max_gen_toks": 4})]), True)
+    assert isinstance(answer, str)
+
+
+def test_options_of_the_harness_that_cannot_be_followed_are_refused_by_name(folder: Path) -> None:
+    ours = {"softmax_dtype": "float16", "backend": "seq2seq", "max_length": 0, "max_batch_size": "a", "truncation": 3}
+    ours |= {"batch_size": "x", "mixed_precision_dtype": "f99", "tokenizer": "/no/such", "enable_thinking": True}
+    ours |= {"revision": "nope", "subfolder": "nope", "logits_cache": True, "use_fast_tokenizer": "x"}
+    theirs = {
+        "parallelize": True,
+        "delta": "x",
+        "autogptq": "x",
+        "gptqmodel": True,
+        "gguf_file": "x",
+        "tp_plan": "auto",
+    }
+    theirs |= {"max_memory_per_gpu": 1, "max_cpu_memory": 1, "offload_folder": "x", "load_in_4bit": True}
+    theirs |= {"misspelt": 1, "device_map": {"a": 0, "b": 1}, "attn_implementation": "eager"}
+    for name, value in (ours | theirs).items():
+        with pytest.raises(EaseError, match=name):
+            EaseLM(str(folder), **{name: value})
+    known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs", "pretrained", "device", "dtype"}
+    followed = {
+        "trust_remote_code",
+        "chat_template_args",
+        "think_end_token",
+        "add_bos_token",
+        "prefix_token_id",
+        "peft",
+    }
+    assert known <= ours.keys() | theirs.keys() | followed, "an option of the harness that is new"
+    lm = EaseLM(str(folder))
+    with pytest.raises(EaseError, match="refuses a request for text"):
+        lm.generate_until(instances("generate_until", [("x", {"until": ["\n"], "max_gen_toks": 500})]), True)
 
 
 TASK = """

@@ -1,6 +1,5 @@
 """`ease export`: write a run's model as a checkpoint of stock transformers."""
 
-from dataclasses import replace
 from pathlib import Path
 
 USAGE = "RUN DIR [--tokenizer C] [--overwrite]"
@@ -11,10 +10,7 @@ def main(args: list[str]) -> None:
     """Write a run's model and tokenizer as a checkpoint folder."""
     import tyro
 
-    from ease.data.tokenizers import load_tokenizer
-    from ease.hf.checkpoint import save_pretrained
-    from ease.runs.reopen import data_config_of
-    from ease.runs.store import load_model, start_folder
+    from ease.runs.reopen import export
 
     def export_(
         run: tyro.conf.Positional[Path],
@@ -36,17 +32,5 @@ def main(args: list[str]) -> None:
     run, folder, tokenizer, overwrite = tyro.cli(
         export_, args=args, prog="ease export", config=(tyro.conf.FlagCreatePairsOff,)
     )
-    model, config = load_model(run)
-    if model.config.max_positions is None and config["run"]:
-        model.config = replace(model.config, max_positions=data_config_of(run, config).seq_len)
-    own = load_tokenizer(run / "tokenizer.json", model.config.vocab_size)
-    save_pretrained(
-        model,
-        folder,
-        tokenizer=tokenizer or start_folder(run) or own,
-        eos=config["data"].get("eos"),
-        calibration=config["calibration"],
-        overwrite=overwrite,
-        reads=[run],
-    )
+    export(run, folder, tokenizer=tokenizer, overwrite=overwrite)
     print(f"Checkpoint: {folder}")

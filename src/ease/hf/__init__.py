@@ -10,9 +10,10 @@
     model          `EaseForCausalLM`
     generation     its `generate`
     cache          its cache
+    adapters       PEFT adapters merged into a model
     lm_eval        lm-evaluation-harness
 
-Importing this package does not import transformers; the last five files and the reading of
+Importing this package does not import transformers; the last six files and the reading of
 tokenizers do.
 """
 

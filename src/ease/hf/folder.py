@@ -67,6 +67,12 @@ def checkpoint_folder(
     Raises:
         EaseError: there is no such folder, and the hub does not give one of that name.
     """
+    given: object = name_or_path
+    if not isinstance(given, str | os.PathLike):
+        kind = type(given).__name__
+        raise EaseError(
+            f"a checkpoint must be a folder, or a name on the Hugging Face hub, got {kind}: give one of them"
+        )
     path, below = Path(name_or_path), os.fspath(subfolder or "")
     if Path(below).is_absolute() or ".." in Path(below).parts:
         raise EaseError(f"subfolder must lie in the checkpoint, got {below!r}: give it as a relative path")

@@ -54,7 +54,7 @@ def read_options(
             raise EaseError(f"{name}={value!r} is not supported: use {named}, or leave it out")
         known = name in (*HUB, *PLACING, *GIVEN, *also) or name.startswith("_")  # transformers passes notes of its own
         if not known and value is not None and value is not False:
-            raise EaseError(f"{name} is not supported by from_pretrained of ease: leave it out")
+            raise EaseError(f"{name} is not an option that ease supports: leave it out")
     given = {name: options[name] for name in (*HUB, *PLACING) if options.get(name) is not None}
     dtype = _agreed({name: choose_dtype(given[name]) for name in ("dtype", "torch_dtype") if name in given})
     device = _agreed({name: _one_device(name, given[name]) for name in ("device", "device_map") if name in given})

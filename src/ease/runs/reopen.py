@@ -1,7 +1,8 @@
-"""Finished runs: open a run folder, start from it, calibrate its thresholds, evaluate it again."""
+"""Finished runs: open a run folder, start from it, export it, calibrate its thresholds, evaluate it again."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ease.errors import EaseError
 from ease.evaluation import calibration
 from ease.evaluation.calibration import Target
 from ease.evaluation.scoring import score
-from ease.hf.checkpoint import from_pretrained
+from ease.hf.checkpoint import from_pretrained, save_pretrained
 from ease.hf.folder import checkpoint_folder
 from ease.hf.prompting import end_of_text, end_tokens
 from ease.hf.prompting import load_tokenizer as load_checkpoint_tokenizer
@@ -128,6 +129,36 @@ def data_config_of(folder: Path, config: dict[str, Any]) -> DataConfig:
         return DataConfig(**{**recorded, "seq_len": recorded["seq_len"]})  # required, although it has a default
     except (KeyError, TypeError, EaseError) as error:
         raise EaseError(f"{folder} does not record its data configuration ({error}): run again") from error
+
+
+def export(
+    folder: Path, out: Path, *, tokenizer: str | os.PathLike[str] | None = None, overwrite: bool = False
+) -> None:
+    """Write the model and tokenizer of a run as a checkpoint that stock transformers loads.
+
+    Args:
+        folder: the run folder.
+        out: the folder to create.
+        tokenizer: a checkpoint whose tokenizer, special tokens, chat template and generation settings to copy (by
+            default those of the checkpoint that the run started from, or else the run's own tokenizer).
+        overwrite: replace `out` if it is a checkpoint or a run.
+
+    Raises:
+        EaseError: the run cannot be read, no stock model has its shape, or `out` exists or cannot be written.
+    """
+    model, config = load_model(folder)
+    if model.config.max_positions is None and config["run"]:
+        model.config = replace(model.config, max_positions=data_config_of(folder, config).seq_len)
+    own = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
+    save_pretrained(
+        model,
+        out,
+        tokenizer=tokenizer or start_folder(folder) or own,
+        eos=config["data"].get("eos"),
+        calibration=config["calibration"],
+        overwrite=overwrite,
+        reads=[folder],
+    )
 
 
 def calibration_halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
