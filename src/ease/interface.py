@@ -192,6 +192,12 @@ class ExitModel(nn.Module, ABC):
         logits: Tensor = self.output_head(self.exit_norm(state, exit))
         return logits
 
+    def new_logits(self, *shape: int) -> Tensor:
+        """Zeros (*shape, V) of the dtype and device of the head's output."""
+        weight = self.output_head.weight
+        like = weight if isinstance(weight, Tensor) else next(self.parameters())  # a quantized head has no such tensor
+        return like.new_zeros(*shape, self.output_head.out_features)
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> logits (B, T, V) of the last layer, always at full depth."""
         return self.logits(self.forward_to_layer(ids, self.num_layers), self.num_layers)

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -127,6 +127,8 @@ class StandardTransformer(ExitModel):
         # From the exit's norm only: an adapter in front of the head would cost more than the classifier.
         normed = self.exit_norms[exit - 1](state)
         classifier: Any = self.exit_classifiers[str(exit)]
+        if not isinstance(classifier.weight, Tensor):  # quantized
+            return cast(Tensor, classifier(normed)).squeeze(-1).sigmoid()
         # In half precision many tokens would have the same confidence.
         kind = torch.promote_types(normed.dtype, torch.float32)
         if type(classifier) is nn.Linear and not is_altered(classifier):

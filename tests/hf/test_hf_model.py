@@ -116,10 +116,12 @@ def test_gradient_checkpointing_changes_no_gradient(routed: EaseForCausalLM, ids
     assert len(runs) == 2 * L, "every layer runs again in the backward pass"
 
 
-@pytest.mark.parametrize("what", ["inputs_embeds", "output_attentions", "output_hidden_states"])
-def test_unsupported_arguments_of_forward_are_refused(routed: EaseForCausalLM, ids: torch.Tensor, what: str) -> None:
-    with pytest.raises(EaseError, match=what):
-        routed(ids, **{what: torch.ones(1)})
+def test_unsupported_arguments_of_forward_are_refused(routed: EaseForCausalLM, ids: torch.Tensor) -> None:
+    with pytest.raises(EaseError, match="output_attentions"):
+        routed(ids, output_attentions=True)
+    for both in ({}, {"input_ids": ids, "inputs_embeds": torch.ones(3, 12, 32)}):
+        with pytest.raises(EaseError, match="give either input_ids"):
+            routed(**both)
     with pytest.raises(EaseError, match="position_ids must have the shape"):
         routed(ids, position_ids=torch.arange(3))
 
@@ -402,9 +404,6 @@ def test_stock_early_exit_works_on_an_export_and_is_refused_here(
         routed.generate(ids[:1], assistant_early_exit=1, **options)
     with pytest.raises(EaseError, match="set_routing"):
         routed.generate(ids[:1], transformers.GenerationConfig(assistant_early_exit=1))
-    # transformers shortens a model by setting this, and leaves it set after an error.
-    with pytest.raises(AttributeError):
-        routed.config.num_hidden_layers = 1
     assert routed.config.num_hidden_layers == L
 
 

@@ -100,7 +100,7 @@ class Request:
         B, T = ids.shape
         last = real if T == 1 else real & (real.flip(1).cumsum(1).flip(1) == 1)
         is_last = last.flatten()
-        logits = self.model.output_head.weight.new_zeros(B, self.model.output_head.weight.shape[0])
+        logits = self.model.new_logits(B)
         exits = torch.zeros(B, dtype=torch.long, device=ids.device)
         confidences = logits.new_zeros(B, dtype=torch.promote_types(logits.dtype, torch.float32))
 

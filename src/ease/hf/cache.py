@@ -6,13 +6,62 @@ adds which columns hold a token, and translates the operations of `generate`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from ease.errors import EaseError
 from ease.interface import Layout
 from ease.modules.cache import Cache as NativeCache
+
+
+class EaseCacheLayer(CacheLayerMixin):
+    """Copies of the keys and values of one layer, for tools that read them.
+
+    They are zero where a column holds padding, or a token that left below this layer and is not computed yet.
+    """
+
+    is_initialized = True
+    is_croppable = True
+
+    def __init__(self, cache: EaseCache, index: int) -> None:
+        self.cache, self.index = cache, index
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self._columns(self.cache.native.keys[self.index])
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self._columns(self.cache.native.values[self.index])
+
+    def _columns(self, stored: Tensor) -> Tensor:
+        """(B, H_kv, capacity, head_dim) by place in the row -> (B, H_kv, columns, head_dim)."""
+        real = self.cache.real
+        places = (real.cumsum(1) - 1).clamp(min=0)[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
+        return stored.gather(2, places) * real[:, None, :, None]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.cache.real)
+
+    def get_seq_length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Does nothing: the memory exists."""
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise EaseError("this cache is written by the model that created it: pass it as past_key_values")
 
 
 class EaseCache(Cache):
@@ -24,16 +73,23 @@ class EaseCache(Cache):
     """
 
     def __init__(self, native: NativeCache) -> None:
-        super().__init__(layers=[])
+        # Not `super().__init__`, which stores layers: they are made when they are read.
+        self.layer_class_to_replicate, self.offloading = None, False
         self.native = native
         self.real = torch.ones(len(native.length), 0, dtype=torch.bool, device=native.states.device)
+
+    @property
+    def layers(self) -> list[EaseCacheLayer]:  # type: ignore[override]
+        """Keys and values of each layer, to read."""
+        return [EaseCacheLayer(self, index) for index in range(len(self.native.blocks))]
 
     def admit(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
         """Makes room for the next tokens and returns their layout.
 
         Args:
             ids: (B, T), the tokens after those read so far.
-            attention_mask: (B, columns read + T); by default all T tokens are real.
+            attention_mask: (B, columns read + T); by default all T tokens are real. The last tokens of a row may be
+                padding now, as what `generate` appends to a row that has ended: they are removed.
             position_ids: (B, T), which must continue the positions of each row.
 
         Raises:
@@ -44,12 +100,18 @@ class EaseCache(Cache):
         continues = rows == B
         if continues and attention_mask is not None:
             mask = attention_mask.bool()
-            continues = mask.shape == (rows, columns + T) and torch.equal(mask[:, :columns], self.real)
-            real = mask[:, columns:]
+            continues = mask.shape == (rows, columns + T)
+            seen, real = mask[:, :columns], mask[:, columns:]
+            if continues and not torch.equal(seen, self.real):
+                ended = self.real & ~seen
+                continues = not bool((seen & (~self.real | (ended.cumsum(1) > 0))).any())
+                if continues:
+                    self._keep(seen)
         if not continues:
             raise EaseError(
                 f"the cache holds {columns} columns of {rows} rows: give ids of {rows} rows, and an attention_mask "
-                f"({rows}, {columns + T}) whose first {columns} columns are unchanged"
+                f"({rows}, {columns + T}) whose first {columns} columns are unchanged, except that the last tokens of "
+                "a row may be padding now"
             )
         places = self.native.next(real)
         if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], places[real]):

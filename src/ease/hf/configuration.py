@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from ease.errors import EaseError, first_line
 from ease.hf.folder import NATIVE
+from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer
+from ease.policy import Policy
+
+
+def _model_field(name: str) -> Any:
+    """A property that reads and sets the field `name` of `EaseConfig.model`."""
+
+    def set_field(config: EaseConfig, value: Any) -> None:
+        config.model = {**(config.model or {}), name: value}  # a new dict: the caller's stays as it is
+
+    default = next((field.default for field in fields(ModelConfig) if field.name == name), None)
+    return property(lambda config: (config.model or {}).get(name, None if default is MISSING else default), set_field)
 
 
 class EaseConfig(PreTrainedConfig):
@@ -22,10 +35,11 @@ class EaseConfig(PreTrainedConfig):
         trained_exits: exits that a loss has trained.
         policy_options: the other fields of `ease.Policy`.
         bos_token_id, eos_token_id, pad_token_id: as in transformers.
+        use_cache: whether `forward` returns a cache by default, in evaluation mode and without gradients.
     """
 
     model_type = NATIVE
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exits", "past_key_values"]
 
     model: dict[str, Any] | None = None
     exits: list[int] | tuple[int, ...] = ()
@@ -36,13 +50,38 @@ class EaseConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    # For tools that read stock names. Read-only, since the model is built from `model` alone.
-    vocab_size = property(lambda self: (self.model or {}).get("vocab_size"))
-    hidden_size = property(lambda self: (self.model or {}).get("dim"))
-    num_hidden_layers = property(lambda self: (self.model or {}).get("num_layers"))
-    num_attention_heads = property(lambda self: (self.model or {}).get("num_heads"))
-    max_position_embeddings = property(lambda self: (self.model or {}).get("max_positions"))
-    tie_word_embeddings = property(lambda self: bool((self.model or {}).get("tie_embeddings")))
+    use_cache: bool = True
+
+    # Stock names, for tools that read or set them. The values are those of `model`, from which a model is built.
+    vocab_size = _model_field("vocab_size")
+    hidden_size = _model_field("dim")
+    num_hidden_layers = _model_field("num_layers")
+    num_attention_heads = _model_field("num_heads")
+    num_key_value_heads = _model_field("num_kv_heads")
+    intermediate_size = _model_field("hidden_dim")
+    max_position_embeddings = _model_field("max_positions")
+    tie_word_embeddings = _model_field("tie_embeddings")
+
+    def build(self, **fields: Any) -> DeepSupervisionTransformer:
+        """A new native model of this shape and policy.
+
+        Args:
+            fields: fields of `ModelConfig` that replace those of `model`.
+
+        Raises:
+            EaseError: the fields describe no model.
+        """
+        try:
+            model = DeepSupervisionTransformer(**{**(self.model or {}), **fields})
+        except TypeError as error:  # a field that is missing or unknown
+            raise EaseError(
+                f"the configuration describes no model ({first_line(error)}): set vocab_size and the other fields of "
+                "ease.ModelConfig in `model`"
+            ) from error
+        model.policy = Policy.of(self.exits, self.thresholds, **(self.policy_options or {}))
+        model.policy.check(model.num_layers)
+        model.trained_exits = set(self.trained_exits)
+        return model
 
 
 def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:

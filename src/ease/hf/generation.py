@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
@@ -51,16 +50,18 @@ class EaseGenerationMixin(GenerationMixin):
         """Does nothing: positions follow from mask or cache. transformers' are wrong after padding on the right."""
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Prepares as transformers does, but continues a row that is padded on the right from its last real token."""
+        """Prepares as transformers does, and refuses a part of a prompt in which a row has only padding."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        mask, T = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
+        embeds = inputs.get("inputs_embeds")
+        if kwargs.get("inputs_embeds") is not None and embeds is None and inputs.get("past_key_values") is None:
+            raise EaseError("generating from inputs_embeds needs a cache: call eval() and leave out use_cache=False")
+        mask, T = inputs.get("attention_mask"), (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if mask is not None and not bool(mask[:, -1].all()):
             real = mask[:, -T:].bool()
             if bool((mask.any(1) & ~real.any(1)).any()):
                 raise EaseError(
                     "a row has only padding in this part of the prompt: pad prompts that are read in parts on the left"
                 )
-            inputs["logits_to_keep"] = (real * torch.arange(T, device=real.device)).amax(1, keepdim=True)
         return inputs
 
     def generate(  # type: ignore[override]

@@ -11,12 +11,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError, first_line, require
@@ -28,15 +28,16 @@ from ease.hf.weights import DTYPES
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
-from ease.routing.forward import routed_forward
 from ease.storage import check_finite
 
 try:
-    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, initialization
     from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from ease.hf.cache import EaseCache
     from ease.hf.configuration import EaseConfig, config_of
+    from ease.hf.forward import LayerRun, Pass, full_pass, make_layout, routed_pass
     from ease.hf.generation import EaseGenerationMixin
 except ImportError:
     require("transformers", "hf")
@@ -55,8 +56,8 @@ class EaseOutput(CausalLMOutputWithPast):
     exits: Tensor | None = None
 
 
-class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
-    """A native model behind the interface of transformers.
+class EasePreTrainedModel(PreTrainedModel):
+    """What the classes for different tasks share: a native model behind the interface of transformers.
 
     In evaluation mode tokens leave as the policy allows (`set_routing`); in training mode the model runs at full depth,
     with the loss of the final exit.
@@ -68,11 +69,6 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
     Attributes:
         model: the native model.
         policy: where tokens leave in evaluation mode.
-
-    Example:
-        >>> model = ease.EaseForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
-        >>> model.set_routing(0.9, exits=[15, 20])
-        >>> model.generate(ids, max_new_tokens=64)
     """
 
     config_class = EaseConfig
@@ -86,17 +82,21 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
 
     def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
         super().__init__(config)
-        if model is None:
-            model = DeepSupervisionTransformer(**(config.model or {}))
-            model.policy = Policy.of(config.exits, config.thresholds, **(config.policy_options or {}))
-            model.policy.check(model.num_layers)
-            model.trained_exits = set(config.trained_exits)
-        self.model = model
-        self.gradient_checkpointing = False
+        self.model = config.build() if model is None else model
+        self.layer_run = LayerRun()
+        # The native model's constructor sets initial values, except where parameters have no memory yet.
+        self.model._is_hf_initialized = not self.model.embedding.weight.is_meta
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keeps the initial values that the native model's constructor set."""
+        """Gives parameters that were neither made nor loaded the initial values of a new native model."""
+        if module is not self.model:
+            return
+        parameters = dict(module.named_parameters())
+        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()):
+            return
+        for name, value in DeepSupervisionTransformer(**asdict(self.model.config)).named_parameters():
+            initialization.copy_(parameters[name], value)
 
     @classmethod
     def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
@@ -203,13 +203,93 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        raise EaseError("the vocabulary of this model is fixed: resize the checkpoint with stock transformers first")
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        """Replaces the embedding; its number of rows becomes the size of the vocabulary."""
+        self.model.embedding = value
+        self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
+        self.config.vocab_size = value.num_embeddings
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: EaseCache | None,
+        kept: Callable[[Tensor, Layout | None], Tensor],
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> Pass:
+        """Runs the tokens of a call.
+
+        Args:
+            input_ids: (B, T) ids.
+            inputs_embeds: (B, T, D) embeddings instead of ids.
+            attention_mask, position_ids, cache, output_hidden_states: as in `EaseForCausalLM.forward`.
+            kept: ids (B, T) and their layout -> (B, K) columns whose logits are computed.
+            output_attentions: refused if true.
+
+        Raises:
+            EaseError: an argument is missing, not supported, or does not fit the others or the cache.
+        """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise EaseError(
+                "output_attentions is not supported, since no layer stores its attention weights: leave it out"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        if inputs_embeds is None and input_ids is not None:
+            ids, state = input_ids, self.model.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            state = F.dropout(inputs_embeds, self.model.config.dropout, self.model.embedding.training)
+        else:
+            raise EaseError("give either input_ids (B, T) or inputs_embeds (B, T, D)")
+        if cache is None:
+            layout = make_layout(ids, attention_mask, position_ids)
+        elif self.training or not isinstance(cache, EaseCache):
+            raise EaseError(
+                f"past_key_values must be an EaseCache that this model created, in evaluation mode, got "
+                f"{type(cache).__name__}: leave it out, or call eval() first"
+            )
+        else:
+            layout = cache.admit(ids, attention_mask, position_ids)
+        if cache is None and (self.training or not self.policy.exits):
+            return full_pass(self.model, self.layer_run, state, layout, kept(ids, layout), output_hidden_states)
+        return routed_pass(self.model, ids, state, layout, kept(ids, layout), output_hidden_states, cache)
+
+
+class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
+    """A native language model behind the interface of transformers.
+
+    In evaluation mode tokens leave as the policy allows (`set_routing`); in training mode the model runs at full depth,
+    with the loss of the final exit.
+
+    Args:
+        config: shape, policy and special tokens.
+        model: a native model to use instead of a new one of that shape.
+
+    Attributes:
+        model: the native model.
+        policy: where tokens leave in evaluation mode.
+
+    Example:
+        >>> model = ease.EaseForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model.set_routing(0.9, exits=[15, 20])
+        >>> model.generate(ids, max_new_tokens=64)
+    """
+
+    def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
+        super().__init__(config, model)
+        if self.model.config.num_labels is not None:
+            raise EaseError("this model classifies sequences: use EaseForSequenceClassification (ease.hf.classifier)")
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.output_head
 
-    set_output_embeddings = set_input_embeddings
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replaces the head of all exits."""
+        self.model.output_head = value
 
     def forward(
         self,
@@ -217,9 +297,12 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: EaseCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> EaseOutput | tuple[Any, ...]:
@@ -231,105 +314,61 @@ class EaseForCausalLM(PreTrainedModel, EaseGenerationMixin):
                 columns read before, and the ids are its last T columns.
             position_ids: (B, T); each 0 begins a document, and documents do not attend to each other.
             past_key_values: the cache of the tokens before `input_ids`; the call then computes no gradients.
+            inputs_embeds: (B, T, D) embeddings instead of `input_ids`.
             labels: (B, T), the ids themselves; -100 is not scored.
-            logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K).
-            use_cache: in evaluation mode, creates a cache if none is passed, and returns it as `past_key_values`.
-            return_dict: False returns a tuple.
+            logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K). A column
+                of padding stands for the last token before it.
+            use_cache: in evaluation mode, creates a cache if none is passed, and returns it as `past_key_values`. By
+                default `config.use_cache` decides where gradients are off, and there is no cache where they are on.
+            output_hidden_states: returns the states (B, T, D) before layer 1 and after each layer, the last one
+                normalized for the head; `config.output_hidden_states` by default. A token that left keeps its state.
+            output_attentions: not supported.
+            return_dict: False returns a tuple; `config.return_dict` by default.
             kwargs: arguments of the loss, such as `num_items_in_batch`.
 
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
-        unsupported = ("inputs_embeds", "output_attentions", "output_hidden_states")
-        if refused := [name for name in unsupported if kwargs.pop(name, None)]:
-            raise EaseError(f"{', '.join(refused)} is not supported by this model: leave it out")
-        if input_ids is None:
-            raise EaseError("input_ids must be given, since this model reads token ids only")
-        B, T = input_ids.shape
-        cache = self._new_cache(B, T) if use_cache and past_key_values is None else past_key_values
-        if cache is None:
-            layout = make_layout(input_ids, attention_mask, position_ids)
-        elif self.training or not isinstance(cache, EaseCache):
-            raise EaseError(
-                f"past_key_values must be an EaseCache that this model created, in evaluation mode, got "
-                f"{type(cache).__name__}: leave it out, or call eval() first"
-            )
-        else:
-            layout = cache.admit(input_ids, attention_mask, position_ids)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = torch.arange(T, device=input_ids.device)[keep].expand(B, -1)
-        routed = bool(self.policy.exits) and not self.training
-        exits = None
-        if routed or cache is not None:
-            logits, exits = self._routed_logits(input_ids, layout, kept, cache)
-        else:
-            rows = torch.arange(B, device=input_ids.device)[:, None]
-            logits = self.model.logits(self._full_depth(input_ids, layout)[rows, kept], self.model.num_layers)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None and given is not None:
+            past_key_values = self._new_cache(*given.shape[:2])
+
+        def kept(ids: Tensor, layout: Layout | None) -> Tensor:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            columns = torch.arange(ids.shape[1], device=ids.device)
+            chosen = columns[keep].expand(len(ids), -1)
+            if layout is None or chosen.shape == ids.shape:
+                return chosen
+            # After the last token of a row that is padded on the right, that token predicts the next one.
+            return (layout.real * columns).cummax(1).values.gather(1, chosen)
+
+        result = self._run(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            kept,
+            output_hidden_states,
+            output_attentions,
+        )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        output = EaseOutput(loss=loss, logits=logits, past_key_values=cache, exits=exits if routed else None)
-        return output.to_tuple() if return_dict is False else output
-
-    def _full_depth(self, ids: Tensor, layout: Layout | None) -> Tensor:
-        """ids (B, T) -> state (B, T, D) after the last layer, with gradient checkpointing where it is on."""
-        state: Tensor = self.model.embed(ids)
-        if not (self.gradient_checkpointing and self.training):
-            return self.model.run(state, 1, self.model.num_layers, layout=layout)
-        for layer in range(1, self.model.num_layers + 1):
-            run_layer = partial(self.model.run, first=layer, last=layer, layout=layout)
-            state = self._gradient_checkpointing_func(run_layer, state)
-        return state
-
-    @torch.no_grad()
-    def _routed_logits(
-        self, ids: Tensor, layout: Layout | None, kept: Tensor, cache: EaseCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of the kept columns (B, K), each from the exit that the token took, and the exits (B, T)."""
-        B, T = ids.shape
-        V, K = self.model.output_head.weight.shape[0], kept.shape[1]
-        logits = self.model.output_head.weight.new_zeros(B * K, V)
-        row_of = torch.full((B, T), -1, device=ids.device)  # token -> its row of `logits`, -1 if it is not kept
-        row_of.scatter_(1, kept, torch.arange(B * K, device=ids.device).view(B, K))
-
-        def read(chunk: Tensor, places: Tensor) -> Tensor:
-            rows = row_of.flatten()[places]
-            logits[rows[rows >= 0]] = chunk[rows >= 0].to(logits.dtype)
-            return chunk[:, :0]
-
-        real = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
-        exits = real * self.model.num_layers
-        native = None if cache is None else cache.native
-        for step in routed_forward(
-            self.model, ids, self.policy, layout=layout, read=read, required=row_of >= 0, cache=native
-        ):
-            exits[step.left] = step.layer
-        if cache is not None:
-            cache.real = torch.cat([cache.real, real], 1)
-        return logits.view(B, K, V), exits
+            V = result.logits.shape[-1]
+            loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=V, **kwargs)
+        output = EaseOutput(
+            loss=loss,
+            logits=result.logits,
+            past_key_values=past_key_values,
+            hidden_states=result.hidden_states,
+            exits=result.exits,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:
-    """The layout (B, T) of rows with an attention mask or positions.
-
-    None for rows without padding that hold one document each, which run fastest without a layout.
-    """
-    if attention_mask is None and position_ids is None:
-        return None
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    if mask.shape != ids.shape:
-        raise EaseError(f"attention_mask must have the shape {tuple(ids.shape)} of the ids, got {tuple(mask.shape)}")
-    layout = Layout.from_attention_mask(mask)
-    if position_ids is not None:
-        if position_ids.shape not in (ids.shape, ids.shape[1:], (1, ids.shape[1])):
-            raise EaseError(
-                f"position_ids must have the shape {tuple(ids.shape)} of the ids, got {tuple(position_ids.shape)}"
-            )
-        positions = position_ids.expand_as(ids)
-        documents = (layout.real & (positions == 0)).cumsum(1)
-        layout = Layout(positions, torch.where(layout.real, documents, -1))
-    default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return None if bool(layout.real.all()) and torch.equal(layout.positions, default) else layout
-
+# transformers decides by these names how labels are shifted (label smoothing) and what a pipeline accepts.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NATIVE] = EaseForCausalLM.__name__
 
 AutoModelForCausalLM.register(EaseConfig, EaseForCausalLM, exist_ok=True)

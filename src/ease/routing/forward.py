@@ -98,6 +98,8 @@ def routed_forward(
     read: Callable[[Tensor, Tensor], Tensor] | None = None,
     required: Tensor | None = None,
     cache: Any = None,
+    state: Tensor | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[ExitStep]:
     """Runs ids (B, T) exit by exit until every token has left or layer `last` is done.
 
@@ -111,6 +113,8 @@ def routed_forward(
             (n, ...) are concatenated in `ExitStep.read`. The logits of all tokens never exist at the same time.
         required: (B, T) tokens whose prediction the caller needs; the head at layer `last` is evaluated for no others.
         cache: keys and values of the tokens before `ids`, from `model.new_cache`.
+        state: (B, T, D) states before layer 1, instead of the embeddings of `ids`.
+        watch: called with the states (B, T, D) before layer 1 and after every layer that runs.
 
     Raises:
         EaseError: the policy's confidence measure is unknown, or the model lacks what the measure needs.
@@ -129,12 +133,17 @@ def routed_forward(
     if policy.by_position:
         default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
         positions = (default if cache is None else cache.next(arrived)).flatten()
-    state, first = model.embed(ids), 1
+    state, first = model.embed(ids) if state is None else state, 1
+    if watch is not None:
+        watch(state)
     if not bool(arrived.any()):
         return
     for layer, threshold in [*steps, (last, 0.0)]:
         before, final = state.flatten(0, 1), layer == last
-        state = model.run(state, first, layer, layout=layout, active=arrived, cache=cache)
+        for start, end in [(first, layer)] if watch is None else [(k, k) for k in range(first, layer + 1)]:
+            state = model.run(state, start, end, layout=layout, active=arrived, cache=cache)
+            if watch is not None:
+                watch(state)
         queried = arrived & decides if by_row else arrived
         if required is not None and final:
             queried = queried & required
@@ -265,10 +274,9 @@ def route(
     model, device = evaluation_view(model), next(model.parameters()).device
     ids = ids.to(device)
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask.to(device))
-    head = model.output_head.weight
-    logits = head.new_zeros(*ids.shape, head.shape[0])
+    logits = model.new_logits(*ids.shape)
     left_at = torch.zeros_like(ids)
-    confidences = head.new_zeros(ids.shape, dtype=torch.promote_types(head.dtype, torch.float32))
+    confidences = torch.zeros(ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         if step.read is not None:
             logits[step.left] = step.read.to(logits)

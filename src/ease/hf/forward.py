@@ -1,0 +1,151 @@
+"""The pass of a native model over the tokens of one call, as transformers asks for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ease.errors import EaseError
+from ease.hf.cache import EaseCache
+from ease.interface import Layout
+from ease.models import DeepSupervisionTransformer
+from ease.routing.forward import routed_forward
+
+
+class LayerRun(GradientCheckpointingLayer):
+    """Runs one layer of a native model. transformers turns gradient checkpointing on and off at such modules."""
+
+    def forward(self, state: Tensor, model: DeepSupervisionTransformer, layer: int, layout: Layout | None) -> Tensor:
+        return model.run(state, layer, layer, layout=layout)
+
+
+class Pass(NamedTuple):
+    """The result of a pass over T tokens in each of B rows."""
+
+    logits: Tensor
+    """(B, K, V) logits of the kept columns."""
+    exits: Tensor | None = None
+    """(B, T) the layer at which each token left, 0 for padding; None for a pass at full depth."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """(B, T, D) states before layer 1 and after each layer, the last one normalized for the head; None if not asked
+    for. A token that has left keeps its state."""
+
+
+def full_pass(
+    model: DeepSupervisionTransformer,
+    layer_run: LayerRun,
+    state: Tensor,
+    layout: Layout | None,
+    kept: Tensor,
+    hidden_states: bool,
+) -> Pass:
+    """Runs all layers, with gradients.
+
+    Args:
+        layer_run: runs the layers one by one where gradient checkpointing is on.
+        state: (B, T, D) embeddings.
+        kept: (B, K) columns whose logits are computed.
+        hidden_states: whether the states of all layers are returned.
+    """
+    last, states = model.num_layers, [state]
+    if hidden_states or (layer_run.gradient_checkpointing and layer_run.training):
+        for layer in range(1, last + 1):
+            state = layer_run(state, model, layer, layout)
+            states.append(state)
+    else:
+        state = model.run(state, 1, last, layout=layout)
+    normed = model.exit_norm(state, last)
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
+    logits = model.output_head(normed[rows, kept])
+    return Pass(logits, hidden_states=(*states[:-1], normed) if hidden_states else None)
+
+
+@torch.no_grad()
+def routed_pass(
+    model: DeepSupervisionTransformer,
+    ids: Tensor,
+    state: Tensor,
+    layout: Layout | None,
+    kept: Tensor,
+    hidden_states: bool,
+    cache: EaseCache | None,
+) -> Pass:
+    """Runs the tokens as the model's policy allows, each to the exit that it takes.
+
+    Args:
+        ids: (B, T) ids, of which only the shape is used.
+        state, kept, hidden_states: as in `full_pass`.
+        cache: the cache of the tokens before these, to which they are added.
+    """
+    B, T = ids.shape
+    tokens = (torch.arange(B, device=ids.device)[:, None] * T + kept).flatten()
+    repeated = None
+    if kept.shape[1] > 1:
+        tokens, repeated = tokens.unique(return_inverse=True)
+    logits = model.new_logits(len(tokens))
+    states: list[Tensor] = []
+    row_of = torch.full((B * T,), -1, device=ids.device)  # token -> its row of `logits`, -1 if it is not kept
+    row_of[tokens] = torch.arange(len(tokens), device=ids.device)
+
+    def read(chunk: Tensor, places: Tensor) -> Tensor:
+        rows = row_of[places]
+        logits[rows[rows >= 0]] = chunk[rows >= 0].to(logits.dtype)
+        return chunk[:, :0]
+
+    real = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+    exits = real * model.num_layers
+    for step in routed_forward(
+        model,
+        ids,
+        model.policy,
+        layout=layout,
+        read=read,
+        required=row_of.view(B, T) >= 0,
+        cache=None if cache is None else cache.native,
+        state=state,
+        watch=states.append if hidden_states else None,
+    ):
+        exits[step.arrived & ~step.remaining] = step.layer
+    if cache is not None:
+        cache.real = torch.cat([cache.real, real], 1)
+    return Pass(
+        (logits if repeated is None else logits[repeated]).view(*kept.shape, -1),
+        exits if model.policy.exits else None,
+        _normed_at_exits(model, states, exits) if hidden_states else None,
+    )
+
+
+def _normed_at_exits(model: DeepSupervisionTransformer, states: list[Tensor], exits: Tensor) -> tuple[Tensor, ...]:
+    """States of L + 1 places, the last one normalized by the exit that each token took."""
+    states += states[-1:] * (model.num_layers + 1 - len(states))  # layers that no token ran
+    normed = model.exit_norm(states[-1], model.num_layers)
+    for exit in model.policy.exits:
+        left = exits == exit
+        normed[left] = model.exit_norm(states[-1][left], exit)
+    return (*states[:-1], normed)
+
+
+def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:
+    """The layout (B, T) of rows with an attention mask or positions.
+
+    None for rows without padding that hold one document each, which run fastest without a layout.
+    """
+    if attention_mask is None and position_ids is None:
+        return None
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    if mask.shape != ids.shape:
+        raise EaseError(f"attention_mask must have the shape {tuple(ids.shape)} of the ids, got {tuple(mask.shape)}")
+    layout = Layout.from_attention_mask(mask)
+    if position_ids is not None:
+        if position_ids.shape not in (ids.shape, ids.shape[1:], (1, ids.shape[1])):
+            raise EaseError(
+                f"position_ids must have the shape {tuple(ids.shape)} of the ids, got {tuple(position_ids.shape)}"
+            )
+        positions = position_ids.expand_as(ids)
+        documents = (layout.real & (positions == 0)).cumsum(1)
+        layout = Layout(positions, torch.where(layout.real, documents, -1))
+    default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return None if bool(layout.real.all()) and torch.equal(layout.positions, default) else layout
