@@ -24,7 +24,7 @@ from ease.hf.checkpoint import from_pretrained, read_configuration
 from ease.hf.folder import CONFIG, FIX, NATIVE, read_json
 from ease.hf.options import read_options
 from ease.hf.prompting import TOKEN_IDS, token_ids
-from ease.hf.weights import DTYPES
+from ease.hf.weights import DTYPES, check_names
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
@@ -88,15 +88,21 @@ class EasePreTrainedModel(PreTrainedModel):
         self.model._is_hf_initialized = not self.model.embedding.weight.is_meta
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def _init_weights(self, module: nn.Module) -> None:
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights are tied and initialized as in the models of transformers."""
+        return False
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
         """Gives parameters that were neither made nor loaded the initial values of a new native model."""
-        if module is not self.model:
-            return
-        parameters = dict(module.named_parameters())
-        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()):
-            return
-        for name, value in DeepSupervisionTransformer(**asdict(self.model.config)).named_parameters():
-            initialization.copy_(parameters[name], value)
+        parameters = dict(self.model.named_parameters())
+        if not self.model._is_hf_initialized and not all(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()
+        ):
+            for name, value in DeepSupervisionTransformer(**asdict(self.model.config)).named_parameters():
+                initialization.copy_(parameters[name], value)
+        self.model._is_hf_initialized = True
 
     @classmethod
     def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
@@ -111,19 +117,22 @@ class EasePreTrainedModel(PreTrainedModel):
         return wrapped
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Self:
         """Loads a folder that this class saved, or any checkpoint that `ease.from_pretrained` reads.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub.
             kwargs: the options of `ease.from_pretrained`; `bos_token_id`, `eos_token_id` and `pad_token_id`, which
-                replace those of the checkpoint; `output_loading_info`; and for a folder of this class `config`.
+                replace those of the checkpoint; `output_loading_info`, which also returns what a folder of this class
+                lacks, instead of refusing it; and for a folder of this class `config`.
 
         Raises:
             EaseError: the checkpoint is missing, damaged or not supported, or an argument is not.
         """
+        if pretrained_model_name_or_path is None:  # transformers then makes a model of `config` and `state_dict`
+            return super().from_pretrained(None, *model_args, **kwargs)
         if model_args:
             raise EaseError("from_pretrained takes one argument without a name: the folder, or the name on the hub")
         config = kwargs.get("config")
@@ -135,13 +144,18 @@ class EasePreTrainedModel(PreTrainedModel):
         given = {name: kwargs[name] for name in also if kwargs.get(name) is not None}
         if raw.get("model_type") == NATIVE:
             read_configuration(folder)  # refuses sizes that do not fit the weights, before transformers makes a model
+            given["output_loading_info"], reports = True, given.get("output_loading_info")
             loaded: Any = super().from_pretrained(folder, dtype=dtype or "auto", **given)
-            model: Self = loaded[0] if given.get("output_loading_info") else loaded
+            model: Self = loaded[0]
+            if not reports:
+                check_names(loaded[1]["missing_keys"], loaded[1]["unexpected_keys"], folder)
+            if model.config.tie_word_embeddings and model.model.output_head.weight is not model.model.embedding.weight:
+                raise EaseError(f"{folder} has a head that is not its embedding: leave out tie_word_embeddings")
             for name, parameter in model.named_parameters():
                 if parameter.dtype in DTYPES.values() and not parameter.is_meta:
                     check_finite(name, parameter, folder, FIX)
             model.to(device)  # type: ignore[arg-type]
-            return cast(Self, loaded)
+            return cast(Self, loaded) if reports else model
         if refused := sorted(given.keys() & {"config", "adapter_kwargs"}):
             raise EaseError(f"{', '.join(refused)} is not supported for this checkpoint: leave it out")
         model = cls.wrap(

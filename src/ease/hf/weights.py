@@ -6,7 +6,7 @@ once, in the requested dtype, and one stored tensor. No pickle is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,21 @@ def check_tensors(targets: Mapping[str, Tensor], stored: Mapping[str, Path], fol
     Raises:
         EaseError: a tensor is missing or unknown, or its shape or dtype does not fit.
     """
-    if missing := sorted(targets.keys() - stored.keys()):
-        raise EaseError(f"{folder} lacks {_first_names(missing)}, which its configuration requires: fetch it again")
-    if unknown := sorted(stored.keys() - targets.keys()):
-        raise EaseError(f"{folder} holds {_first_names(unknown)}, unknown to ease: use a checkpoint without them")
+    check_names(targets.keys() - stored.keys(), stored.keys() - targets.keys(), folder)
     for file in sorted(set(stored.values())):
         _read(file, lambda opened, file=file: _check_file(opened, file, targets, stored))
+
+
+def check_names(missing: Collection[str], unknown: Collection[str], folder: Path) -> None:
+    """Raises EaseError if a checkpoint lacks tensors or holds unknown ones."""
+    if missing:
+        raise EaseError(
+            f"{folder} lacks {_first_names(sorted(missing))}, which its configuration requires: fetch it again"
+        )
+    if unknown:
+        raise EaseError(
+            f"{folder} holds {_first_names(sorted(unknown))}, unknown to ease: use a checkpoint without them"
+        )
 
 
 def _check_file(opened: Any, file: Path, targets: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
