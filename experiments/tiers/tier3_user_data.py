@@ -3,7 +3,7 @@
 DATA                                                   task
 a folder with train.jsonl of {"text", "label"}         labels
 a folder with train.jsonl of {"prompt", "completion"}  completions, scored by ROUGE-L too
-.jsonl or .parquet files, or hf:NAME/CONFIG            a stream of documents
+.jsonl, .csv or .parquet files, or hf:NAME/CONFIG      a stream of documents
 any other text that `ease.load_corpus` reads           text, with a checkpoint only (without one, use tier 1)
 
 Without a checkpoint, new standard models of several depths form the baseline front. With one, its layers are frozen,
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ease
+from ease.data.records import format_of
 from ease.data.streaming import load_stream
 from ease.data.tasks import load_classification, load_completion
 from ease.devices import choose_device
@@ -143,8 +144,7 @@ def kind_of(data: str) -> str:
             f"{records} begins with no record for tier 3 (fields: {', '.join(sorted(map(str, found))) or 'none'}): "
             'give {"text": ..., "label": ...} or {"prompt": ..., "completion": ...} a line'
         )
-    files = Path(data).name
-    return "documents" if data.startswith("hf:") or ".json" in files or files.endswith(".parquet") else "text"
+    return "documents" if data.startswith("hf:") or format_of(Path(data)) else "text"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -288,16 +288,20 @@ class Trainer:
         if saved.skip and state.fraction_done() >= 1:  # interrupted in the validation that ends the phase
             saved.pass_over()
             return
-        for loss, scored, flops in self._steps(
-            state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens
-        ):
-            state.took_step(loss, scored, flops)
-            progress.step(state.fraction_done(), loss)
-            if state.fraction_done() >= 1:
-                break
-            if saved.due() or interrupts.pending:
+        steps = self._steps(state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens)
+        try:
+            for loss, scored, flops in steps:
+                state.took_step(loss, scored, flops)
+                progress.step(state.fraction_done(), loss)
+                if state.fraction_done() >= 1:
+                    break
+                if saved.due() or interrupts.pending:
+                    state.save(saved, state.epoch)
+                    interrupts.raise_pending()
+        except EaseError:
+            if saved.stopped:  # training resumes here after the data has been corrected
                 state.save(saved, state.epoch)
-                interrupts.raise_pending()
+            raise
 
     def _validate(
         self, state: PhaseState, saved: Checkpoint, val: Batches, progress: Progress, interrupts: Interrupts

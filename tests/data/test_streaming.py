@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -221,6 +222,48 @@ def test_a_strategy_trains_on_a_stream(corpus: str) -> None:
     ((_, history),) = train(model, config.strategy(), Data(stream.train, stream.val))
     assert history.steps == 90
     assert score(model, stream.test).metrics()["ppl"] < 0.3 * before
+
+
+def test_a_row_without_a_text_is_skipped_by_name_and_many_end_a_training_that_resumes(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": text(i)} for i in range(60)]
+    path = tmp_path / "rows.jsonl"
+
+    def write(bad: list[int]) -> None:
+        path.write_text("".join(json.dumps({"text": None} if i in bad else row) + "\n" for i, row in enumerate(rows)))
+
+    def stream() -> Stream:
+        return load_stream(str(path), "byte", **OPTIONS | {"epoch_batches": 30})
+
+    write([40])
+    with pytest.warns(UserWarning, match=r"rows.jsonl:41 has a null as text and is skipped \(1 of 33 records"):
+        list(stream().train)
+
+    config = StandardConfig(num_layers=1, max_epochs=2)
+
+    def weights() -> list[Any]:
+        torch.manual_seed(0)
+        made = stream()
+        model = StandardTransformer(made.tokenizer.get_vocab_size(), dim=32, num_layers=1)
+        list(train(model, config.strategy(), Data(made.train, made.val), checkpoints=tmp_path / "kept"))
+        return [value.tolist() for value in model.parameters()]
+
+    write([])
+    whole = weights()
+    shutil.rmtree(tmp_path / "kept")
+    write(list(range(40, 60)))
+    with pytest.raises(EaseError, match=r"20 of 52 records"):
+        weights()
+    write([])
+    assert weights() == whole
+
+
+def test_splits_with_the_same_documents_are_refused_by_name(tmp_path: Path) -> None:
+    for name, start in (("train", 0), ("validation", 100), ("test", 0)):
+        rows = [{"text": text(i)} for i in range(start, start + 20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EaseError, match=r"of test is also in train\).*allow_overlap=True"):
+        load_stream(f"hf:{tmp_path}", "byte", **OPTIONS)
+    assert load_stream(f"hf:{tmp_path}", "byte", **OPTIONS, allow_overlap=True).test
 
 
 def test_bad_streams_are_reported_in_one_sentence(tmp_path: Path) -> None:

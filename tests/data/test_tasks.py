@@ -133,3 +133,19 @@ def test_records_of_train_are_left_out_of_validation(write: Write) -> None:
     with pytest.warns(UserWarning, match=r"valid.jsonl \(2 records\): 1 records are left out because an earlier split"):
         task = load_classification(write(valid=[{**A, "label": "yes"}, C]), "byte")
     assert len(task.val) == 1
+
+
+@pytest.mark.parametrize(("split", "other"), [("valid", "train"), ("test", "train"), ("test", "valid")])
+def test_splits_with_the_same_records_are_refused_by_name(split: str, other: str, write: Write) -> None:
+    records = {
+        name: [{"text": f"{name} {i}", "label": ("no", "yes")[i % 2]} for i in range(4)]
+        for name in ("train", "valid", "test")
+    }
+    folder = write(**records | {split: records[other]})
+    with pytest.raises(EaseError, match=rf"100% of {split}.jsonl is also in {other}.jsonl\).*allow_overlap=True"):
+        load_classification(folder, "byte")
+    assert len(load_classification(folder, "byte", allow_overlap=True).test) == 4
+    prompts = {n: [{"prompt": r["text"], "completion": "x"} for r in records[n]] for n in records}
+    folder = write(**prompts | {split: prompts[other]})
+    with pytest.raises(EaseError, match=rf"100% of {split}.jsonl is also in {other}.jsonl"):
+        load_completion(folder, "byte")

@@ -24,8 +24,9 @@ def main(args: list[str]) -> None:
         FLOPs), 2 (ablation of ASHEM) or 3 (the tables of tier 1 on your --data and --model)."""
         data: str | None = None
         """stdlib (by default), a folder with train.txt and valid.txt, a text file, wikitext-2, wikitext-103 or
-        hf:NAME/CONFIG. For tier 3: a folder with train.jsonl (texts with labels, or prompts with completions); .jsonl
-        or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any text."""
+        hf:NAME/CONFIG. For tier 3: a folder with train.jsonl (texts with labels, or prompts with completions); .jsonl,
+        .json, .csv, .tsv or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any
+        text."""
         model: str | None = None
         """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
         scales: str = ""

@@ -41,8 +41,7 @@ def main(args: list[str]) -> None:
         overwrite: bool = False
         """Replace the folder if it holds a run or a checkpoint; discard an unfinished run with other options."""
 
-    # --data D is short for the most common override.
-    rest = expand_options(args[1:], {"--data": "--data.source"})
+    rest = expand_options(args[1:], {"--data": "--data.source", "--allow-overlap": "--data.allow-overlap"})
     default = Arguments(recipe)
     given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}", description="")
     changed = (given.config.model, given.config.data.tokenizer) != (recipe.model, recipe.data.tokenizer)

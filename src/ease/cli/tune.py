@@ -15,7 +15,8 @@ usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
   --exits       layers after which a token may exit (by default at a third and
                 at two thirds of the depth)
   --data        training text: a folder with train.txt and valid.txt, a text
-                file, stdlib, hf:NAME/CONFIG
+                file, a .jsonl, .json, .csv, .tsv or .parquet file with a column
+                "text", stdlib, hf:NAME/CONFIG
   --adapter     none or mlp: what is trained in addition to each exit's norm
   --objective   cross-entropy, distillation or both
   --tokens      all, hard or kept: the tokens that the exits are trained on

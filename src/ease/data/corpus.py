@@ -80,6 +80,7 @@ def load_corpus(
     eos: int | None = None,
     add_special_tokens: bool = True,
     max_tokens: int | None = None,
+    allow_overlap: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Corpus:
     """Loads a text, trains a tokenizer on its train split, and encodes all three splits.
@@ -88,20 +89,23 @@ def load_corpus(
     changes to its files are seen.
 
     Args:
-        source: "stdlib", a text file, a folder with train.txt and valid.txt, "wikitext-2", "wikitext-103" or
-            "hf:NAME/CONFIG"; `ease.data.sources.read_splits` says how each is split.
+        source: "stdlib", a text file, a .jsonl, .json, .csv, .tsv or .parquet file with a column "text", a folder with
+            train.txt and valid.txt, "wikitext-2", "wikitext-103" or "hf:NAME/CONFIG"; `ease.data.sources.read_splits`
+            says how each is split.
         tokenizer: a spec ("bpe:N", "byte" or "word", see `train_tokenizer`), or a tokenizer to use as it is; its
             `encode_special_tokens` decides whether text that spells a special token stays text.
         eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
         add_special_tokens: add to each document what a given tokenizer adds to a text, such as bos.
         max_tokens: tokens of train to keep; of a hub data set no more is read than they take.
+        allow_overlap: accept a source whose splits share most of their text.
         cache_dir: where to cache the result; `$EASE_CACHE` or `~/.cache/ease` by default.
 
     Returns:
         The corpus, its splits as 1-D int32 tensors.
 
     Raises:
-        EaseError: the source or the spec is unknown, a text is missing or empty, or the hub cannot be reached.
+        EaseError: the source or the spec is unknown, a text is missing or empty, two splits share more than half of the
+            smaller one, or the hub cannot be reached.
 
     Example:
         >>> corpus = load_corpus("stdlib", "bpe:2048", max_tokens=100_000)
@@ -115,7 +119,7 @@ def load_corpus(
 
     hub = hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()
-    splits = None if remote else read_splits(source, max_tokens)
+    splits = None if remote else read_splits(source, max_tokens, allow_overlap=allow_overlap)
     identity = [f"{CACHE_VERSION} {spec} {max_tokens}"]
     if given_tokenizer:
         identity += [given_tokenizer.to_str(), str(eos)]
@@ -124,13 +128,15 @@ def load_corpus(
             identity.append("special tokens in the text")
         if add_special_tokens and any(surrounding_tokens(given_tokenizer, None)):
             identity.append("special tokens around the text")
+    if remote and allow_overlap:  # what was not checked must not be taken from the cache by a call that checks
+        identity.append("overlap allowed")
     key = _digest([*identity, source] if splits is None else identity + _flat(splits))
     folder = Path(cache_dir or os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
     path = folder / f"{key}.npz"
 
     arrays = _read_cache(path)
     if arrays is None:
-        splits = splits or read_splits(source, max_tokens)
+        splits = splits or read_splits(source, max_tokens, allow_overlap=allow_overlap)
         with _spinner(f"tokenizing {source} ({spec})"):
             trained = given_tokenizer or train_tokenizer(spec, splits["train"])
             end = eos if given_tokenizer else trained.token_to_id(EOS)

@@ -6,7 +6,7 @@ Nothing is downloaded beyond the rows that are read. Every error of the library,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,3 @@ def hub_errors(name: str) -> Iterator[None]:
             f"cannot read {name} through Hugging Face datasets ({reason}): check the name and the network, "
             "or use a local folder with train.txt and valid.txt (--data DIR) or --data stdlib"
         ) from error
-
-
-def text_column(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The "text" column of `rows`, with every line end as "\\n"."""
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise EaseError(f"{name} has no text column 'text' (columns: {', '.join(row)}): use another data set")
-        yield row["text"].replace("\r\n", "\n").replace("\r", "\n")

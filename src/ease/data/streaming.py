@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.data.hub import hub_errors, hub_name, open_data_set, text_column
+from ease.data.hub import hub_errors, hub_name, open_data_set
+from ease.data.overlap import check_overlap
+from ease.data.records import Skipped, format_of, read_records, texts
 from ease.data.sources import HELD_OUT_NAMES
 from ease.data.tokenizers import EOS, encode, train_tokenizer
-from ease.errors import EaseError, check_least, check_seed
+from ease.errors import EaseError, check_least, check_seed, require
 from ease.interface import IGNORE, Batch, Layout
 
 if TYPE_CHECKING:
@@ -79,10 +81,12 @@ def batch_of(rows: list[Tensor]) -> Batch:
     return Batch(x, y, layout=Layout(positions, segments))
 
 
-def documents(name: str, rows: Any, tokenizer: Tokenizer, eos: int | None) -> Iterator[Tensor]:
-    """The ids of each document that has any, 1-D int32, with `eos` after it."""
+def documents(
+    name: str, rows: Any, tokenizer: Tokenizer, eos: int | None, counts: Skipped | None = None
+) -> Iterator[Tensor]:
+    """The ids of each document that has any, 1-D int32, with `eos` after it; `counts` as in `texts`."""
     with hub_errors(name):
-        for text in text_column(name, rows):
+        for text in texts(name, rows, counts):
             if text.strip() and len(ids := encode(tokenizer, [text], eos)):  # a normalizer may remove a whole text
                 yield torch.from_numpy(ids)
 
@@ -131,6 +135,7 @@ class StreamBatches:
         self.batch_size = batch_size
         self.epoch_batches = epoch_batches
         self.buffer = buffer
+        self.counts = Skipped()
         self.passes = 0  # completed passes over the documents
         self.held: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -159,7 +164,7 @@ class StreamBatches:
         while empty_passes < 2:
             empty_passes += 1
             self.rows.set_epoch(self.passes)  # a state that was loaded holds for its own pass alone
-            for ids in documents(self.name, self.rows, self.tokenizer, self.eos):
+            for ids in documents(self.name, self.rows, self.tokenizer, self.eos, self.counts):
                 empty_passes = 0
                 yield ids
             self.passes += 1
@@ -170,6 +175,7 @@ class StreamBatches:
         return {
             "rows": self.rows.state_dict(),
             "passes": self.passes,
+            "counts": [self.counts.seen, self.counts.skipped],
             "rest": self.packer.rest.clone(),
             "held": torch.stack(self.held) if self.held else torch.zeros(0, 3, self.packer.seq_len, dtype=torch.int32),
             "generator": self.generator.get_state(),
@@ -187,7 +193,7 @@ class StreamBatches:
                 f"the state holds {len(state['held'])} rows of {seq_len} tokens, and the stream is set to "
                 f"{self.buffer} of {self.packer.seq_len}: use the buffer and seq_len that the state was saved with"
             )
-        self.passes = state["passes"]
+        self.passes, self.counts = state["passes"], Skipped(*state["counts"])
         self.held = list(state["held"].clone())
         self.generator.set_state(state["generator"])
         self.packer = Packer(self._documents(), seq_len)
@@ -227,12 +233,14 @@ def load_stream(
     held_out: int = 200,
     buffer: int = 4096,
     seed: int = 0,
+    allow_overlap: bool = False,
 ) -> Stream:
     """Opens a corpus of any size through `datasets` streaming.
 
     Args:
-        source: "hf:NAME" or "hf:NAME/CONFIG" on the Hugging Face hub (hf:allenai/c4/en), or local .jsonl or .parquet
-            files, with `*` allowed in the file name. A row is a document, with its text in the column "text".
+        source: "hf:NAME" or "hf:NAME/CONFIG" on the Hugging Face hub (hf:allenai/c4/en), or local .jsonl, .json, .csv,
+            .tsv or .parquet files, with `*` allowed in the file name. A row is a document, with its text in the column
+            "text". Rows without a text are skipped, with a warning that names the first, up to a tenth of all.
         tokenizer: a spec, which is trained on the first 2000 documents of train (`train_tokenizer`), or a tokenizer to
             use as it is.
         eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
@@ -243,12 +251,14 @@ def load_stream(
             train, for val and then for test, and training starts after them.
         buffer: rows of train to shuffle among.
         seed: random seed of the order.
+        allow_overlap: accept a corpus whose own splits share most of their text.
 
     Returns:
         The tokenizer and the batches of the three splits.
 
     Raises:
-        EaseError: the source is unknown, cannot be read, or has no text for one of the splits.
+        EaseError: the source is unknown, cannot be read, has no text for one of the splits or in more than a tenth of
+            its rows, or two of its own splits share more than half of the held-out documents.
 
     Example:
         >>> stream = load_stream("hf:allenai/c4/en", "bpe:8192", seq_len=256, epoch_batches=500)
@@ -270,8 +280,12 @@ def load_stream(
                 held_out_rows[split] = train_rows.skip(skip).take(held_out)
                 skip += held_out
         train_rows = train_rows.skip(skip)
+        own = {split: rows for split, rows in held_out_rows.items() if HELD_OUT_NAMES[split] in data_set}
+        if own and not allow_overlap:
+            first = {"train": train_rows.take(TOKENIZER_DOCUMENTS), **own}
+            check_overlap(name, {split: texts(name, rows) for split, rows in first.items()})
         if isinstance(tokenizer, str):
-            tokenizer = train_tokenizer(tokenizer, text_column(name, train_rows.take(TOKENIZER_DOCUMENTS)))
+            tokenizer = train_tokenizer(tokenizer, texts(name, train_rows.take(TOKENIZER_DOCUMENTS)))
             eos = tokenizer.token_to_id(EOS)
     train = StreamBatches(
         train_rows,
@@ -295,11 +309,19 @@ def _open(name: str) -> Any:
     hub = hub_name(name)
     if hub is not None:
         return open_data_set(*hub)
-    files = sorted(Path(name).parent.glob(Path(name).name))
-    formats = {"json" if ".json" in file.name else file.suffix[1:] for file in files}
-    if formats not in ({"json"}, {"parquet"}):
-        raise EaseError(f"no stream of documents at {name!r}: use hf:NAME/CONFIG, or .jsonl or .parquet files")
-    return open_data_set(formats.pop(), data_files={"train": [str(file) for file in files]})
+    files = [str(file) for file in sorted(Path(name).parent.glob(Path(name).name))]
+    if not files or not all(format_of(Path(file)) for file in files):
+        raise EaseError(
+            f"no stream of documents at {name!r}: use hf:NAME/CONFIG, or .jsonl or .parquet files "
+            "(or .json, .csv or .tsv)"
+        )
+    data_set = require("datasets", "hf").IterableDataset.from_generator(_read_all, gen_kwargs={"files": files})
+    return {"train": data_set}
+
+
+def _read_all(files: list[str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from read_records(Path(file))
 
 
 def _pack_all(

@@ -2,8 +2,8 @@
 
 - An example is a row of ids and a row of targets, of which only some are scored: the completion's tokens, or the label
   at the last token. Training, routing and scoring treat both as they treat text.
-- A folder has train.jsonl, valid.jsonl and test.jsonl. Labels and tokenizer come from train alone, and a record of
-  valid or test that an earlier split contains is left out.
+- A folder has train.jsonl, valid.jsonl and test.jsonl. Labels and tokenizer come from train alone. A record of valid or
+  test that an earlier split contains is left out; splits that share most of their records are refused.
 - A warning counts every text that is cut and every record that is left out.
 """
 
@@ -21,6 +21,7 @@ import torch
 
 from ease.data.batches import Example
 from ease.data.jsonl import Record, read_jsonl
+from ease.data.overlap import MOST_SHARED, overlap_error
 from ease.data.tokenizers import EOS, surrounding_tokens, train_tokenizer
 from ease.errors import EaseError
 from ease.interface import IGNORE
@@ -59,6 +60,7 @@ def load_classification(
     eos: int | None = None,
     seq_len: int = 128,
     labels: Sequence[Label] | None = None,
+    allow_overlap: bool = False,
 ) -> Task:
     """Loads texts and their labels from records `{"text": ..., "label": ...}`.
 
@@ -70,12 +72,14 @@ def load_classification(
         eos: the id that ends a text, with a tokenizer that is not a spec; none by default.
         seq_len: tokens per row at most, `eos` included.
         labels: the labels of a model's head, in its order; by default those of train, sorted.
+        allow_overlap: keep records that an earlier split contains.
 
     Returns:
         The task; labels are strings or integers, as in the files.
 
     Raises:
-        EaseError: a file is missing or damaged, or a label (named by file and line) is not among `labels`.
+        EaseError: a file is missing or damaged, a label (named by file and line) is not among `labels`, or two splits
+            share more than half of the smaller one.
 
     Example:
         >>> task = load_classification("reviews", "bpe:2048", seq_len=256)
@@ -101,7 +105,7 @@ def load_classification(
         ids = before + text[:room] + after
         return _example(ids, [IGNORE] * (len(ids) - 1) + [class_of[record.fields[1]]])
 
-    return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 1, example), labels)
+    return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 1, example, allow_overlap), labels)
 
 
 def load_completion(
@@ -110,6 +114,7 @@ def load_completion(
     *,
     eos: int | None = None,
     seq_len: int = 128,
+    allow_overlap: bool = False,
 ) -> Task:
     """Loads prompts and their completions from records `{"prompt": ..., "completion": ...}`.
 
@@ -121,12 +126,14 @@ def load_completion(
         tokenizer: a spec, which is trained on the texts of train (`train_tokenizer`), or a tokenizer to use as it is.
         eos: the id that ends a completion, with a tokenizer that is not a spec; none by default.
         seq_len: tokens per row at most.
+        allow_overlap: keep records that an earlier split contains.
 
     Returns:
         The task, without labels.
 
     Raises:
-        EaseError: a file is missing or damaged, or no completion fits.
+        EaseError: a file is missing or damaged, no completion fits, or two splits share more than half of the smaller
+            one.
 
     Example:
         >>> task = load_completion("questions", "bpe:2048")
@@ -147,7 +154,7 @@ def load_completion(
         prompt = before + prompt[-room:]
         return _example((prompt + end)[:-1], [IGNORE] * (len(prompt) - 1) + end)
 
-    return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 2, example))
+    return Task(tokenizer, eos, *_make_splits(folder, records, tokenizer, 2, example, allow_overlap))
 
 
 def _read_files(folder: str | os.PathLike[str], **fields: tuple[type, ...]) -> dict[str, list[Record]]:
@@ -196,6 +203,7 @@ def _make_splits(
     tokenizer: Tokenizer,
     num_texts: int,
     make_example: Callable[[Record, list[list[int]], Counter[str]], Example | None],
+    allow_overlap: bool,
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """The examples of train, val and test.
 
@@ -203,9 +211,10 @@ def _make_splits(
         records: split -> records.
         num_texts: the first fields of a record, as many as are texts to encode.
         make_example: (record, ids of each text, counts for the warning) -> the example, or None to leave it out.
+        allow_overlap: keep records that an earlier split contains.
     """
     splits: list[list[Example]] = []
-    seen: set[bytes] = set()
+    seen: dict[str, set[bytes]] = {}
     for split, name in FILES.items():
         notes: Counter[str] = Counter()
         examples: list[Example] = []
@@ -216,13 +225,17 @@ def _make_splits(
             example = make_example(record, encoded, notes)
             if example is not None:
                 examples.append(example)
-        if split == "train":
-            seen = {_key(example) for example in examples}
-        else:
-            kept = [example for example in examples if _key(example) not in seen]
-            notes["records are left out because an earlier split contains them"] += len(examples) - len(kept)
-            examples = kept
-            seen |= {_key(example) for example in kept}  # a record that selects a policy must not test it
+        if not allow_overlap:
+            keys = {_key(example) for example in examples}
+            for other, known in seen.items():
+                share = len(keys & known) / max(1, min(len(keys), len(known)))
+                if share > MOST_SHARED:
+                    raise overlap_error(os.fspath(folder), share, name, FILES[other])
+            if split != "train":
+                kept = [example for example in examples if not any(_key(example) in known for known in seen.values())]
+                notes["records are left out because an earlier split contains them"] += len(examples) - len(kept)
+                examples = kept  # a record that selects a policy must not test it
+            seen[split] = keys
         summary = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
         path = Path(folder) / name
         if not examples:

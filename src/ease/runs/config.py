@@ -37,8 +37,8 @@ class DataConfig:
     """Text source, tokenizer and batch sizes.
 
     Args:
-        source: "stdlib", a folder with train.txt and valid.txt, a text file, "wikitext-2", "wikitext-103" or
-            "hf:NAME/CONFIG".
+        source: "stdlib", a folder with train.txt and valid.txt, a text file, a .jsonl, .json, .csv, .tsv or .parquet
+            file with a column "text", "wikitext-2", "wikitext-103" or "hf:NAME/CONFIG".
         tokenizer: "bpe:N", "word" or "byte".
         split_special_tokens: whether text that spells a special token of a checkpoint's tokenizer, such as
             <|im_start|>, stays text; None reads it as transformers does.
@@ -47,6 +47,7 @@ class DataConfig:
         max_tokens: limit on the number of training tokens read.
         epoch_batches: training batches between two validations; None means all of them.
         eval_batches: limit on the batches scored of validation and of test.
+        allow_overlap: accept a source whose splits share most of their text.
 
     Raises:
         EaseError: a field has the wrong type, or a size is below 1.
@@ -60,6 +61,7 @@ class DataConfig:
     max_tokens: int | None = None
     epoch_batches: int | None = None
     eval_batches: int | None = None
+    allow_overlap: bool = False
 
     def __post_init__(self) -> None:
         check_string("source", self.source)
@@ -68,6 +70,7 @@ class DataConfig:
         check_integer("batch_size", self.batch_size, 1)
         if self.split_special_tokens is not None:
             check_boolean("split_special_tokens", self.split_special_tokens)
+        check_boolean("allow_overlap", self.allow_overlap)
         for name in ("max_tokens", "epoch_batches", "eval_batches"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

@@ -115,7 +115,12 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     recorded = config["data"]
     surrounded = recorded.get("add_special_tokens", False)  # as in runs that do not record it
     corpus = load_corpus(
-        source, given, eos=recorded.get("eos"), add_special_tokens=surrounded, max_tokens=data.max_tokens
+        source,
+        given,
+        eos=recorded.get("eos"),
+        add_special_tokens=surrounded,
+        max_tokens=data.max_tokens,
+        allow_overlap=data.allow_overlap,
     )
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")

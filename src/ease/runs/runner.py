@@ -79,7 +79,9 @@ def run(
             raise EaseError(
                 f"{config.start} has {limit} positions: set --data.seq-len to at most that, not {data.seq_len}"
             )
-        corpus = load_corpus(data.source, tokenizer, eos=eos, max_tokens=data.max_tokens)
+        corpus = load_corpus(
+            data.source, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=data.allow_overlap
+        )
         if can_resume(folder, run_identity(config, corpus, start), overwrite):
             say(f"resuming the unfinished run in {folder}")
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # resumed lines report their past epochs again

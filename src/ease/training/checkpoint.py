@@ -67,18 +67,23 @@ class Checkpoint:
     def turn(self) -> None:
         """Marks the beginning of an epoch."""
         self.place, self.skip = 0, 0  # batches yielded so far, and batches to skip
+        self.stopped = False  # whether the next batch could not be read
         self.epoch_start = self._epoch_state() if self.path else {}
 
     def __len__(self) -> int:
         return len(self.batches[0])
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.batches[0]:
-            self.place += 1
-            if self.place > self.skip:
-                yield item
-            elif self.place == self.skip:
-                set_random_state(self.now)
+        try:
+            for item in self.batches[0]:
+                self.place += 1
+                if self.place > self.skip:
+                    yield item
+                elif self.place == self.skip:
+                    set_random_state(self.now)
+        except EaseError:  # of the batches, since those of a step are not raised in here
+            self.stopped = self.place >= self.skip
+            raise
 
     def pass_over(self) -> None:
         """Skips the batches of the epoch that were trained on, without reading another one."""
