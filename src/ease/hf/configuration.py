@@ -93,6 +93,7 @@ def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:
         "thresholds": policy.thresholds,
         "policy_options": policy.options,
         "trained_exits": sorted(model.trained_exits),
+        **({} if model.config.num_labels is None else {"num_labels": model.config.num_labels}),
     }
 
 

@@ -49,11 +49,15 @@ class EaseGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """Does nothing: positions follow from mask or cache. transformers' are wrong after padding on the right."""
 
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepares as transformers does, and refuses a part of a prompt in which a row has only padding."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         embeds = inputs.get("inputs_embeds")
-        if kwargs.get("inputs_embeds") is not None and embeds is None and inputs.get("past_key_values") is None:
+        if inputs_embeds is not None and embeds is None and inputs.get("past_key_values") is None:
             raise EaseError("generating from inputs_embeds needs a cache: call eval() and leave out use_cache=False")
         mask, T = inputs.get("attention_mask"), (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if mask is not None and not bool(mask[:, -1].all()):

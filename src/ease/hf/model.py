@@ -26,6 +26,7 @@ from ease.hf.options import read_options
 from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES, check_names
 from ease.interface import Layout
+from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
 from ease.storage import check_finite
@@ -79,10 +80,12 @@ class EasePreTrainedModel(PreTrainedModel):
     _tied_weights_keys = {"model.output_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     model: DeepSupervisionTransformer
+    classifies = False
 
     def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
         super().__init__(config)
         self.model = config.build() if model is None else model
+        self.check_task(self.model.config)
         self.layer_run = LayerRun()
         # The native model's constructor sets initial values, except where parameters have no memory yet.
         self.model._is_hf_initialized = not self.model.embedding.weight.is_meta
@@ -92,6 +95,14 @@ class EasePreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False: weights are tied and initialized as in the models of transformers."""
         return False
+
+    @classmethod
+    def check_task(cls, shape: ModelConfig) -> None:
+        """Raises EaseError for a model that predicts tokens where this class classifies sequences, or the reverse."""
+        if cls.classifies and shape.num_labels is None:
+            raise EaseError("this model predicts tokens: use EaseForCausalLM, or train a model with num_labels")
+        if not cls.classifies and shape.num_labels is not None:
+            raise EaseError("this model classifies sequences: use EaseForSequenceClassification")
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -110,7 +121,7 @@ class EasePreTrainedModel(PreTrainedModel):
 
         Args:
             model: the native model.
-            token_ids: bos_token_id, eos_token_id and pad_token_id.
+            token_ids: bos_token_id, eos_token_id and pad_token_id, and further fields of the configuration.
         """
         wrapped = cls(EaseConfig(**config_of(model), dtype=next(model.parameters()).dtype, **token_ids), model)
         wrapped.train(model.training)
@@ -143,7 +154,8 @@ class EasePreTrainedModel(PreTrainedModel):
         raw = read_json(folder / CONFIG)
         given = {name: kwargs[name] for name in also if kwargs.get(name) is not None}
         if raw.get("model_type") == NATIVE:
-            read_configuration(folder)  # refuses sizes that do not fit the weights, before transformers makes a model
+            # This refuses sizes that do not fit the weights, before transformers makes a model.
+            cls.check_task(read_configuration(folder)[0])
             given["output_loading_info"], reports = True, given.get("output_loading_info")
             loaded: Any = super().from_pretrained(folder, dtype=dtype or "auto", **given)
             model: Self = loaded[0]
@@ -293,11 +305,6 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         >>> model.generate(ids, max_new_tokens=64)
     """
 
-    def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
-        super().__init__(config, model)
-        if self.model.config.num_labels is not None:
-            raise EaseError("this model classifies sequences: use EaseForSequenceClassification (ease.hf.classifier)")
-
     def get_output_embeddings(self) -> nn.Module:
         return self.model.output_head
 
@@ -330,8 +337,8 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             past_key_values: the cache of the tokens before `input_ids`; the call then computes no gradients.
             inputs_embeds: (B, T, D) embeddings instead of `input_ids`.
             labels: (B, T), the ids themselves; -100 is not scored.
-            logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K). A column
-                of padding stands for the last token before it.
+            logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K). In
+                evaluation mode a column of padding stands for the last token before it.
             use_cache: in evaluation mode, creates a cache if none is passed, and returns it as `past_key_values`. By
                 default `config.use_cache` decides where gradients are off, and there is no cache where they are on.
             output_hidden_states: returns the states (B, T, D) before layer 1 and after each layer, the last one
@@ -353,9 +360,9 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             columns = torch.arange(ids.shape[1], device=ids.device)
             chosen = columns[keep].expand(len(ids), -1)
-            if layout is None or chosen.shape == ids.shape:
+            if layout is None or self.training:
                 return chosen
-            # After the last token of a row that is padded on the right, that token predicts the next one.
+            # Where a row is padded on the right, its last token predicts what comes next.
             return (layout.real * columns).cummax(1).values.gather(1, chosen)
 
         result = self._run(

@@ -1,0 +1,125 @@
+"""A native classifier of sequences as a transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from ease.hf.configuration import EaseConfig
+from ease.hf.folder import NATIVE
+from ease.hf.model import EasePreTrainedModel
+from ease.interface import Layout
+from ease.models import DeepSupervisionTransformer
+
+
+@dataclass
+class EaseClassifierOutput(SequenceClassifierOutputWithPast):
+    """The output of transformers' classifiers, with the exits of a routed pass.
+
+    Args:
+        exits: (B,), the layer at which each sequence left; None at full depth.
+    """
+
+    exits: Tensor | None = None
+
+
+class EaseForSequenceClassification(EasePreTrainedModel):
+    """A native classifier (`ModelConfig.num_labels`) behind the interface of transformers.
+
+    The last token of a sequence decides. In evaluation mode sequences leave as the policy allows (`set_routing`); in
+    training mode the model runs at full depth, with the loss of the final exit.
+
+    Args:
+        config: shape, policy and special tokens. Its `num_labels` is the number of classes.
+        model: a native model to use instead of a new one of that shape.
+
+    Attributes:
+        model: the native model.
+        policy: where sequences leave in evaluation mode.
+
+    Raises:
+        EaseError: the model is no classifier.
+
+    Example:
+        >>> model = EaseForSequenceClassification.wrap(classifier, id2label={0: "bad", 1: "good"})
+        >>> model.save_pretrained("reviews")
+    """
+
+    classifies = True
+    _tied_weights_keys = None  # type: ignore[assignment]
+
+    def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
+        if model is None:
+            model = config.build(num_labels=config.num_labels, tie_embeddings=False)
+        super().__init__(config, model)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None  # the head gives labels, so that a new vocabulary leaves it alone
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EaseClassifierOutput | tuple[Any, ...]:
+        """ids (B, T) -> logits (B, num_labels).
+
+        Args:
+            input_ids: (B, T) ids.
+            attention_mask: (B, T), 1 for real tokens, 0 for padding on either side. By default the ids other than
+                `config.pad_token_id` are real, and all where there is no such id.
+            position_ids: (B, T).
+            inputs_embeds: (B, T, D) embeddings instead of `input_ids`.
+            labels: (B,) classes; (B, num_labels) floats for several labels at once.
+            output_hidden_states, output_attentions, return_dict: as in `EaseForCausalLM.forward`.
+            kwargs: arguments of the loss, such as `num_items_in_batch`.
+
+        Raises:
+            EaseError: an argument is missing, not supported, or does not fit the ids.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+
+        def last_token(ids: Tensor, layout: Layout | None) -> Tensor:
+            T = ids.shape[1]
+            if layout is None:
+                return torch.full((len(ids), 1), T - 1, device=ids.device)
+            return (layout.real * torch.arange(T, device=ids.device)).amax(1, keepdim=True)
+
+        result = self._run(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            None,
+            last_token,
+            output_hidden_states,
+            output_attentions,
+        )
+        logits, loss = result.logits[:, 0], None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        output = EaseClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=result.hidden_states,
+            exits=None if result.exits is None else result.exits.amax(1),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[NATIVE] = EaseForSequenceClassification.__name__
+
+AutoModelForSequenceClassification.register(EaseConfig, EaseForSequenceClassification, exist_ok=True)
