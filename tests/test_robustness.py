@@ -176,7 +176,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         (lambda: ModelConfig(40, adapter_exits=[1.5], adapter_dim=4), "adapter_exits must be an integer, got 1.5"),
         (lambda: ModelConfig(40, classifier_exits="12"), "classifier_exits must be a list"),
         (lambda: ModelConfig(40, rope_scaling=3), "rope_scaling must be an object"),
-        (lambda: ModelConfig(40, rope_scaling={"factor": 2}), "rope_scaling must have the keys factor, "),
+        (lambda: ModelConfig(40, rope_scaling={"factor": 2}), "rope_scaling of type llama3 needs low_freq_factor, "),
         (lambda: ModelConfig(40, rope_scaling=LLAMA3 | {"factor": "8"}), "factor of rope_scaling must be a number"),
         (lambda: RopeScaling(8, 4, 4, 16), "low_freq_factor of rope_scaling"),
         (lambda: Policy((1.5,), (0.5,)), "exit_layer must be an integer, got 1.5"),

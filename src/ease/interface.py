@@ -48,11 +48,16 @@ class Layout:
         """(B, T) true where a token is not padding."""
         return self.segments >= 0
 
-    def visible(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """(N, T) true for the tokens of its row that the token at (rows[i], cols[i]) attends to."""
-        segment, position = self.segments[rows, cols], self.positions[rows, cols]
-        same = self.segments[rows] == segment[:, None]
-        return same & (self.positions[rows] <= position[:, None])
+    def visible(self, rows: Tensor, cols: Tensor, window: int | None = None) -> Tensor:
+        """(N, T) true for the tokens of its row that the token at (rows[i], cols[i]) attends to.
+
+        Args:
+            window: tokens that a token attends to, itself included; None: all before it.
+        """
+        segment, position = self.segments[rows, cols], self.positions[rows, cols][:, None]
+        positions = self.positions[rows]
+        seen = (self.segments[rows] == segment[:, None]) & (positions <= position)
+        return seen if window is None else seen & (positions > position - window)
 
 
 IGNORE = -100
@@ -190,7 +195,7 @@ class ExitModel(nn.Module, ABC):
     def logits(self, state: Tensor, exit: int) -> Tensor:
         """State (..., D) -> logits (..., V) of the exit after layer `exit`: its own norm, then the shared head."""
         logits: Tensor = self.output_head(self.exit_norm(state, exit))
-        return logits
+        return capped(logits, self.config.logit_softcap)
 
     def new_logits(self, *shape: int) -> Tensor:
         """Zeros (*shape, V) of the dtype and device of the head's output."""
@@ -224,6 +229,11 @@ class ExitModel(nn.Module, ABC):
                 f"token ids must lie in 0..{vocab_size - 1}, got {low}..{high}: "
                 "use the tokenizer that the model was trained with, or a larger vocab_size"
             )
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits z as c tanh(z / c) with the soft cap c; None leaves them as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def learnable(module: nn.Module) -> bool:

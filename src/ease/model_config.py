@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 import reprlib
 from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_number
+from ease.errors import (
+    EaseError,
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_layers,
+    check_list,
+    check_number,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class ModelConfig:
     qk_norm: bool = False
     """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1's stretched rotary positions (None: plain ones)."""
+    """Rotary positions stretched to a longer context (None: plain ones)."""
     adapter_exits: tuple[int, ...] = ()
     """Exits below the last one that have an adapter between their norm and the head."""
     adapter_dim: int = 0
@@ -54,30 +64,90 @@ class ModelConfig:
     max_positions: int | None = None
     """Number of positions that the model was trained for (None: unknown). It limits requests, not computation."""
 
+    # What other families do than Llama.
+    window: int | None = None
+    """Tokens that a token attends to, itself included (None: all before it)."""
+    windowed_layers: tuple[int, ...] | None = None
+    """Layers with the window (None: all, if there is one)."""
+    local_rope_theta: float | None = None
+    """Base of the rotary angles in layers with the window, where they are not stretched (None: as in the others)."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers without rotary positions, as in SmolLM3."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that are rotated (None: all)."""
+    attention_scale: float | None = None
+    """Factor on the products of queries and keys (1 / sqrt(head_dim) by default)."""
+    attention_softcap: float | None = None
+    """c: scores s become c tanh(s / c), as in Gemma 2 (None: they stay)."""
+    logit_softcap: float | None = None
+    """c: logits z become c tanh(z / c), as in Gemma 2 (None: they stay)."""
+    logit_divisor: float = 1.0
+    """Logits are divided by it, as in Granite."""
+    embedding_scale: float = 1.0
+    """Factor on the embedding, as in Gemma and Granite."""
+    residual_scale: float = 1.0
+    """Factor on what a branch adds to the state, as in Granite."""
+    pre_norms: bool = True
+    """Norms before attention and feed-forward."""
+    post_norms: bool = False
+    """Norms on the results of attention and feed-forward, as in Gemma and OLMo 2."""
+    norm_offset: bool = False
+    """A norm's weight w is stored for a factor of 1 + w, as in Gemma."""
+    wide_qk_norm: bool = False
+    """The norms on queries and keys span all heads, as in OLMo 2; needs qk_norm."""
+    output_bias: bool = False
+    """A bias on the output projection of attention."""
+    ffn_bias: bool = False
+    """Biases on the three projections of the feed-forward."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """The gate's activation: SiLU, or the tanh approximation of GELU."""
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_positions"):
+        for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_positions", "window", "rotary_dim"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         check_integer("adapter_dim", self.adapter_dim)
         if self.num_labels is not None:
             check_integer("num_labels", self.num_labels)
-        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
-            check_boolean(name, getattr(self, name))
+        for field in fields(self):
+            if field.type == "bool":
+                check_boolean(field.name, getattr(self, field.name))
+        check_choice("activation", self.activation, ("silu", "gelu_tanh"))
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+        for name in ("embedding_scale", "residual_scale", "logit_divisor"):
+            check_number(name, getattr(self, name))
+        if self.local_rope_theta is not None:
+            check_number("local_rope_theta", self.local_rope_theta, 1)
         check_number("rope_theta", self.rope_theta, 1)  # smaller bases overflow the fast angles
         check_number("norm_eps", self.norm_eps, 0)
         check_number("dropout", self.dropout)
         scaling: object = self.rope_scaling
         if isinstance(scaling, dict):  # what JSON makes of it
             names = [field.name for field in fields(RopeScaling)]
-            if sorted(scaling) != sorted(names):
-                raise EaseError(f"rope_scaling must have the keys {', '.join(names)}, got {reprlib.repr(scaling)}")
+            if "factor" not in scaling or not scaling.keys() <= set(names):
+                raise EaseError(
+                    f"rope_scaling must have a factor and no keys but {', '.join(names)}, got {reprlib.repr(scaling)}"
+                )
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         elif not isinstance(scaling, RopeScaling | None):
             raise EaseError(f"rope_scaling must be an object, got {reprlib.repr(scaling)}")
-        for name in ("adapter_exits", "classifier_exits"):
+        for name in ("adapter_exits", "classifier_exits", "unrotated_layers"):
             object.__setattr__(self, name, check_layers(name, getattr(self, name)))
+        if self.windowed_layers is not None:
+            object.__setattr__(self, "windowed_layers", check_layers("windowed_layers", self.windowed_layers))
+        for name in ("windowed_layers", "unrotated_layers"):
+            if any(not 1 <= layer <= self.num_layers for layer in getattr(self, name) or ()):
+                raise EaseError(f"{name} {list(getattr(self, name))}: name layers in 1..{self.num_layers}")
+        if self.window is None and (self.windowed_layers or self.local_rope_theta is not None):
+            raise EaseError("windowed_layers and local_rope_theta need a window: set window as well")
+        if self.wide_qk_norm and not self.qk_norm:
+            raise EaseError("wide_qk_norm needs norms on queries and keys: set qk_norm as well")
+        if not (self.pre_norms or self.post_norms):
+            raise EaseError("a layer needs pre_norms, post_norms or both")
         if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
             bool(self.adapter_exits) != (self.adapter_dim > 0)
         ):
@@ -100,10 +170,28 @@ class ModelConfig:
             raise EaseError(
                 f"the width of a head must be even for rotary positions, got {self.head_size}: change dim or num_heads"
             )
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_size):
+            raise EaseError(
+                f"rotary_dim must be even and at most the width of a head ({self.head_size}), got {self.rotary_dim}"
+            )
         if self.num_heads % self.kv_heads:
             raise EaseError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.num_heads})")
         if not 0 <= self.dropout < 1:
             raise EaseError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def attention_kind(self, layer: int) -> AttentionKind:
+        """How layer `layer` attends."""
+        windowed = self.window is not None and (self.windowed_layers is None or layer in self.windowed_layers)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if windowed and self.local_rope_theta is not None:
+            theta, scaling = self.local_rope_theta, None
+        return AttentionKind(
+            window=self.window if windowed else None,
+            theta=None if layer in self.unrotated_layers else theta,
+            rope_scaling=None if layer in self.unrotated_layers else scaling,
+            scale=self.attention_scale,
+            softcap=self.attention_softcap,
+        )
 
     @property
     def outputs(self) -> int:
@@ -115,6 +203,10 @@ class ModelConfig:
         return self.head_dim or self.dim // self.num_heads
 
     @property
+    def rotary_size(self) -> int:
+        return self.rotary_dim or self.head_size
+
+    @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
@@ -123,32 +215,119 @@ class ModelConfig:
         return self.hidden_dim or 8 * math.ceil(self.dim / 3)
 
 
+class AttentionKind(NamedTuple):
+    """How a layer attends; layers of one kind share masks and rotary factors."""
+
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
+    theta: float | None = 10_000.0
+    """Base of the rotary angles; None: no rotary positions."""
+    rope_scaling: RopeScaling | None = None
+    scale: float | None = None
+    """Factor on the products of queries and keys; None: 1 / sqrt(head_dim)."""
+    softcap: float | None = None
+    """c: scores s become c tanh(s / c); None: they stay."""
+
+
+ROPE_NEEDS = {  # rope_type -> the fields that it needs besides `factor`
+    "linear": (),
+    "dynamic": ("original_max_position",),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position"),
+    "yarn": ("original_max_position",),
+    "longrope": ("original_max_position", "short_factor", "long_factor"),
+}
+
+
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 stretches rotary positions to a longer context (`rope_type` "llama3" of a config.json).
+    """How rotary positions are stretched to a longer context (`rope_type` of a config.json).
 
-    A pair of dimensions that turns more than `high_freq_factor` times within `original_max_position` tokens keeps
-    its frequency, one that turns less than `low_freq_factor` times turns `factor` times slower, and between the two
-    the frequency moves linearly in the number of turns.
+    - linear: all frequencies are divided by `factor`.
+    - dynamic: frequencies change beyond `original_max_position` only, which the native model does not reach.
+    - llama3: a pair of dimensions that turns more than `high_freq_factor` times within `original_max_position` tokens
+      keeps its frequency, one that turns less than `low_freq_factor` times turns `factor` times slower, and between
+      the two the frequency moves linearly in the number of turns.
+    - yarn (Peng et al. 2023, arXiv:2309.00071): the same between `beta_slow` and `beta_fast` turns, linearly in the
+      index of the pair; queries and keys are multiplied by `attention_factor`.
+    - longrope (Ding et al. 2024, arXiv:2402.13753): the frequency of each pair is divided by its `short_factor`.
+      `long_factor` applies beyond `original_max_position`, which the native model does not reach.
     """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position: int | None = None
+    rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"] = "llama3"
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("rope_type of rope_scaling", self.rope_type, tuple(ROPE_NEEDS))
         check_number("factor of rope_scaling", self.factor, 1)
-        check_number("low_freq_factor of rope_scaling", self.low_freq_factor, 0)
-        check_number("high_freq_factor of rope_scaling", self.high_freq_factor, 0)
-        check_integer("original_max_position of rope_scaling", self.original_max_position, 1)
-        if not self.low_freq_factor < self.high_freq_factor:
+        for name in ("low_freq_factor", "high_freq_factor", "attention_factor"):
+            if getattr(self, name) is not None:
+                check_number(f"{name} of rope_scaling", getattr(self, name), 0)
+        for name in ("beta_fast", "beta_slow"):
+            check_number(f"{name} of rope_scaling", getattr(self, name), 0)
+        if self.original_max_position is not None:
+            check_integer("original_max_position of rope_scaling", self.original_max_position, 1)
+        check_boolean("truncate of rope_scaling", self.truncate)
+        for name in ("short_factor", "long_factor"):
+            if getattr(self, name) is not None:
+                factors = tuple(check_list(f"{name} of rope_scaling", getattr(self, name)))
+                for number in factors:
+                    check_number(f"{name} of rope_scaling", number, 0)
+                object.__setattr__(self, name, factors)
+        if missing := [name for name in ROPE_NEEDS[self.rope_type] if getattr(self, name) is None]:
+            raise EaseError(f"rope_scaling of type {self.rope_type} needs {', '.join(missing)}: add the missing keys")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise EaseError(
                 f"low_freq_factor of rope_scaling ({self.low_freq_factor}) must lie below high_freq_factor "
                 f"({self.high_freq_factor})"
             )
 
-    def __call__(self, frequencies: Tensor) -> Tensor:
-        turns = self.original_max_position / (2 * math.pi / frequencies)
-        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a sequence beyond which the frequencies would depend on its length; None: they never do."""
+        return self.original_max_position if self.rope_type in ("dynamic", "longrope") else None
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on the rotated queries and keys."""
+        if self.attention_factor is not None or self.rope_type not in ("yarn", "longrope") or self.factor <= 1:
+            return 1.0 if self.attention_factor is None else self.attention_factor
+        if self.rope_type == "yarn":
+            return 0.1 * math.log(self.factor) + 1
+        assert self.original_max_position is not None
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position))
+
+    def __call__(self, frequencies: Tensor, theta: float) -> Tensor:
+        """The stretched frequencies of pairs of dimensions (d / 2,), whose base is `theta`."""
+        f, kept = frequencies, frequencies.new_zeros(())
+        if self.rope_type == "dynamic":
+            return f
+        if self.rope_type == "longrope":
+            return f / f.new_tensor(self.short_factor)
+        if self.rope_type == "llama3":
+            assert self.original_max_position is not None
+            assert self.low_freq_factor is not None
+            assert self.high_freq_factor is not None
+            turns = self.original_max_position / (2 * math.pi / f)
+            kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        if self.rope_type == "yarn":
+            low, high = (self._pair(turns, 2 * len(f), theta) for turns in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, 2 * len(f) - 1)
+            pairs = torch.arange(len(f), device=f.device, dtype=f.dtype)
+            kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+        return (1 - kept) * f / self.factor + kept * f
+
+    def _pair(self, turns: float, dim: int, theta: float) -> float:
+        """The index of the pair, of dim / 2, that turns `turns` times within the original context."""
+        assert self.original_max_position is not None
+        return dim * math.log(self.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))

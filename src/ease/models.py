@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ease.errors import EaseError
 from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
-from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, rotary
+from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, new_norm
 from ease.modules.functional import is_altered
 from ease.policy import Policy
 
@@ -48,8 +48,8 @@ class StandardTransformer(ExitModel):
         super().__init__()
         self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.layers = nn.ModuleList(self._new_layer() for _ in range(num_layers))
-        self.exit_norms = nn.ModuleList(nn.RMSNorm(dim, c.norm_eps) for _ in range(num_layers))
+        self.layers = nn.ModuleList(self._new_layer(layer) for layer in range(1, num_layers + 1))
+        self.exit_norms = nn.ModuleList(new_norm(c, dim) for _ in range(num_layers))
         self.exit_classifiers = nn.ModuleDict({str(e): nn.Linear(dim, 1) for e in c.classifier_exits})
         self.exit_adapters = nn.ModuleDict({str(e): Adapter(dim, c.adapter_dim) for e in c.adapter_exits})
         self.output_head = nn.Linear(dim, c.outputs, bias=False)
@@ -64,7 +64,10 @@ class StandardTransformer(ExitModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         self.check_ids(ids, self.config.vocab_size)
-        return F.dropout(self.embedding(ids), self.config.dropout, self.embedding.training)
+        state = self.embedding(ids)
+        if self.config.embedding_scale != 1:  # rounded to the model's dtype, as Gemma does
+            state = state * float(torch.tensor(self.config.embedding_scale, dtype=state.dtype))
+        return F.dropout(state, self.config.dropout, self.embedding.training)
 
     def run(
         self,
@@ -81,7 +84,7 @@ class StandardTransformer(ExitModel):
         c = self.config
         if cache is not None:
             return self._run_cached(state, first, last, layout, active, cache)
-        plan = Plan.make(state, c.head_size, c.rope_theta, layout, active, c.rope_scaling)
+        plan = Plan.make(state, c.rotary_size, layout, active)
         for layer in self.layers[first - 1 : last]:
             state = layer(state, plan)
         return state
@@ -108,18 +111,16 @@ class StandardTransformer(ExitModel):
             key: the mode and policy that the cache belongs to; `Cache.check` refuses any other.
         """
         c, like = self.config, self.embedding.weight
-
-        def turns(places: int) -> tuple[Tensor, Tensor]:
-            positions = torch.arange(places, device=like.device)[None]
-            return rotary(positions, c.head_size, c.rope_theta, like.dtype, c.rope_scaling)
-
-        return Cache([decoding_layer(layer) for layer in self.layers], rows, capacity, c.kv_heads, turns, like, key)
+        blocks = [decoding_layer(layer) for layer in self.layers]
+        return Cache(blocks, rows, capacity, c.kv_heads, c.head_size, c.rotary_size, like, key)
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
         if not 1 <= exit <= self.num_layers:
             raise EaseError(f"the model has exits 1..{self.num_layers}, got {exit}")
         normed: Tensor = self.exit_norms[exit - 1](state)
-        return self.exit_adapters[str(exit)](normed) if str(exit) in self.exit_adapters else normed
+        if str(exit) in self.exit_adapters:
+            normed = self.exit_adapters[str(exit)](normed)
+        return normed if self.config.logit_divisor == 1 else normed / self.config.logit_divisor
 
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
@@ -178,10 +179,12 @@ class StandardTransformer(ExitModel):
             raise EaseError(f"the model has {old} layers already: grow to more than that, got {num_layers}")
         weight = self.embedding.weight
         for k in range(old, num_layers):
+            layer: Any
             if init == "copy":
                 layer = copy.deepcopy(self.layers[max(0, 2 * old - num_layers) + (k - old) % old])
+                layer.attention.kind = self.config.attention_kind(k + 1)
             elif init == "identity":
-                layer = self._new_layer()
+                layer = self._new_layer(k + 1)
                 layer.make_identity()
             else:
                 raise EaseError(f"init must be identity or copy, got {init!r}")
@@ -216,19 +219,9 @@ class StandardTransformer(ExitModel):
                 self.exit_norms[exit - 1].requires_grad_(True)
             self.output_head.requires_grad_(not head)
 
-    def _new_layer(self) -> TransformerBlock:
+    def _new_layer(self, number: int) -> TransformerBlock:
         c = self.config
-        layer = TransformerBlock(
-            c.dim,
-            c.num_heads,
-            c.kv_heads,
-            c.head_size,
-            c.ffn_size,
-            c.norm_eps,
-            c.dropout,
-            qkv_bias=c.qkv_bias,
-            qk_norm=c.qk_norm,
-        )
+        layer = TransformerBlock(c, number)
         for module in layer.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

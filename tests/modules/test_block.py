@@ -1,21 +1,28 @@
 """Transformer blocks and their plans: causality, active tokens, padding, and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from ease import Layout
+from ease import Layout, ModelConfig
+from ease.model_config import AttentionKind
 from ease.modules import FFN, Attention, Plan, TransformerBlock
 
 T = 8
 
 
+def shape(**options: Any) -> ModelConfig:
+    return ModelConfig(**{"vocab_size": 9, "dim": 32, "num_heads": 4, "hidden_dim": 48} | options)
+
+
 def block(dropout: float = 0.0, kv_heads: int = 4) -> TransformerBlock:
-    return TransformerBlock(32, 4, kv_heads, 8, 48, 1e-5, dropout).double()
+    return TransformerBlock(shape(num_kv_heads=kv_heads, dropout=dropout)).double()
 
 
 def plan(state: torch.Tensor, layout: Layout | None = None, active: torch.Tensor | None = None) -> Plan:
-    return Plan.make(state, 8, 10_000.0, layout, active)
+    return Plan.make(state, 8, layout, active)
 
 
 def test_attention_is_causal() -> None:
@@ -80,7 +87,7 @@ def test_a_plan_without_inactive_tokens_copies_nothing(trivial: str) -> None:
     assert made.scatter(x, x) is x
     assert made.pad(x) is x
     assert made.unpad(x) is x
-    assert (made.mask is None) == (trivial != "no padding")
+    assert (made.view(AttentionKind()).mask is None) == (trivial != "no padding")
 
 
 def test_gather_pad_unpad_and_scatter_are_inverses() -> None:
@@ -119,14 +126,14 @@ def test_parameter_names_are_those_of_llama() -> None:
     attention = {f"attention.{p}_proj.weight" for p in "qkvo"}
     ffn = {f"ffn.{p}_proj.weight" for p in ("gate", "up", "down")}
     assert names == attention | ffn | {"attention_norm.weight", "ffn_norm.weight"}
-    assert isinstance(Attention(8, 2, 1, 4).k_proj, nn.Linear)
-    x, ffn = torch.randn(3, 8), FFN(8, 16)
+    assert isinstance(Attention(shape(dim=8, num_heads=2, num_kv_heads=1)).k_proj, nn.Linear)
+    x, ffn = torch.randn(3, 8), FFN(shape(dim=8, hidden_dim=16))
     gate = ffn.gate_proj(x)
     torch.testing.assert_close(ffn(x), ffn.down_proj(gate * gate.sigmoid() * ffn.up_proj(x)))
 
 
 def test_active_tokens_with_biases_and_norms() -> None:
-    layer = TransformerBlock(32, 4, 2, 8, 48, 1e-5, 0.0, qkv_bias=True, qk_norm=True).double()
+    layer = TransformerBlock(shape(num_kv_heads=2, qkv_bias=True, qk_norm=True)).double()
     with torch.no_grad():
         for name, weight in layer.named_parameters():
             if "bias" in name or "q_norm" in name or "k_norm" in name:

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ease import Policy, StandardTransformer, generate
+from ease.model_config import ModelConfig
 from ease.modules import Plan, TransformerBlock
 from ease.modules.decoding import decoding_layer, functional_layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_functional_layer_equals_the_layer_in_eval_mode(dtype: torch.dtype) -> None:
-    layer = TransformerBlock(32, 4, 2, 8, 48, 1e-5, dropout=0.5).to(dtype)
+    layer = TransformerBlock(ModelConfig(9, 32, num_heads=4, num_kv_heads=2, hidden_dim=48, dropout=0.5)).to(dtype)
     for name, weight in layer.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     x = torch.randn(2, 8, 32, dtype=dtype)
-    plan = Plan.make(x, 8, 10_000.0, None, None)
+    plan = Plan.make(x, 8, None, None)
     with torch.no_grad():
         expected = layer.eval()(x, plan)
         torch.testing.assert_close(functional_layer(layer)(x, plan), expected)

@@ -33,4 +33,4 @@ def test_scaling_keeps_high_frequencies_and_lowers_low_ones() -> None:
     turns = torch.tensor([10.0, 4.0, 2.5, 1.0, 0.1])  # of a pair of dimensions within the original 64 positions
     frequencies = turns * 2 * torch.pi / 64
     kept = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0])
-    torch.testing.assert_close(scaling(frequencies), frequencies * (kept + (1 - kept) / 8))
+    torch.testing.assert_close(scaling(frequencies, 10_000.0), frequencies * (kept + (1 - kept) / 8))

@@ -37,6 +37,7 @@ from ease.hf.weights import (
     stored_dtype,
     weight_files,
     without_copies,
+    without_prefix,
 )
 from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
@@ -86,7 +87,8 @@ def from_pretrained(
         >>> routed = ease.route(model, ids, exit_layer=15, routing_threshold=0.9)
     """
     folder, dtype, device = read_options(name_or_path, {"dtype": dtype, "device": device, **options})
-    config, saved, native = read_configuration(folder)
+    config, saved, family = read_configuration(folder)
+    native = family == NATIVE
     try:
         with torch.device("meta"):
             model = DeepSupervisionTransformer(**{f.name: getattr(config, f.name) for f in fields(config)})
@@ -100,35 +102,35 @@ def from_pretrained(
     if dtype is None and stored:
         name, file = next(iter(stored.items()))
         dtype = stored_dtype(file, name)
-    parts = _parts(model, native)
-    check_tensors(parts[0], stored, folder)
+    stock, exits = _parts(model, family)
+    check_tensors(without_prefix(stock, stored), stored, folder)
     if saved and not native:
         stored_exits = locate_tensors([folder / OWN / EXITS])
-        check_tensors(parts[1], stored_exits, folder / OWN)
+        check_tensors(exits, stored_exits, folder / OWN)
     model = model.to(dtype).to_empty(device=device).eval()
     if config.tie_embeddings:  # `to_empty` allocates the two separately
         model.output_head.weight = model.embedding.weight
     with torch.no_grad():
-        stock, exits = _parts(model, native)
-        fill(stock, stored)
+        stock, exits = _parts(model, family)
+        fill(without_prefix(stock, stored), stored)
         if saved and not native:
             fill(exits, stored_exits)
-        for norm in {} if saved else exits.values():
-            norm.copy_(stock[NORM])
+        for (norm,) in {} if saved else exits.values():
+            norm.copy_(stock[NORM][0])
     if saved and saved["calibration"]:
         check_fingerprint(model, saved["calibration"], folder / OWN / POLICY)
     return model
 
 
-def _parts(model: DeepSupervisionTransformer, native: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _parts(model: DeepSupervisionTransformer, family: str) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """The parameters in the weights of a checkpoint, by their names there, and those in its subfolder `ease/`."""
-    if native:
-        return {f"model.{name}": parameter for name, parameter in model.named_parameters()}, {}
-    return split_parameters(model)
+    if family == NATIVE:
+        return {f"model.{name}": [parameter] for name, parameter in model.named_parameters()}, {}
+    return split_parameters(model, family)
 
 
-def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None, bool]:
-    """The shape of a checkpoint, which fits its weights, what ease saved of it (or None), and whether it is native."""
+def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None, str]:
+    """The shape of a checkpoint, which fits its weights, what ease saved of it (or None), and its model type."""
     raw = read_json(folder / CONFIG)
     native = raw.get("model_type") == NATIVE
     saved = raw if native else _read_own(folder)
@@ -138,7 +140,7 @@ def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None
         _check_sizes(folder / CONFIG, stock, shapes_of(weight_files(folder)), STOCK_FIELDS)
         options = asdict(stock)
     if not saved:
-        return ModelConfig(**options), None, native
+        return ModelConfig(**options), None, raw["model_type"]
     file = folder / CONFIG if native else folder / OWN / POLICY
     try:
         config = ModelConfig(**(options | saved["model"]))
@@ -155,7 +157,7 @@ def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None
         check_sizes(config, shapes, file, FIX, stored_name=lambda name: f"model.{name}")
     else:  # ease may have saved fields that replace those of config.json
         _check_sizes(file, config, shapes_of([*weight_files(folder), folder / OWN / EXITS]), {})
-    return config, {"trained_exits": exits, "policy": policy, "calibration": calibration}, native
+    return config, {"trained_exits": exits, "policy": policy, "calibration": calibration}, raw["model_type"]
 
 
 def _check_sizes(
@@ -164,7 +166,7 @@ def _check_sizes(
     """Compares sizes with the headers of stock weights and those of the exits, before a module is made."""
 
     def stored_name(name: str) -> str:
-        return stock_name(name, config.num_layers) or name
+        return stock_name(name, config) or name
 
     check_sizes(config, shapes, file, FIX, stored_name=stored_name, fields=fields)
 
@@ -218,7 +220,6 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     hub = require("huggingface_hub", "hf")
-    stock, exits = split_parameters(model)
     policy = model.policy
     reads = [*reads, *([tokenizer] if isinstance(tokenizer, str | os.PathLike) else [])]
     with output_folder(Path(folder), overwrite, reads=reads) as partial:
@@ -236,10 +237,11 @@ def save_pretrained(
             "model": {key: value for key, value in shape.items() if value != expressed[key]},
         }
         write_json(partial / CONFIG, config)
-        hub.save_torch_state_dict(stock, partial)
+        stock, exits = split_parameters(model, config["model_type"])
+        hub.save_torch_state_dict({name: torch.cat(parts) for name, parts in stock.items()}, partial)
         (partial / OWN).mkdir()
         write_json(partial / OWN / POLICY, own)
-        save_file(exits, partial / OWN / EXITS)
+        save_file({name: part for name, (part,) in exits.items()}, partial / OWN / EXITS)
         set_usual_mode(*partial.rglob("*.safetensors"))
 
 

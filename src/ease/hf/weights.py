@@ -6,7 +6,7 @@ once, in the requested dtype, and one stored tensor. No pickle is opened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ease.errors import EaseError, first_line
 from ease.hf.folder import FIX, INDEX, WEIGHTS, shard_names
+from ease.model_config import ModelConfig
 from ease.models import StandardTransformer
 from ease.storage import check_finite, read_shapes
 
@@ -29,34 +30,70 @@ STOCK_NAMES = {  # part of a native parameter's name -> the same part in a stock
     "embedding.": "model.embed_tokens.",
     "output_head.": "lm_head.",
     "layers.": "model.layers.",
-    ".attention_norm.": ".input_layernorm.",
     ".attention.": ".self_attn.",
-    ".ffn_norm.": ".post_attention_layernorm.",
     ".ffn.": ".mlp.",
 }
 
+# Families name norms by their order, so that a name's meaning depends on which norms there are.
+NORM_NAMES = {
+    ("pre_norms",): {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    ("post_norms",): {
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
+    ("pre_norms", "post_norms"): {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
+}
 
-def stock_name(name: str, num_layers: int) -> str | None:
+FUSED = {  # model type -> part of a stock name -> the name of the tensor that it is rows of, in this order
+    "phi3": {
+        "self_attn.q_proj": "self_attn.qkv_proj",
+        "self_attn.k_proj": "self_attn.qkv_proj",
+        "self_attn.v_proj": "self_attn.qkv_proj",
+        "mlp.gate_proj": "mlp.gate_up_proj",
+        "mlp.up_proj": "mlp.gate_up_proj",
+    }
+}
+
+
+def stock_name(name: str, config: ModelConfig) -> str | None:
     """The name of a native parameter in a stock checkpoint; None for parameters of an exit below the last."""
-    if name == f"exit_norms.{num_layers - 1}.weight":
+    if name == f"exit_norms.{config.num_layers - 1}.weight":
         return NORM
     if name.startswith("exit_"):
         return None
-    for native, stock in STOCK_NAMES.items():
+    present = tuple(kind for kind in ("pre_norms", "post_norms") if getattr(config, kind))
+    norms = {f".{native}.": f".{stock}." for native, stock in NORM_NAMES[present].items()}
+    for native, stock in (norms | STOCK_NAMES).items():
         name = name.replace(native, stock)
     return name
 
 
-def split_parameters(model: StandardTransformer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters that a stock model has, under stock names, and those of exits, under native names."""
-    stock: dict[str, Tensor] = {}
-    exits: dict[str, Tensor] = {}
+def split_parameters(
+    model: StandardTransformer, model_type: str
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """The parameters that a stock model has, under stock names, and those of exits, under native names.
+
+    Args:
+        model_type: the family of the stock model.
+
+    Returns:
+        Name of a stored tensor -> the parameters that are its rows.
+    """
+    stock: dict[str, list[Tensor]] = {}
+    exits: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        in_stock = stock_name(name, model.num_layers)
+        in_stock = stock_name(name, model.config)
         if in_stock is None:
-            exits[name] = parameter.detach()
-        else:
-            stock[in_stock] = parameter.detach()
+            exits[name] = [parameter.detach()]
+            continue
+        for part, whole in FUSED.get(model_type, {}).items():
+            in_stock = in_stock.replace(f".{part}.", f".{whole}.")
+        stock.setdefault(in_stock, []).append(parameter.detach())
     return stock, exits
 
 
@@ -85,6 +122,13 @@ def weight_files(folder: Path) -> list[Path]:
 def shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the files, from their headers alone."""
     return {name: shape for file in files for name, shape in read_shapes(file, FIX).items()}
+
+
+def without_prefix(targets: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Any]:
+    """The targets under the names of a checkpoint that was saved without a head, where all lack the prefix `model.`."""
+    stored = set(stored)
+    bare = not any(name.startswith("model.") for name in stored)
+    return {name.removeprefix("model.") if bare else name: target for name, target in targets.items()}
 
 
 def locate_tensors(files: Iterable[Path]) -> dict[str, Path]:
@@ -119,11 +163,11 @@ def without_copies(stored: dict[str, Path], tied: bool) -> dict[str, Path]:
     return {name: file for name, file in stored.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def check_tensors(targets: Mapping[str, Tensor], stored: Mapping[str, Path], folder: Path) -> None:
+def check_tensors(targets: Mapping[str, Sequence[Tensor]], stored: Mapping[str, Path], folder: Path) -> None:
     """Compares names, shapes and dtypes of stored tensors with those of the targets, which need no memory yet.
 
     Args:
-        targets: tensor name -> the tensor to fill, perhaps on the device "meta".
+        targets: tensor name -> the tensors to fill with its rows, perhaps on the device "meta".
         stored: tensor name -> file.
         folder: the checkpoint, for messages.
 
@@ -147,38 +191,40 @@ def check_names(missing: Collection[str], unknown: Collection[str], folder: Path
         )
 
 
-def _check_file(opened: Any, file: Path, targets: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
-    for name, target in targets.items():
+def _check_file(opened: Any, file: Path, targets: Mapping[str, Sequence[Tensor]], stored: Mapping[str, Path]) -> None:
+    for name, parts in targets.items():
         if stored[name] != file:
             continue
         view = opened.get_slice(name)
-        if (shape := tuple(view.get_shape())) != tuple(target.shape):
-            raise EaseError(
-                f"{name} in {file} has shape {shape}, but config.json requires {tuple(target.shape)}: {FIX}"
-            )
+        required = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if (shape := tuple(view.get_shape())) != required:
+            raise EaseError(f"{name} in {file} has shape {shape}, but config.json requires {required}: {FIX}")
         if view.get_dtype() not in DTYPES:
             raise EaseError(f"{name} in {file} is stored as {view.get_dtype()}: use a checkpoint in floats")
 
 
-def fill(targets: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
-    """Copies every stored tensor into its target, converting the dtype on the way.
+def fill(targets: Mapping[str, Sequence[Tensor]], stored: Mapping[str, Path]) -> None:
+    """Copies every stored tensor into its targets, converting the dtype on the way.
 
     Args:
-        targets: tensor name -> the tensor to fill.
+        targets: tensor name -> the tensors to fill with its rows.
         stored: tensor name -> file.
 
     Raises:
         EaseError: a file cannot be read, or a value is NaN or infinite in the target's dtype.
     """
     # Largest first: a stored tensor adds to the memory of the targets filled so far, and the last ones are small norms.
-    for name in sorted(targets, key=lambda name: -targets[name].numel()):
-        target = targets[name]
+    for name in sorted(targets, key=lambda name: -sum(part.numel() for part in targets[name])):
+        parts = targets[name]
 
-        def copy(opened: Any, name: str = name, target: Tensor = target) -> None:
-            target.copy_(opened.get_tensor(name))
+        def copy(opened: Any, name: str = name, parts: Sequence[Tensor] = parts) -> None:
+            rows = opened.get_tensor(name).split([part.shape[0] for part in parts])
+            for part, own in zip(parts, rows, strict=True):
+                part.copy_(own)
 
         _read(stored[name], copy)
-        check_finite(name, target, stored[name], FIX)
+        for part in parts:
+            check_finite(name, part, stored[name], FIX)
 
 
 def _read(file: Path, get: Any) -> Any:

@@ -1,7 +1,5 @@
 """Parts of a transformer layer, one idea per file."""
 
-from torch.nn import RMSNorm
-
 from ease.modules.adapter import Adapter
 from ease.modules.attention import Attention
 from ease.modules.block import TransformerBlock
@@ -9,8 +7,8 @@ from ease.modules.cache import Cache
 from ease.modules.cached_plan import CachedPlan
 from ease.modules.decoding import decoding_layer
 from ease.modules.ffn import FFN
+from ease.modules.norm import new_norm
 from ease.modules.plan import Plan
-from ease.modules.rope import rotary
 
 __all__ = [
     "FFN",
@@ -19,8 +17,7 @@ __all__ = [
     "Cache",
     "CachedPlan",
     "Plan",
-    "RMSNorm",
     "TransformerBlock",
     "decoding_layer",
-    "rotary",
+    "new_norm",
 ]

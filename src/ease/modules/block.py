@@ -1,12 +1,15 @@
-"""Transformer block: pre-norm attention and feed-forward, each on its own residual branch."""
+"""Transformer block: attention and feed-forward, each on its own residual branch, with norms before, after or both."""
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ease.model_config import ModelConfig
 from ease.modules.attention import Attention
 from ease.modules.ffn import FFN
+from ease.modules.norm import OffsetRMSNorm, new_norm
 from ease.modules.plan import Plan
 
 
@@ -18,45 +21,38 @@ class TransformerBlock(nn.Module):
     """One layer: x (B, T, dim) -> (B, T, dim); tokens that are not active in the plan keep their state bit for bit.
 
     Args:
-        dim, num_heads, num_kv_heads, head_dim, qkv_bias: as in `Attention`.
-        hidden_dim: units of the feed-forward.
-        norm_eps: epsilon of the norms.
-        dropout: share of a branch's outputs zeroed in training.
-        qk_norm: norms on queries and keys.
+        config: the shape of the model.
+        layer: the number of the layer, from 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        hidden_dim: int,
-        norm_eps: float,
-        dropout: float,
-        *,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 1) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, norm_eps)
-        self.attention = Attention(
-            dim, num_heads, num_kv_heads, head_dim, qkv_bias=qkv_bias, qk_norm_eps=norm_eps if qk_norm else None
-        )
-        self.ffn_norm = nn.RMSNorm(dim, norm_eps)
-        self.ffn = FFN(dim, hidden_dim)
-        self.dropout = dropout
+        c = config
+        self.attention_norm = new_norm(c, c.dim) if c.pre_norms else nn.Identity()
+        self.attention = Attention(c, layer)
+        self.attention_post_norm = new_norm(c, c.dim) if c.post_norms else nn.Identity()
+        self.ffn_norm = new_norm(c, c.dim) if c.pre_norms else nn.Identity()
+        self.ffn = FFN(c)
+        self.ffn_post_norm = new_norm(c, c.dim) if c.post_norms else nn.Identity()
+        self.dropout, self.residual_scale = c.dropout, c.residual_scale
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         # The function and not a Dropout module: whether a layer is frozen is read off its parameters, and a Dropout
         # module has none.
         drop = partial(F.dropout, p=self.dropout) if self.training and self.dropout else _unchanged
-        a = plan.gather(x)
-        a = a + drop(self.attention(self.attention_norm(x), plan))
-        a = a + drop(self.ffn(self.ffn_norm(a)))
+        a, scale = plan.gather(x), self.residual_scale
+        branch = self.attention_post_norm(self.attention(self.attention_norm(x), plan))
+        a = torch.add(a, drop(branch), alpha=scale)
+        branch = self.ffn_post_norm(self.ffn(self.ffn_norm(a)))
+        a = torch.add(a, drop(branch), alpha=scale)
         return plan.scatter(x, a)
 
     def make_identity(self) -> None:
-        """Sets the output projections of both branches to zero, so that the layer returns its input until trained."""
-        nn.init.zeros_(self.attention.o_proj.weight)
-        nn.init.zeros_(self.ffn.down_proj.weight)
+        """Makes both branches return zero, so that the layer returns its input until trained."""
+        for end, norm in ((self.attention.o_proj, self.attention_post_norm), (self.ffn.down_proj, self.ffn_post_norm)):
+            if isinstance(norm, nn.RMSNorm):  # and not the projection: a norm's gradient at zero is huge
+                nn.init.constant_(norm.weight, -1.0 if isinstance(norm, OffsetRMSNorm) else 0.0)
+                continue
+            nn.init.zeros_(end.weight)
+            if end.bias is not None:
+                nn.init.zeros_(end.bias)

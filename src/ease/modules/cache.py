@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.errors import EaseError
+from ease.model_config import AttentionKind
+from ease.modules.plan import rotary_of
+from ease.modules.rope import Rope
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -35,8 +38,8 @@ class Cache:
         blocks: the functions of the L layers.
         rows: B.
         capacity: tokens per row.
-        kv_heads: H_kv.
-        make_rope: returns the rotary factors, two tensors (1, 1, n, head_dim), of the first n places.
+        kv_heads, head_dim: H_kv and the width of a head.
+        rotary_dim: dimensions of a head that are rotated.
         like: a tensor (..., D) of the model's device and dtype.
         key: what the cache is for (mode and policy); `check` raises for any other use.
 
@@ -46,7 +49,7 @@ class Cache:
         length: (B,) tokens read so far.
         filled: (L, B) tokens with keys and values in that layer, at most `length`.
         slots: (B, T) places of the tokens of the current run.
-        rope: the rotary factors of all places.
+        ropes: attention kind -> the rotary factors of all places.
         planned: the last `CachedPlan` and what it was made from.
     """
 
@@ -56,13 +59,14 @@ class Cache:
         rows: int,
         capacity: int,
         kv_heads: int,
-        make_rope: Callable[[int], tuple[Tensor, Tensor]],
+        head_dim: int,
+        rotary_dim: int,
         like: Tensor,
         key: object = None,
     ) -> None:
         self.blocks, self.capacity, self.key = blocks, capacity, key
-        self.make_rope, self.rope = make_rope, make_rope(capacity)
-        layers, head_dim, dim = len(blocks), self.rope[0].shape[-1], like.shape[-1]
+        self.rotary_dim, self.ropes = rotary_dim, dict[AttentionKind, Rope]()
+        layers, dim = len(blocks), like.shape[-1]
         # Zeros: masked places are multiplied by 0, and uninitialized memory may hold NaN.
         self.keys = like.new_zeros(layers, rows, kv_heads, capacity, head_dim)
         self.values = like.new_zeros(layers, rows, kv_heads, capacity, head_dim)
@@ -71,6 +75,13 @@ class Cache:
         self.filled: Ints = np.zeros((layers, rows), np.int64)
         self.slots: Ints = np.zeros((rows, 0), np.int64)
         self.planned: tuple[object, Any] | None = None
+
+    def rope(self, kind: AttentionKind) -> Rope:
+        """The rotary factors, two tensors (1, 1, capacity, rotary_dim), of all places for layers of a kind."""
+        if kind not in self.ropes:
+            places = torch.arange(self.capacity, device=self.states.device)[None]
+            self.ropes[kind] = rotary_of(kind, places, self.rotary_dim, self.states.dtype)
+        return self.ropes[kind]
 
     def check(self, key: object) -> None:
         """Raises if the cache was made for something other than `key`."""
@@ -111,7 +122,7 @@ class Cache:
         more = capacity - self.capacity
         self.keys, self.values = (F.pad(store, (0, 0, 0, more)) for store in (self.keys, self.values))
         self.states = F.pad(self.states, (0, 0, 0, more))
-        self.rope, self.capacity, self.planned = self.make_rope(capacity), capacity, None
+        self.ropes, self.capacity, self.planned = {}, capacity, None
 
     def select(self, rows: Ints) -> None:
         """Replaces the rows by those with these indices, which may repeat, as beam search requires."""

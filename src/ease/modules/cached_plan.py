@@ -15,10 +15,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ease.model_config import AttentionKind
 from ease.modules.cache import Bools, Cache, Ints, all_equal
-from ease.modules.plan import Plan, mix
+from ease.modules.plan import Plan, View, check_length, mix
+from ease.modules.rope import Rope
 
 QUERY_BLOCK = 128  # queries that attend at a time under a mask: keys after the block's last query are not computed
+
+
+class QueryGroup(NamedTuple):
+    """Queries that attend in one call."""
+
+    queries: tuple[slice, slice]  # rows and columns of the (R, width) queries
+    rows: slice | Tensor  # of the cache
+    places: slice  # of the cache, that some query of the group may attend to
+    mask: Tensor | None
+
+
+@dataclass(kw_only=True)
+class CachedView(View):
+    """What layers of one attention kind share within a run with a cache."""
+
+    active: Tensor | None = None  # as in `CachedPlan`
+    groups: Sequence[QueryGroup] = ()
+    first: int = 0  # the first place that `SingleTokenPlan` attends to
+    in_order: bool = False  # the queries of a row are its first tokens, all of them, so attention is plainly causal
+
+    @cached_property
+    def token_rope(self) -> Rope:
+        """Rotary factors (M or 1, 1, rotary_dim) of the tokens of x."""
+        return None if self.rope is None else (self.rope[0][0, 0, :, None], self.rope[1][0, 0, :, None])
+
+    @cached_property
+    def active_rope(self) -> Rope:
+        """Rotary factors (N, 1, rotary_dim) of the active tokens."""
+        return None if self.token_rope is None else (self.token_rope[0][self.active], self.token_rope[1][self.active])
 
 
 @dataclass(kw_only=True)
@@ -46,6 +77,11 @@ class CachedPlan(Plan):
         planned: CachedPlan = cache.planned[1]
         return planned
 
+    def view(self, kind: AttentionKind) -> CachedView:
+        view = super().view(kind)
+        assert isinstance(view, CachedView)
+        return view
+
     def start(self) -> Tensor:
         """The states (1, M, D) of the tokens of x."""
         raise NotImplementedError
@@ -53,17 +89,6 @@ class CachedPlan(Plan):
     def finish(self, x: Tensor, state: Tensor, first: int, last: int) -> Tensor:
         """Stores x (1, M, D), the result of layers first..last, and returns state (B, T, D) with it in place."""
         raise NotImplementedError
-
-    @cached_property
-    def token_rope(self) -> tuple[Tensor, Tensor]:
-        """Rotary factors (M or 1, 1, head_dim) of the tokens of x."""
-        return self.rope[0][0, 0, :, None], self.rope[1][0, 0, :, None]
-
-    @cached_property
-    def active_rope(self) -> tuple[Tensor, Tensor]:
-        """Rotary factors (N, 1, head_dim) of the active tokens."""
-        cos, sin = self.token_rope
-        return cos[self.active], sin[self.active]
 
 
 @dataclass(kw_only=True)
@@ -86,8 +111,16 @@ class SingleTokenPlan(CachedPlan):
     @classmethod
     def of_cache(cls, cache: Cache) -> SingleTokenPlan:
         place = int(cache.length[0]) - 1
-        cos, sin = (table[:, :, place : place + 1] for table in cache.rope)
-        return cls((cos, sin), (cos, sin), None, cache=cache, place=place)
+
+        def view(kind: AttentionKind) -> CachedView:
+            check_length(kind, place + 1)
+            rope = cache.rope(kind)
+            if rope is not None:
+                rope = rope[0][:, :, place : place + 1], rope[1][:, :, place : place + 1]
+            first = 0 if kind.window is None else max(0, place + 1 - kind.window)
+            return CachedView(rope=rope, query_rope=rope, first=first)
+
+        return cls(make_view=view, cache=cache, place=place)
 
     def start(self) -> Tensor:
         return self.cache.states[None, :, self.place]
@@ -109,21 +142,13 @@ class SingleTokenPlan(CachedPlan):
     def unpad(self, padded: Tensor) -> Tensor:
         return padded.flatten(0, 1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores keys and values (1, H_kv, B, head_dim) and attends to everything that the rows have read."""
         keys, values = self.cache.keys[self.layer - 1], self.cache.values[self.layer - 1]
         keys[:, :, self.place] = k[0].transpose(0, 1)
         values[:, :, self.place] = v[0].transpose(0, 1)
-        return mix(q, keys[:, :, : self.place + 1], values[:, :, : self.place + 1], None)
-
-
-class QueryGroup(NamedTuple):
-    """Queries that attend in one call."""
-
-    queries: tuple[slice, slice]  # rows and columns of the (R, width) queries
-    rows: slice | Tensor  # of the cache
-    reach: int  # places of the cache that the group may attend to
-    mask: Tensor | None
+        seen = slice(self.view(kind).first, self.place + 1)
+        return mix(kind, q, keys[:, :, seen], values[:, :, seen], None)
 
 
 @dataclass(kw_only=True)
@@ -133,13 +158,11 @@ class RaggedPlan(CachedPlan):
     R rows of the batch have an active token. Their queries are padded to (R, width).
     """
 
-    groups: Sequence[QueryGroup]
     token_places: tuple[Tensor, Tensor]  # (M,) row and place in the cache of each token of x
     rows_in_use: Ints | slice  # (R,) rows of the cache with an active token
     incoming: Tensor | None  # (N,) index of each active token in the flattened (B, T) of the run's tokens; None: all
     query_slots: Tensor | None  # (N,) index of each active token in the flattened (R, width) queries; None: all
     num_rows: int  # R
-    in_order: bool  # the queries of a row are its first tokens, all of them, so attention is plainly causal
 
     @classmethod
     def of_cache(cls, cache: Cache, first: int, active: Bools) -> RaggedPlan:
@@ -162,21 +185,29 @@ class RaggedPlan(CachedPlan):
         query_places[row, slots] = places
         in_order = 1 < width == int(length.max()) and bool((places == slots).all())
         at_tokens, at_queries = cache.tensor(missing_places), cache.tensor(query_places.ravel())
-        cos, sin = (table[0, 0] for table in cache.rope)
+        active_index = None if index is None else cache.tensor(index)
+
+        def view(kind: AttentionKind) -> CachedView:
+            check_length(kind, int(length.max()))
+            rope = query_rope = cache.rope(kind)
+            if rope is not None:
+                cos, sin = (table[0, 0] for table in rope)
+                rope = cos[at_tokens][None, None], sin[at_tokens][None, None]
+                query_rope = cos[at_queries].view(R, 1, width, -1), sin[at_queries].view(R, 1, width, -1)
+            causal = in_order and (kind.window is None or kind.window >= width)
+            groups = query_groups(cache, query_places, None if every_row else used, causal, kind.window)
+            return CachedView(rope=rope, query_rope=query_rope, active=active_index, groups=groups, in_order=causal)
+
         return cls(
-            rope=(cos[at_tokens][None, None], sin[at_tokens][None, None]),
-            query_rope=(cos[at_queries].view(R, 1, width, -1), sin[at_queries].view(R, 1, width, -1)),
-            mask=None,
+            make_view=view,
             width=width,
             cache=cache,
-            active=None if index is None else cache.tensor(index),
-            groups=query_groups(cache, query_places, None if every_row else used, in_order),
+            active=active_index,
             token_places=(cache.tensor(np.repeat(used, missing)), at_tokens),
             rows_in_use=slice(None) if every_row else used,
             incoming=None if active.all() else cache.tensor(rows * active.shape[1] + cols),
             query_slots=None if len(rows) == R * width else cache.tensor(row * width + slots),
             num_rows=R,
-            in_order=in_order,
         )
 
     def start(self) -> Tensor:
@@ -209,29 +240,30 @@ class RaggedPlan(CachedPlan):
         flat = padded.flatten(0, 1)
         return flat if self.query_slots is None else flat[self.query_slots]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores keys and values (1, H_kv, M, head_dim) in their places and attends to all that each query may see."""
         keys, values = self.cache.keys[self.layer - 1], self.cache.values[self.layer - 1]
         rows, places = self.token_places
         # Under autocast the new keys and values have another type than the cache.
         keys[rows, :, places] = k[0].transpose(0, 1).to(keys.dtype)
         values[rows, :, places] = v[0].transpose(0, 1).to(values.dtype)
+        view = self.view(kind)
         mixed = [
-            mix(q[query_rows, :, query_cols], keys[rows, :, :reach], values[rows, :, :reach], mask, self.in_order)
-            for (query_rows, query_cols), rows, reach, mask in self.groups
+            mix(kind, q[query_rows, :, query_cols], keys[rows, :, seen], values[rows, :, seen], mask, view.in_order)
+            for (query_rows, query_cols), rows, seen, mask in view.groups
         ]
-        blocks = 1 if self.in_order else -(-self.width // QUERY_BLOCK)
+        blocks = 1 if view.in_order else -(-self.width // QUERY_BLOCK)
         if blocks > 1:
             mixed = [torch.cat(mixed[i : i + blocks], 2) for i in range(0, len(mixed), blocks)]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
-def query_groups(cache: Cache, places: Ints, used: Ints | None, in_order: bool) -> list[QueryGroup]:
+def query_groups(cache: Cache, places: Ints, used: Ints | None, in_order: bool, window: int | None) -> list[QueryGroup]:
     """How queries at the places (R, width) of the rows `used` (R,) attend; None: all rows of the cache."""
     width, everything = places.shape[1], slice(None)
     if in_order:
         every_row = everything if used is None else cache.tensor(used)
-        return [QueryGroup((everything, everything), every_row, width, None)]
+        return [QueryGroup((everything, everything), every_row, slice(0, width), None)]
     rows: list[tuple[slice, slice | Tensor]] = [(everything, everything)]
     if used is not None and cache.keys.device.type == "cpu":  # views of single rows cost less than a copy of several
         rows = [(slice(i, i + 1), slice(row, row + 1)) for i, row in enumerate(used.tolist())]
@@ -242,9 +274,11 @@ def query_groups(cache: Cache, places: Ints, used: Ints | None, in_order: bool) 
         for start in range(0, width, QUERY_BLOCK):
             query_cols = slice(start, start + QUERY_BLOCK)
             block = places[query_rows, query_cols]
-            reach = int(block.max()) + 1
+            last = int(block.max())
+            first = 0 if window is None else max(0, int(block.min()) + 1 - window)
             mask = None
-            if block.min() < reach - 1:
-                mask = cache.tensor(np.arange(reach) <= block[:, None, :, None])
-            groups.append(QueryGroup((query_rows, query_cols), cache_rows, reach, mask))
+            if block.min() < last:
+                seen, at = np.arange(first, last + 1), block[:, None, :, None]
+                mask = cache.tensor((seen <= at) if window is None else (seen <= at) & (seen > at - window))
+            groups.append(QueryGroup((query_rows, query_cols), cache_rows, slice(first, last + 1), mask))
     return groups

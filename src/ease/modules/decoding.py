@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.modules.attention import Attention, split_heads
@@ -48,8 +47,10 @@ def packable(layer: Any) -> bool:
     weights = list(layer.parameters())
     return (
         all(type(m) in PACKABLE and not is_altered(m) for m in layer.modules())
-        and layer.attention.q_proj.bias is None
-        and type(layer.attention.q_norm) is nn.Identity
+        and not any(isinstance(m, nn.Linear) and m.bias is not None for m in layer.modules())
+        and type(layer.attention.q_norm) is type(layer.ffn_post_norm) is nn.Identity
+        and type(layer.ffn_norm) is nn.RMSNorm
+        and layer.residual_scale == 1
         # A quantized weight is a subclass of `nn.Parameter` in a plain module.
         and all(type(w) is nn.Parameter and w.device.type == "cpu" for w in weights)
         and all(w.dtype in (torch.float32, torch.float64) for w in weights)
@@ -76,6 +77,7 @@ def packed_layer(layer: Any) -> Callable[[Tensor, CachedPlan], Tensor]:
             pack(ffn.down_proj),
         )
 
+    kind, activation = attention.kind, ffn.activation
     attention_norm, ffn_norm = rms_norm(layer.attention_norm), rms_norm(layer.ffn_norm)
 
     def run(x: Tensor, plan: CachedPlan) -> Tensor:
@@ -83,20 +85,22 @@ def packed_layer(layer: Any) -> Callable[[Tensor, CachedPlan], Tensor]:
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.shape[1] > MAX_PACKED_TOKENS:
             return unpacked(x, plan)
         qkv, out, gate_up, down = weights()
-        h = attention_norm(x[0])
+        h, view = attention_norm(x[0]), plan.view(kind)
         if plan.active is None:
             a = x[0]
             projected = (h @ qkv).view(len(h), -1, d)
-            rotated = rotate(projected[:, :rotated_heads], plan.token_rope)
+            rotated = rotate(projected[:, :rotated_heads], view.token_rope)
             q, k, v = rotated[:, :q_heads], rotated[:, q_heads:], projected[:, rotated_heads:]
         else:
             a = x[0, plan.active]
             projected = (h @ qkv[:, q_size:]).view(len(h), -1, d)
-            k, v = rotate(projected[:, : kv_size // d], plan.token_rope), projected[:, kv_size // d :]
-            q = rotate((h[plan.active] @ qkv[:, :q_size]).view(len(a), -1, d), plan.active_rope)
-        mixed = plan.attend(split_heads(plan.pad(q.flatten(1)), d), k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+            k, v = rotate(projected[:, : kv_size // d], view.token_rope), projected[:, kv_size // d :]
+            q = rotate((h[plan.active] @ qkv[:, :q_size]).view(len(a), -1, d), view.active_rope)
+        mixed = plan.attend(
+            kind, split_heads(plan.pad(q.flatten(1)), d), k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        )
         a = a + plan.unpad(mixed.transpose(1, 2).flatten(2)) @ out
         gate, up = (ffn_norm(a) @ gate_up).chunk(2, 1)
-        return plan.scatter(x, a + F.silu(gate).mul_(up) @ down)
+        return plan.scatter(x, a + activation(gate).mul_(up) @ down)
 
     return run

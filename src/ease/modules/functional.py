@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ease.modules.norm import OffsetRMSNorm
+
 
 def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callable[..., Any]:
     """The function that `module` computes in evaluation mode.
@@ -35,7 +37,7 @@ def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callabl
         return partial(F.linear, weight=module.weight, bias=module.bias)  # type: ignore[arg-type]
     if kind is nn.Identity:
         return lambda x: x
-    if kind is nn.RMSNorm:
+    if kind in (nn.RMSNorm, OffsetRMSNorm):
         return rms_norm(module)  # type: ignore[arg-type]
     if kind not in kinds:
         return module
@@ -56,8 +58,11 @@ def rms_norm(module: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
     weight, size, eps = module.weight, module.normalized_shape, module.eps
     # On other devices the norm is one kernel, and in half precision the terms of hypot would lose digits.
     if eps is None or weight.device.type != "cpu" or weight.dtype.itemsize < 4:
+        if isinstance(module, OffsetRMSNorm):
+            return module.forward
         return partial(F.rms_norm, normalized_shape=size, weight=weight, eps=eps)
     D = size[-1]
     floor = torch.tensor(math.sqrt(D * eps), dtype=weight.dtype)
-    scaled = weight.detach() * math.sqrt(D)
+    factor = 1 + weight.detach() if isinstance(module, OffsetRMSNorm) else weight.detach()
+    scaled = factor * math.sqrt(D)
     return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * scaled

@@ -6,18 +6,29 @@ plan converts between the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ease.errors import EaseError
 from ease.interface import Layout
-from ease.model_config import RopeScaling
-from ease.modules.rope import rotary
+from ease.model_config import AttentionKind
+from ease.modules.rope import Rope, rotary
 
 
-@dataclass
+@dataclass(kw_only=True)
+class View:
+    """What layers of one attention kind share within a run."""
+
+    rope: Rope  # cos and sin for keys, each (B or 1, 1, T, rotary_dim)
+    query_rope: Rope  # cos and sin for queries, each (B or 1, 1, width, rotary_dim)
+    mask: Tensor | None = None  # (B or 1, 1, width, T), true where a query may attend; None: causal
+
+
+@dataclass(kw_only=True)
 class Plan:
     """What all layers of one `run` share.
 
@@ -26,29 +37,21 @@ class Plan:
     `width` queries of its row.
     """
 
-    rope: tuple[Tensor, Tensor]  # cos and sin for keys, each (B or 1, 1, T, head_dim)
-    query_rope: tuple[Tensor, Tensor]  # cos and sin for queries, each (B or 1, 1, width, head_dim)
-    mask: Tensor | None  # (B or 1, 1, width, T), true where a query may attend; None: causal
+    make_view: Callable[[AttentionKind], View]
+    batch: int = 0
     rows: Tensor | None = None
     cols: Tensor | None = None
     slots: Tensor | None = None
     width: int = 0
+    views: dict[AttentionKind, View] = field(default_factory=dict)
 
     @classmethod
-    def make(
-        cls,
-        state: Tensor,
-        head_dim: int,
-        theta: float,
-        layout: Layout | None,
-        active: Tensor | None,
-        scaling: RopeScaling | None = None,
-    ) -> Plan:
+    def make(cls, state: Tensor, rotary_dim: int, layout: Layout | None, active: Tensor | None) -> Plan:
         """The plan for a run over a whole sequence, without a cache.
 
         Args:
             state: (B, T, D), for its shape, type, and device.
-            head_dim, theta, scaling: as in `rotary`.
+            rotary_dim: dimensions of a head that are rotated.
             layout: positions and segments; by default positions count up and there is one segment.
             active: (B, T) true for active tokens; by default all. Padding is never active.
         """
@@ -58,28 +61,56 @@ class Plan:
         if active is not None and bool(active.all()):
             active = None
         default = torch.arange(T, device=state.device)[None]
-        rope = rotary(default if layout is None else layout.positions, head_dim, theta, state.dtype, scaling)
+        positions = default if layout is None else layout.positions
+
+        def rope_of(kind: AttentionKind) -> Rope:
+            check_length(kind, T)
+            return rotary_of(kind, positions, rotary_dim, state.dtype)
+
         if active is None:
-            mask = None
-            if layout is not None:
-                rows = torch.arange(B, device=state.device).repeat_interleave(T)
-                mask = layout.visible(rows, default.expand(B, T).reshape(-1)).view(B, 1, T, T)
-            return cls(rope, rope, mask)
+
+            def full_view(kind: AttentionKind) -> View:
+                mask = None
+                if layout is not None:
+                    rows = torch.arange(B, device=state.device).repeat_interleave(T)
+                    cols = default.expand(B, T).reshape(-1)
+                    mask = layout.visible(rows, cols, kind.window).view(B, 1, T, T)
+                elif kind.window is not None and kind.window < T:
+                    mask = within(default, default[0], kind.window)[None, None]
+                rope = rope_of(kind)
+                return View(rope=rope, query_rope=rope, mask=mask)
+
+            return cls(make_view=full_view)
 
         rows, cols = active.nonzero(as_tuple=True)
         slots = active.long().cumsum(1)[rows, cols] - 1
         width = int(active.sum(1).max()) if rows.numel() else 0
-        visible = default <= cols[:, None] if layout is None else layout.visible(rows, cols)
-        # Unused query slots attend to everything: their output is discarded, and a fully masked row would be NaN.
-        mask = torch.ones(B, 1, width, T, dtype=torch.bool, device=state.device)
-        mask[rows, 0, slots] = visible
-        plan = cls(rope, rope, mask, rows, cols, slots, width)
-        cos, sin = (plan.pad(table[:, 0].expand(B, T, head_dim)[rows, cols])[:, None] for table in rope)
-        return cls(rope, (cos, sin), mask, rows, cols, slots, width)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def active_view(kind: AttentionKind) -> View:
+            window = kind.window
+            seen = within(default, cols, window) if layout is None else layout.visible(rows, cols, window)
+            # Unused query slots attend to everything: their output is discarded, and a fully masked row would be NaN.
+            mask = torch.ones(B, 1, width, T, dtype=torch.bool, device=state.device)
+            mask[rows, 0, slots] = seen
+            rope = query_rope = rope_of(kind)
+            if rope is not None:
+                cos, sin = (plan.pad(table[:, 0].expand(B, T, -1)[rows, cols])[:, None] for table in rope)
+                query_rope = cos, sin
+            return View(rope=rope, query_rope=query_rope, mask=mask)
+
+        plan = cls(make_view=active_view, batch=B, rows=rows, cols=cols, slots=slots, width=width)
+        return plan
+
+    def view(self, kind: AttentionKind) -> View:
+        """What the layers of a kind share, made when the first of them runs."""
+        if kind not in self.views:
+            self.views[kind] = self.make_view(kind)
+        return self.views[kind]
+
+    def attend(self, kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim)."""
-        return mix(q, k, v, self.mask, causal=self.mask is None)
+        mask = self.view(kind).mask
+        return mix(kind, q, k, v, mask, causal=mask is None)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (N, D), the active tokens."""
@@ -93,9 +124,9 @@ class Plan:
 
     def pad(self, active: Tensor) -> Tensor:
         """(N, D) -> (B, width, D)."""
-        if self.rows is None or self.slots is None or self.mask is None:
+        if self.rows is None or self.slots is None:
             return active
-        padded = active.new_zeros(self.mask.shape[0], self.width, active.shape[-1])
+        padded = active.new_zeros(self.batch, self.width, active.shape[-1])
         return padded.index_put((self.rows, self.slots), active)
 
     def unpad(self, padded: Tensor) -> Tensor:
@@ -103,13 +134,47 @@ class Plan:
         return padded if self.rows is None else padded[self.rows, self.slots]
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+def within(keys: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """(N, T) true where the query at queries[i] attends to the key at keys (1 or N, T), by their positions."""
+    seen = keys <= queries[:, None]
+    return seen if window is None else seen & (keys > queries[:, None] - window)
+
+
+def rotary_of(kind: AttentionKind, positions: Tensor, dim: int, dtype: torch.dtype) -> Rope:
+    """The rotary factors of a kind for positions (B, T); None if its layers have no rotary positions."""
+    return None if kind.theta is None else rotary(positions, dim, kind.theta, dtype, kind.rope_scaling)
+
+
+def check_length(kind: AttentionKind, length: int) -> None:
+    """Refuses sequences for which the kind's rotary frequencies would depend on their length."""
+    limit = kind.rope_scaling.limit if kind.rope_scaling is not None else None
+    if limit is not None and length > limit:
+        raise EaseError(
+            f"beyond {limit} tokens the model's rotary positions depend on the length of the text, which ease does not "
+            f"support, and there are {length}: use shorter sequences"
+        )
+
+
+def mix(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """Attention of queries (B, H, width, head_dim) over keys and values (B, H_kv, T, head_dim), shaped like q.
 
     Args:
+        kind: for scale and soft cap; windows are part of the mask.
         mask: (B or 1, 1, width, T) true where a query may attend; None for no mask.
         causal: whether query i attends only to keys up to i.
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if kind.softcap is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=gqa
+        )
+    # The fused kernels have no soft cap.
+    groups = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
+    scale = q.shape[-1] ** -0.5 if kind.scale is None else kind.scale
+    scores = kind.softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / kind.softcap))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v

@@ -17,17 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError, check_choice
-from ease.interface import IGNORE
+from ease.interface import IGNORE, capped
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
 # at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.
 CHUNK = 2**21
 
 
+def chunk_rows(head: Tensor) -> int:
+    """Tokens whose logits under head (V, D) exist at a time."""
+    return max(128, CHUNK // head.shape[0])
+
+
 def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy (nats) of states (N, D) under head (V, D) against targets (N,)."""
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, CHUNK // head.shape[0]))
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(head))
         return F.linear_cross_entropy(states, head, targets, reduction="sum", options=options)
     return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
 
@@ -39,13 +44,16 @@ class Objective(Protocol):
     def teacher(self) -> bool:
         """Whether it needs the last exit's distribution, so that all layers run."""
 
-    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+    def parts(
+        self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, softcap: float | None
+    ) -> Iterator[Tensor]:
         """Summed losses (nats) of chunks of the tokens, each small enough for its logits to fit in memory.
 
         Args:
             states, teacher: (N, D) normalized states at the exit and at the last one.
             head: (V, D).
             targets: (N,), -100 where not scored.
+            softcap: soft cap of the logits.
         """
 
 
@@ -55,8 +63,15 @@ class CrossEntropy:
 
     teacher = False
 
-    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
-        yield token_loss_sum(states, head, targets)
+    def parts(
+        self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, softcap: float | None
+    ) -> Iterator[Tensor]:
+        if softcap is None:
+            yield token_loss_sum(states, head, targets)
+            return
+        rows = chunk_rows(head)
+        for h, y in zip(states.split(rows), targets.split(rows), strict=True):
+            yield F.cross_entropy(capped(F.linear(h, head), softcap), y, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,15 @@ class Distillation:
         if not 0 < self.share <= 1:
             raise EaseError(f"the share of distillation must lie in (0, 1], got {self.share}: use cross entropy for 0")
 
-    def parts(self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None) -> Iterator[Tensor]:
+    def parts(
+        self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, softcap: float | None
+    ) -> Iterator[Tensor]:
         assert teacher is not None
-        tau, rows = self.temperature, max(128, CHUNK // head.shape[0])
+        tau, rows = self.temperature, chunk_rows(head)
         for h, t, y in zip(states.split(rows), teacher.split(rows), targets.split(rows), strict=True):
-            logits = F.linear(h, head)
+            logits = capped(F.linear(h, head), softcap)
             with torch.no_grad():
-                goal = F.log_softmax(F.linear(t, head) / tau, -1)
+                goal = F.log_softmax(capped(F.linear(t, head), softcap) / tau, -1)
             apart = F.kl_div(F.log_softmax(logits / tau, -1), goal, reduction="none", log_target=True).sum(-1)
             loss = self.share * tau**2 * apart[y != IGNORE].sum()
             if self.share < 1:
@@ -114,16 +131,23 @@ class Term(NamedTuple):
     """The loss of a token."""
     teacher: Tensor | None = None
     """(N, D) normalized states at the last exit, for an objective with a teacher; they receive no gradient."""
+    softcap: float | None = None
+    """Soft cap of the logits."""
+
+    def parts(self, states: Tensor, head: Tensor) -> Iterator[Tensor]:
+        """Summed losses (nats) of chunks of the tokens, with `states` (N, D) in place of the term's own."""
+        return self.objective.parts(states, head, self.targets, self.teacher, self.softcap)
 
     def taught(self, seen: Tensor, teacher: Tensor) -> list[Term]:
         """The term with a teacher (n, D) for the n tokens with `seen` (N,), and cross entropy for all other tokens."""
         if bool(seen.all()):
             return [self._replace(teacher=teacher)]
         share = int(seen.sum()) / len(seen)
-        return [
-            Term(self.states[seen], self.targets[seen], share * self.weight, self.objective, teacher),
-            Term(self.states[~seen], self.targets[~seen], (1 - share) * self.weight),
-        ]
+        part, rest = (
+            self._replace(states=self.states[tokens], targets=self.targets[tokens], weight=part * self.weight)
+            for tokens, part in ((seen, share), (~seen, 1 - share))
+        )
+        return [part._replace(teacher=teacher), rest._replace(objective=CrossEntropy())]
 
 
 class _ExitLosses(torch.autograd.Function):
@@ -136,7 +160,7 @@ class _ExitLosses(torch.autograd.Function):
         for term in terms:
             h = term.states.detach().requires_grad_()
             with torch.enable_grad():
-                for loss in term.objective.parts(h, w, term.targets, term.teacher):
+                for loss in term.parts(h, w):
                     # Accumulates in .grad over chunks and exits; the logits of a chunk are freed before the next.
                     (term.weight * loss).backward()
                     total += term.weight * loss.detach()
@@ -163,5 +187,5 @@ def exit_loss(head: Tensor, terms: Sequence[Term]) -> Tensor:
     if torch.is_grad_enabled():
         loss: Tensor = _ExitLosses.apply(head, terms, *(term.states for term in terms))  # type: ignore[no-untyped-call]
         return loss
-    parts = [t.weight * part for t in terms for part in t.objective.parts(t.states, head, t.targets, t.teacher)]
+    parts = [t.weight * part for t in terms for part in t.parts(t.states, head)]
     return torch.stack(parts).sum()

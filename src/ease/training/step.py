@@ -65,7 +65,8 @@ def step_loss(
             # If a token is scored only where it leaves, every token has the same weight, whatever the shares are.
             weight = weights[layer] * (len(targets) / num_scored if selection.scores_once else 1)
             term_objective = objective if layer < last else CrossEntropy()
-            terms.append(Term(model.exit_norm(pick(state), layer), targets, weight, term_objective))
+            normed = model.exit_norm(pick(state), layer)
+            terms.append(Term(normed, targets, weight, term_objective, softcap=model.config.logit_softcap))
             masks.append(scored)
         if selected is not None:
             batch = batch._replace(active=selected.continuing)
