@@ -210,6 +210,8 @@ TRANSLATED = {
     "no_rope_layer_interval",
 }
 
+MAX_LAYERS = 10_000  # of a checkpoint that is not damaged
+
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # in config.json -> of the native model
 
 # Keys that change what is computed, with the one value that the native model computes.
@@ -346,6 +348,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
             raise _unsupported(f"{key} {raw[key]!r}")
     for key in SHAPE:
         check_integer(f"{key} in config.json", values.get(key), 1)
+    num_layers = values["num_hidden_layers"]
+    if num_layers > MAX_LAYERS:  # before anything is made of each of them
+        raise EaseError(f"num_hidden_layers in config.json is {num_layers}, above {MAX_LAYERS}: fetch it again")
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"):
         if values.get(key) is not None:
             check_integer(f"{key} in config.json", values[key], 1)
@@ -371,7 +376,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     config = ModelConfig(
         vocab_size=values["vocab_size"],
         dim=dim,
-        num_layers=values["num_hidden_layers"],
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=values.get("num_key_value_heads") or num_heads,
         head_dim=values.get("head_dim") or dim // num_heads,
@@ -420,6 +425,10 @@ def _read_windows(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     windowed = [layer for layer, kind in enumerate(types, 1) if kind == "sliding_attention"] if types else by_family
     if types and family.windowed in (None, _every_layer) and windowed != (by_family if window else []):
         raise _unsupported("layer_types that its family does not have")
+    if "max_window_layers" in family.defaults and not values.get("use_sliding_window"):
+        window = None
+    if types and windowed and not window:
+        raise _unsupported("layer_types sliding_attention without a sliding_window in use")
     if not windowed or not window:
         return {"local_rope_theta": None}
     every = len(windowed) == num_layers
