@@ -64,10 +64,13 @@ class StandardTransformer(ExitModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         self.check_ids(ids, self.config.vocab_size)
-        state = self.embedding(ids)
+        return self.embedded(self.embedding(ids))
+
+    def embedded(self, vectors: Tensor) -> Tensor:
+        """The state (B, T, D) before layer 1 of tokens whose rows of the embedding are `vectors` (B, T, D)."""
         if self.config.embedding_scale != 1:  # rounded to the model's dtype, as Gemma does
-            state = state * float(torch.tensor(self.config.embedding_scale, dtype=state.dtype))
-        return F.dropout(state, self.config.dropout, self.embedding.training)
+            vectors = vectors * float(torch.tensor(self.config.embedding_scale, dtype=vectors.dtype))
+        return F.dropout(vectors, self.config.dropout, self.embedding.training)
 
     def run(
         self,

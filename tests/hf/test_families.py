@@ -136,6 +136,9 @@ def test_a_family_computes_what_stock_transformers_computes(checkpoint: tuple[An
     found = EaseForCausalLM.wrap(model)(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(found, padded, rtol=1e-4, atol=2e-5)
 
+    wrapped = EaseForCausalLM.wrap(model)
+    torch.testing.assert_close(wrapped(inputs_embeds=wrapped.get_input_embeddings()(ids)).logits, model(ids))
+
     tokens = ease.generate(model, ids[:, :10], 12).tokens
     assert torch.equal(tokens, greedy(stock, ids[:, :10], 12))
 

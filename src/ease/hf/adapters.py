@@ -11,7 +11,7 @@ import torch
 from ease.errors import EaseError, require
 from ease.hf.config import write_config
 from ease.hf.model import EaseForCausalLM
-from ease.hf.weights import STOCK_NAMES, split_parameters, stock_name
+from ease.hf.weights import STOCK_NAMES, joined, split_parameters, stock_parts
 from ease.models import DeepSupervisionTransformer
 
 
@@ -73,11 +73,11 @@ def _stock_form(model: DeepSupervisionTransformer) -> Any:
     """The stock model that shares the weights of a native one. Its buffers hold no values, so that it cannot run."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    stock, _ = split_parameters(model)
     written = write_config(model.config, {}, next(model.parameters()).dtype)
+    stock, _ = split_parameters(model, written["model_type"])
     with torch.device("meta"):
         host = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written))
-    host.load_state_dict(stock, assign=True, strict=False)
+    host.load_state_dict({name: joined(parts) for name, parts in stock.items()}, assign=True, strict=False)
     host.tie_weights()
     return host
 
@@ -88,10 +88,10 @@ def _native_form(model: EaseForCausalLM, stock: Any) -> EaseForCausalLM:
     config = replace(native.config, vocab_size=stock.get_input_embeddings().weight.shape[0])
     with torch.device("meta"):
         changed = DeepSupervisionTransformer(**{field.name: getattr(config, field.name) for field in fields(config)})
-    state = {
-        name: weights.get(stock_name(name, native.num_layers) or "", parameter.detach())
-        for name, parameter in native.named_parameters()
-    }
+    state = {name: parameter.detach() for name, parameter in native.named_parameters()}
+    for name, parts in stock_parts(native, stock.config.model_type)[0].items():
+        rows = [state[part].shape[0] for part in parts] if len(parts) > 1 else [len(weights[name])]
+        state |= zip(parts, weights[name].split(rows), strict=True)
     changed.load_state_dict(state, assign=True, strict=False)
     if config.tie_embeddings:
         changed.output_head.weight = changed.embedding.weight

@@ -30,6 +30,7 @@ from ease.hf.weights import (
     NORM,
     check_tensors,
     fill,
+    joined,
     locate_tensors,
     shapes_of,
     split_parameters,
@@ -238,7 +239,7 @@ def save_pretrained(
         }
         write_json(partial / CONFIG, config)
         stock, exits = split_parameters(model, config["model_type"])
-        hub.save_torch_state_dict({name: torch.cat(parts) for name, parts in stock.items()}, partial)
+        hub.save_torch_state_dict({name: joined(parts) for name, parts in stock.items()}, partial)
         (partial / OWN).mkdir()
         write_json(partial / OWN / POLICY, own)
         save_file({name: part for name, (part,) in exits.items()}, partial / OWN / EXITS)

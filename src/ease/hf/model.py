@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError, first_line, require
@@ -268,7 +267,7 @@ class EasePreTrainedModel(PreTrainedModel):
             ids, state = input_ids, self.model.embed(input_ids)
         elif inputs_embeds is not None and input_ids is None:
             ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-            state = F.dropout(inputs_embeds, self.model.config.dropout, self.model.embedding.training)
+            state = self.model.embedded(inputs_embeds)
         else:
             raise EaseError("give either input_ids (B, T) or inputs_embeds (B, T, D)")
         if cache is None:

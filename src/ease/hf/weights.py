@@ -73,28 +73,41 @@ def stock_name(name: str, config: ModelConfig) -> str | None:
     return name
 
 
-def split_parameters(
-    model: StandardTransformer, model_type: str
-) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """The parameters that a stock model has, under stock names, and those of exits, under native names.
+def stock_parts(model: StandardTransformer, model_type: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Where the parameters of a native model are in a stock checkpoint.
 
     Args:
         model_type: the family of the stock model.
 
     Returns:
-        Name of a stored tensor -> the parameters that are its rows.
+        Name of a stored tensor -> the native parameters that are its rows, and the parameters of exits, which stock
+        models do not have.
     """
-    stock: dict[str, list[Tensor]] = {}
-    exits: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    stock: dict[str, list[str]] = {}
+    exits: list[str] = []
+    for name, _ in model.named_parameters():
         in_stock = stock_name(name, model.config)
         if in_stock is None:
-            exits[name] = [parameter.detach()]
+            exits.append(name)
             continue
         for part, whole in FUSED.get(model_type, {}).items():
             in_stock = in_stock.replace(f".{part}.", f".{whole}.")
-        stock.setdefault(in_stock, []).append(parameter.detach())
+        stock.setdefault(in_stock, []).append(name)
     return stock, exits
+
+
+def split_parameters(
+    model: StandardTransformer, model_type: str
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """The parameters of `stock_parts` by the names of stored tensors: those of a stock model, and those of exits."""
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stock, exits = stock_parts(model, model_type)
+    return {name: [own[part] for part in parts] for name, parts in stock.items()}, {name: [own[name]] for name in exits}
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The tensor that has the parts as rows; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 # ---------------------------------------------------------------------------------------------------------
