@@ -7,7 +7,7 @@ supports all of it; nothing outside `models.py` and `modules/` depends on the in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ease.errors import EaseError
+from ease.inputs import IGNORE as IGNORE
+from ease.inputs import as_ids, as_mask, read_labelled
 from ease.model_config import ModelConfig
 from ease.policy import Policy
 
@@ -60,10 +62,6 @@ class Layout:
         return seen if window is None else seen & (positions > position - window)
 
 
-IGNORE = -100
-"""Target of a token that is not scored."""
-
-
 class Batch(NamedTuple):
     """A batch of token ids and targets.
 
@@ -82,6 +80,32 @@ class Batch(NamedTuple):
     state: Tensor | None = None
     flops: float = 0.0
     layout: Layout | None = None
+
+    @classmethod
+    def of(cls, item: Any) -> Batch:
+        """The batch that an item of `Batches` stands for.
+
+        Args:
+            item: a `Batch`; (x, y) or (x, y, active), as tensors, arrays or lists; or a dictionary of transformers'
+                data collators, with input_ids and perhaps attention_mask and labels, which stand at the token itself.
+
+        Raises:
+            EaseError: the item is something else, or its parts differ in shape.
+        """
+        if isinstance(item, Mapping):
+            x, y, mask = read_labelled(item)
+            return cls(x, y, layout=None if mask is None or bool(mask.all()) else Layout.from_attention_mask(mask))
+        if not isinstance(item, tuple | list) or not 2 <= len(item) <= len(cls._fields):
+            size = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
+            raise EaseError(
+                f"a batch must be (x, y), an ease.Batch or a dictionary with input_ids, got {type(item).__name__}{size}"
+            )
+        batch = cls(*item)
+        x, y = as_ids("x", batch.x), as_ids("y", batch.y)
+        if x.shape != y.shape:
+            raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        active = None if batch.active is None else as_mask("active", batch.active, x)
+        return batch._replace(x=x, y=y, active=active)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = (part.to(device) if isinstance(part, Tensor | Layout) else part for part in self)
@@ -293,8 +317,9 @@ def train_mode(model: nn.Module) -> None:
 
 
 class Batches(Protocol):
-    """A re-iterable of (x, y), (x, y, active), or `Batch`; one iteration is one epoch.
+    """A re-iterable of what `Batch.of` reads: (x, y), (x, y, active), `Batch`, or dictionaries.
 
+    One iteration is one epoch.
     If epochs differ and training is to be resumable, it also has `state_dict` and `load_state_dict`.
     """
 
@@ -312,6 +337,6 @@ def re_iterable(batches: Any) -> Any:
 def running_batches(batches: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
     """The batches as `Batch` on a device, without those in which no token runs."""
     for item in batches:
-        batch = Batch(*item).to(device)
+        batch = Batch.of(item).to(device)
         if bool(batch.running.any()):
             yield batch

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ease.errors import EaseError
+from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
 from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, new_norm
@@ -63,6 +64,7 @@ class StandardTransformer(ExitModel):
         return len(self.layers)
 
     def embed(self, ids: Tensor) -> Tensor:
+        ids = as_ids("ids", ids)
         self.check_ids(ids, self.config.vocab_size)
         return self.embedded(self.embedding(ids))
 

@@ -125,10 +125,8 @@ class Trainer:
         Raises:
             EaseError: x and y differ in shape, ids lie outside the vocabulary, or the model is too shallow.
         """
-        if x.shape != y.shape:
-            raise EaseError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
         self.config.check(model.num_layers, first)
-        batch = Batch(x, y.long(), active, state, layout=layout).to(self.device_of(model))
+        batch = Batch.of(Batch(x, y, active, state, layout=layout)).to(self.device_of(model))
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         return step_loss(model, self.config, batch, first, step, continued)
 
@@ -252,9 +250,10 @@ class Trainer:
                 phase, or a loss is not finite (the best weights are restored first).
         """
         train, val = re_iterable(phase.train), re_iterable(phase.val)
-        x = next(iter(val), (None,))[0]
-        if x is None or not len(train):
+        item = next(iter(val), None)
+        if item is None or not len(train):
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
+        x = Batch.of(item).x
         state = PhaseState(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
         identity = phase_identity(model, phase, x) if checkpoint else ""
         saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device_of(model), identity)
@@ -345,7 +344,7 @@ class Trainer:
         model.to(self.device_of(model))
         train_mode(model)
         for item in re_iterable(batches):
-            batch = Batch(*item)
+            batch = Batch.of(item)
             scored = int(batch.scored.sum())
             if not scored:
                 continue

@@ -132,7 +132,10 @@ def test_cache_size_and_reuse_for_another_policy(tiny: Make) -> None:
         ({"ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one real token"),
         ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one real token"),
         ({"attention_mask": torch.zeros(1, 4)}, "at least one real token"),
-        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask must have the shape of ids, \(1, 4\), got \(1, 5\)"),
+        (
+            {"attention_mask": torch.ones(1, 5)},
+            r"attention_mask must have the shape of the ids, \(1, 4\), got \(1, 5\)",
+        ),
         ({"ids": torch.full((1, 4), 999)}, "token ids must lie in"),
     ],
 )

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, check_least, check_seed
-from ease.interface import IGNORE, Batch, Layout
+from ease.inputs import IGNORE, as_integers
+from ease.interface import Batch, Layout
 
 # ---------------------------------------------------------------------------------------------------------
 # Windows of a text
@@ -64,8 +65,7 @@ class TokenBatches:
     ) -> None:
         check_least(1, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)
         check_seed(seed)
-        if ids.dim() != 1 or ids.is_floating_point():
-            raise EaseError(f"ids must be a 1-D tensor of token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
+        ids = as_integers("ids", ids, dims=1)
         windows = max(0, len(ids) - 1) // seq_len
         if windows < (batch_size if drop_last else 1):
             raise EaseError(

@@ -140,7 +140,7 @@ def score(
 
     Args:
         model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
-        batches: an iterable of (x, y) or `Batch`, x and y integers (B, T).
+        batches: an iterable of what `Batch.of` reads: (x, y) with integers (B, T), `Batch`, or dictionaries.
         policy: exits, thresholds, and confidence measure; by default every token runs to the end.
         last: the layer at which the run ends (the model's last by default). `last=k` without a policy scores exit k.
         device: device of the model; that of its parameters by default.
@@ -166,10 +166,7 @@ def score(
     processed = 0
     start = time.perf_counter()
     for item in batches:
-        batch = Batch(*item)
-        if batch.x.shape != batch.y.shape:
-            raise EaseError(f"x and y must have one shape, got {tuple(batch.x.shape)} and {tuple(batch.y.shape)}")
-        batch = batch._replace(active=None, y=batch.y.long()).to(device)
+        batch = Batch.of(item)._replace(active=None).to(device)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         read = partial(_loss_and_correct, batch.y.flatten())
         columns = torch.zeros(*batch.y.shape, 4, device=device)  # loss, correct, exit, confidence

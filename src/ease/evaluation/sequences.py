@@ -54,7 +54,7 @@ class Sequences:
     def __init__(self, model: ExitModel, batches: Iterable[Any], policy: Policy) -> None:
         self.model = model
         self.policy = replace(policy, thresholds=(math.inf,) * len(policy.exits))
-        self.batches = [Batch(*item)._replace(active=None) for item in batches]
+        self.batches = [Batch.of(item)._replace(active=None) for item in batches]
         lengths = torch.cat([torch.zeros(0, dtype=torch.long), *(b.scored.sum(1).cpu() for b in self.batches)])
         self.lengths = lengths[lengths > 0]
         if not len(self.lengths):

@@ -15,6 +15,7 @@ from ease.data.tasks import Task
 from ease.errors import require
 from ease.evaluation.scoring import score
 from ease.generation.decode import generate
+from ease.inputs import as_ids
 from ease.interface import IGNORE, ExitModel, Layout, evaluation_view
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -42,7 +43,7 @@ def predict(
         before the last token of a row.
     """
     model, device = evaluation_view(model), next(model.parameters()).device
-    x, layout = x.to(device), None if layout is None else layout.to(device)
+    x, layout = as_ids("x", x).to(device), None if layout is None else layout.to(device)
     predictions = torch.full_like(x, -1)
     exits = torch.full_like(x, -1)
     for step in routed_forward(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1)):

@@ -25,6 +25,7 @@ from ease.errors import EaseError, check_choice, check_least
 from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
+from ease.inputs import read_prompt
 from ease.interface import evaluation_view
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -71,7 +72,7 @@ def generate(
 
     Args:
         model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
-        ids: (B, T) integers, the prompts.
+        ids: (B, T) integers, the prompts, or the dictionary that a tokenizer of transformers gives.
         max_new_tokens: the largest number of tokens generated per row.
         mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding, drafted at an exit).
         attention_mask: (B, T), true (or 1) for real tokens; padding may be on either side.
@@ -102,6 +103,7 @@ def generate(
         raise EaseError("a sequence classifier does not generate text: use ease.evaluation.tasks.predict")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     check_least(1, max_new_tokens=max_new_tokens)
+    ids, attention_mask = read_prompt(ids, attention_mask)
     real = _real_tokens(ids, attention_mask)
     policy = _routing_policy(model) if mode == "routed" else Policy()
     _check_drafting(mode, draft_exit, draft_confidence, model.num_layers)
@@ -137,15 +139,8 @@ def generate(
 
 
 def _real_tokens(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T) true for real tokens; refuses prompts of the wrong shape or type and prompts without a real token."""
-    if ids.ndim != 2 or ids.is_floating_point():
-        raise EaseError(f"ids must be integers of shape (B, T), got {ids.dtype} of shape {tuple(ids.shape)}")
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if real.shape != ids.shape:
-        raise EaseError(
-            f"attention_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(real.shape)}: give one value "
-            "per token"
-        )
+    """(B, T) true for real tokens; refuses prompts without one."""
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask
     if not len(ids) or not bool(real.any(1).all()):
         raise EaseError("a prompt is empty: every row of ids needs at least one real token")
     return real

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import exit_flops, run_flops
+from ease.inputs import read_prompt
 from ease.interface import ExitModel, Layout, evaluation_view
 from ease.model_config import ModelConfig
 from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
@@ -246,7 +247,7 @@ def route(
 
     Args:
         model: an `ExitModel`; the call runs in evaluation mode whatever its mode, which stays as it is.
-        ids: (B, T) token ids.
+        ids: (B, T) token ids, or the dictionary that a tokenizer of transformers gives.
         exit_layer, routing_threshold: exits and thresholds that replace those of the policy.
         attention_mask: (B, T), true (or 1) for real tokens, false for padding on either side.
         policy: exits, thresholds, and confidence measure; `model.policy` by default.
@@ -269,8 +270,7 @@ def route(
             raise EaseError("the model's policy has no exit: give exit_layer as well as routing_threshold")
         policy = Policy.of(exits, thresholds, **policy.options)
     policy.check(model.num_layers)
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        raise EaseError(f"attention_mask has shape {tuple(attention_mask.shape)}: give {tuple(ids.shape)}, as the ids")
+    ids, attention_mask = read_prompt(ids, attention_mask)
     model, device = evaluation_view(model), next(model.parameters()).device
     ids = ids.to(device)
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask.to(device))

@@ -29,7 +29,7 @@ def agreements(
     model = evaluation_view(model)
     device, last = next(model.parameters()).device, model.num_layers
     for item in re_iterable(batches):
-        batch = Batch(*item).to(device)
+        batch = Batch.of(item).to(device)
         state, first = model.embed(batch.x), 1
         at_exit: dict[int, Tensor] = {}
         for exit in (*exits, last):

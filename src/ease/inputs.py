@@ -1,0 +1,148 @@
+"""Token ids and masks as users have them: tensors of any integer type, NumPy arrays, lists, and dictionaries.
+
+Dictionaries are those that the tokenizers and data collators of transformers give.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+
+IGNORE = -100
+"""Target of a token that is not scored."""
+
+
+def as_ids(name: str, value: Any) -> Tensor:
+    """Token ids (B, T) as an int64 tensor, on the device that they are on.
+
+    Args:
+        name: what a message calls the value.
+        value: a tensor or array of integers, or lists of one length.
+
+    Raises:
+        EaseError: the value is something else.
+    """
+    return as_integers(name, value, dims=2).long()
+
+
+def as_integers(name: str, value: Any, dims: int) -> Tensor:
+    """Integers (B, T), or (T,) for `dims=1`, as a tensor of whatever integer type."""
+    shape = "(B, T)" if dims == 2 else "(T,)"
+    if isinstance(value, Mapping):
+        raise EaseError(
+            f"{name} must be integers of shape {shape}, got a dictionary with {_names(value)}: pass its ids"
+        )
+    ids = _tensor(value)
+    if ids is None:
+        raise EaseError(
+            f"{name} must be integers of shape {shape}, got {reprlib.repr(value)}: encode texts with a tokenizer, and "
+            "pad rows to one length"
+        )
+    if ids.ndim != dims or (ids.numel() and not _integral(ids)):
+        raise EaseError(f"{name} must be integers of shape {shape}, got {ids.dtype} of shape {tuple(ids.shape)}")
+    return ids
+
+
+def as_mask(name: str, value: Any, ids: Tensor) -> Tensor:
+    """A mask as a boolean tensor of the shape and on the device of `ids`.
+
+    Args:
+        name: what a message calls the value.
+        value: a tensor, array or lists of true and false, or of 1 and 0.
+        ids: (B, T) the tokens that it masks.
+
+    Raises:
+        EaseError: the value is something else, or has another shape.
+    """
+    mask = _tensor(value)
+    if mask is None or mask.shape != ids.shape:
+        got = reprlib.repr(value) if mask is None else tuple(mask.shape)
+        raise EaseError(
+            f"{name} must have the shape of the ids, {tuple(ids.shape)}, got {got}: give one value per token"
+        )
+    mask = mask.to(ids.device)
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise EaseError(f"{name} must hold 1 for tokens and 0 for padding, got other values: give 1 and 0")
+    return mask.bool()
+
+
+def read_prompt(ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T) and their mask (B, T), from the two or from the dictionary that a tokenizer of transformers gives.
+
+    Raises:
+        EaseError: they are not integers of one shape, or the dictionary holds something else.
+    """
+    if isinstance(ids, Mapping):
+        _check_keys(ids, "input_ids", "attention_mask")
+        if attention_mask is not None and "attention_mask" in ids:
+            raise EaseError("attention_mask is given twice, in the dictionary and by itself: leave one out")
+        ids, attention_mask = ids["input_ids"], ids.get("attention_mask", attention_mask)
+    ids = as_ids("ids", ids)
+    return ids, None if attention_mask is None else as_mask("attention_mask", attention_mask, ids)
+
+
+def read_labelled(item: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, targets and mask (B, T) from a dictionary of transformers' data collators.
+
+    Its labels stand at the token itself and are moved to the token before, which predicts it. Without labels, they are
+    the ids.
+
+    Raises:
+        EaseError: they are not integers of one shape, or the dictionary holds something else.
+    """
+    _check_keys(item, "input_ids", "attention_mask", "labels")
+    ids, mask = read_prompt({name: item[name] for name in ("input_ids", "attention_mask") if name in item})
+    labels = as_ids("labels", item["labels"]) if "labels" in item else ids
+    if labels.shape != ids.shape:
+        raise EaseError(f"labels must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(labels.shape)}")
+    if mask is not None:
+        labels = labels.masked_fill(~mask, IGNORE)
+    return ids, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE), mask
+
+
+def _check_keys(item: Mapping[str, Any], *known: str) -> None:
+    if "input_ids" not in item:
+        raise EaseError(f"a dictionary must hold input_ids, got {_names(item)}: use the output of a tokenizer")
+    # Tokenizers of some families add token_type_ids, which mean nothing if they are all 0.
+    unknown = [name for name, value in item.items() if name not in known and not _all_zero(name, value)]
+    if unknown:
+        raise EaseError(f"a dictionary of ids must hold {', '.join(known)}, got {', '.join(unknown)}: leave it out")
+
+
+def _all_zero(name: str, value: Any) -> bool:
+    types = _tensor(value) if name == "token_type_ids" else None
+    return types is not None and not bool(types.any())
+
+
+def _names(item: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, item)) or "nothing in it"
+
+
+def _integral(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The value as a tensor; None if it is no array of numbers."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, str | bytes | dict | set):
+        return None
+    try:
+        if isinstance(value, list | tuple) and value and all(isinstance(row, Tensor) for row in value):
+            return torch.stack(list(value))
+        array = np.asarray(value)
+        if array.dtype.kind not in "iufb":
+            return None
+        if array.dtype.kind in "iu":
+            array = array.astype(np.int32 if array.dtype.itemsize < 4 else np.int64)  # torch lacks some types
+        return torch.tensor(array)  # a copy: arrays may be read-only
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # rows of different lengths, among others
+        return None
