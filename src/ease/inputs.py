@@ -6,7 +6,7 @@ Dictionaries are those that the tokenizers and data collators of transformers gi
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,16 +61,22 @@ def as_mask(name: str, value: Any, ids: Tensor) -> Tensor:
     Raises:
         EaseError: the value is something else, or has another shape.
     """
-    mask = _tensor(value)
-    if mask is None or mask.shape != ids.shape:
-        got = reprlib.repr(value) if mask is None else tuple(mask.shape)
+    mask = as_flags(name, value)
+    if mask.shape != ids.shape:
         raise EaseError(
-            f"{name} must have the shape of the ids, {tuple(ids.shape)}, got {got}: give one value per token"
+            f"{name} must have the shape of the ids, {tuple(ids.shape)}, got {tuple(mask.shape)}: give one value per "
+            "token"
         )
-    mask = mask.to(ids.device)
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise EaseError(f"{name} must hold 1 for tokens and 0 for padding, got other values: give 1 and 0")
-    return mask.bool()
+    return mask.to(ids.device)
+
+
+def as_flags(name: str, value: Any) -> Tensor:
+    """True and false, or 1 and 0, as a boolean tensor of any shape."""
+    flags = _tensor(value)
+    if flags is None or (flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all())):
+        got = reprlib.repr(value) if flags is None else "other values"
+        raise EaseError(f"{name} must hold 1 for tokens and 0 for padding, got {got}: give one value per token")
+    return flags.bool()
 
 
 def read_prompt(ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -110,15 +116,21 @@ def read_labelled(item: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | Non
 def _check_keys(item: Mapping[str, Any], *known: str) -> None:
     if "input_ids" not in item:
         raise EaseError(f"a dictionary must hold input_ids, got {_names(item)}: use the output of a tokenizer")
-    # Tokenizers of some families add token_type_ids, which mean nothing if they are all 0.
-    unknown = [name for name, value in item.items() if name not in known and not _all_zero(name, value)]
-    if unknown:
+    if unknown := unused(item, known):
         raise EaseError(f"a dictionary of ids must hold {', '.join(known)}, got {', '.join(unknown)}: leave it out")
 
 
-def _all_zero(name: str, value: Any) -> bool:
-    types = _tensor(value) if name == "token_type_ids" else None
-    return types is not None and not bool(types.any())
+def unused(item: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The names in a dictionary that are not known and hold something.
+
+    Tokenizers of some families add token_type_ids, which mean nothing if they are all 0.
+    """
+
+    def nothing(name: str, value: Any) -> bool:
+        types = _tensor(value) if name == "token_type_ids" else None
+        return value is None or value is False or (types is not None and not bool(types.any()))
+
+    return [name for name, value in item.items() if name not in known and not nothing(name, value)]
 
 
 def _names(item: Mapping[str, Any]) -> str:

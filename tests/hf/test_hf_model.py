@@ -152,6 +152,28 @@ def test_exits_default_to_those_set_last_then_to_those_trained(native: DeepSuper
         model.set_routing(0.5)
 
 
+def test_arguments_of_forward_are_read_in_every_form_or_refused_by_name(
+    routed: EaseForCausalLM, ids: torch.Tensor
+) -> None:
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = routed(ids, attention_mask=mask, labels=ids)
+    for form in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int):
+        out = routed(form(ids), attention_mask=form(mask), labels=form(ids), token_type_ids=mask * 0, use_cache=True)
+        torch.testing.assert_close(out.logits, expected.logits)
+        torch.testing.assert_close(out.loss, expected.loss)
+    for given, message in (
+        ({"input_ids": ids, "atention_mask": mask}, "takes no atention_mask"),
+        ({"input_ids": ids, "token_type_ids": mask}, "takes no token_type_ids"),
+        ({"input_ids": "a text"}, "input_ids must be integers"),
+        ({"input_ids": {"input_ids": ids}}, "input_ids must be integers .* a dictionary with input_ids"),
+        ({"input_ids": ids, "labels": ids.float()}, "labels must be integers"),
+        ({"input_ids": ids, "attention_mask": mask * -1e9}, "attention_mask must hold 1 for tokens"),
+    ):
+        with pytest.raises(EaseError, match=message):
+            routed(**given)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Generate
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from ease.errors import EaseError, require
 from ease.hf.config import write_config
 from ease.hf.model import EaseForCausalLM
-from ease.hf.weights import STOCK_NAMES, joined, split_parameters, stock_parts
+from ease.hf.weights import STOCK_NAMES, joined, split_parameters
 from ease.models import DeepSupervisionTransformer
 
 
@@ -27,7 +26,7 @@ def merge_adapter(
         model: the model that the adapter was trained on, or the native form of the stock model that it was.
         adapter: a folder, or a name on the Hugging Face hub.
         revision: branch, tag or commit of a name on the hub.
-        vocab_size: size of the vocabulary to which an adapter of the stock model is applied (the model's by default).
+        vocab_size: size that the vocabulary is given first, for an adapter that was trained with other tokens.
 
     Returns:
         The model with the adapter, with exits and policy as before.
@@ -51,10 +50,10 @@ def merge_adapter(
             "changes weights, such as LoRA"
         )
     native = any(part in name for name in stored for part in STOCK_NAMES if part != "layers.")
+    if vocab_size is not None:
+        model.resize_token_embeddings(vocab_size)
     host: Any = model if native else _stock_form(model.model)
     try:
-        if vocab_size not in (None, model.model.config.vocab_size) and not native:
-            host.resize_token_embeddings(vocab_size)
         adapted = peft.PeftModel(host, config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing or left over is an error below
@@ -66,7 +65,13 @@ def merge_adapter(
         raise EaseError(
             f"the adapter {adapter} does not fit the model ({_last_line(error)}): use the model that it was trained on"
         ) from error
-    return model if native else _native_form(model, merged)
+    if not native:
+        weights = merged.state_dict()
+        with torch.no_grad():
+            for name, parts in split_parameters(model.model, merged.config.model_type)[0].items():
+                for part, rows in zip(parts, weights[name].split(list(map(len, parts))), strict=True):
+                    part.copy_(rows)
+    return model
 
 
 def _stock_form(model: DeepSupervisionTransformer) -> Any:
@@ -80,25 +85,6 @@ def _stock_form(model: DeepSupervisionTransformer) -> Any:
     host.load_state_dict({name: joined(parts) for name, parts in stock.items()}, assign=True, strict=False)
     host.tie_weights()
     return host
-
-
-def _native_form(model: EaseForCausalLM, stock: Any) -> EaseForCausalLM:
-    """The model with the weights of a stock model; what stock models lack is kept."""
-    native, weights = model.model, stock.state_dict()
-    config = replace(native.config, vocab_size=stock.get_input_embeddings().weight.shape[0])
-    with torch.device("meta"):
-        changed = DeepSupervisionTransformer(**{field.name: getattr(config, field.name) for field in fields(config)})
-    state = {name: parameter.detach() for name, parameter in native.named_parameters()}
-    for name, parts in stock_parts(native, stock.config.model_type)[0].items():
-        rows = [state[part].shape[0] for part in parts] if len(parts) > 1 else [len(weights[name])]
-        state |= zip(parts, weights[name].split(rows), strict=True)
-    changed.load_state_dict(state, assign=True, strict=False)
-    if config.tie_embeddings:
-        changed.output_head.weight = changed.embedding.weight
-    changed.policy, changed.trained_exits = native.policy, native.trained_exits
-    model.model = changed.train(native.training)
-    model.config.model = model.config.model | {"vocab_size": config.vocab_size}
-    return model
 
 
 def _last_line(error: BaseException) -> str:

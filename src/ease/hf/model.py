@@ -24,6 +24,7 @@ from ease.hf.folder import CONFIG, FIX, NATIVE, read_json
 from ease.hf.options import read_options
 from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES, check_names
+from ease.inputs import as_flags, as_ids, unused
 from ease.interface import Layout
 from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer
@@ -284,6 +285,9 @@ class EasePreTrainedModel(PreTrainedModel):
         return routed_pass(self.model, ids, state, layout, kept(ids, layout), output_hidden_states, cache)
 
 
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
 class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
     """A native language model behind the interface of transformers.
 
@@ -344,11 +348,17 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
                 normalized for the head; `config.output_hidden_states` by default. A token that left keeps its state.
             output_attentions: not supported.
             return_dict: False returns a tuple; `config.return_dict` by default.
-            kwargs: arguments of the loss, such as `num_items_in_batch`.
+            kwargs: arguments of the loss: `num_items_in_batch`, `ignore_index` and `shift_labels`.
 
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
+        if refused := unused(kwargs, LOSS_OPTIONS):
+            raise EaseError(f"forward of this model takes no {', '.join(refused)}: leave it out")
+        if input_ids is not None:
+            input_ids = as_ids("input_ids", input_ids)
+        if attention_mask is not None:
+            attention_mask = as_flags("attention_mask", attention_mask)
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -377,7 +387,9 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         loss = None
         if labels is not None:
             V = result.logits.shape[-1]
-            loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=V, **kwargs)
+            options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
+            labels = as_ids("labels", labels)
+            loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=V, **options)
         output = EaseOutput(
             loss=loss,
             logits=result.logits,
