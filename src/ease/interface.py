@@ -135,6 +135,7 @@ class ExitModel(nn.Module, ABC):
         output_head: the head that all exits share.
         policy: where `ease.route` and routed generation let tokens leave.
         trained_exits: exits that a loss has trained.
+        stale_classifiers: exits whose classifier was trained before what lies below it; it is refused when it is used.
     """
 
     config: ModelConfig
@@ -146,6 +147,7 @@ class ExitModel(nn.Module, ABC):
         super().__init__()
         self.policy = Policy()
         self.trained_exits: set[int] = set()
+        self.stale_classifiers: set[int] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("exit_layer", "routing_threshold", "policy_options"):  # until version 0.1 these held the policy
@@ -195,6 +197,9 @@ class ExitModel(nn.Module, ABC):
         (`ease.training.selection.LearnedGate`).
         """
         raise EaseError("this model has no classifiers at its exits: use another measure of confidence")
+
+    def mark_stale_classifiers(self, trained: Iterable[Tensor], learned: Sequence[int]) -> None:
+        """Marks the exit classifiers whose input changes when `trained` parameters do, but for those in `learned`."""
 
     def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
         """The parameters of layer `layer` and its exit; for layer 1, those of the embedding too.

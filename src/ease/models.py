@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -130,6 +130,11 @@ class StandardTransformer(ExitModel):
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
             raise EaseError(f"exit {exit} has no classifier: train one (ease.learn_agreement), or use another measure")
+        if exit in self.stale_classifiers:
+            raise EaseError(
+                f"the classifier of exit {exit} is stale, since layers or the norm below it were trained after it: "
+                "train it again (ease.learn_agreement), or use another measure"
+            )
         # From the exit's norm only: an adapter in front of the head would cost more than the classifier.
         normed = self.exit_norms[exit - 1](state)
         classifier: Any = self.exit_classifiers[str(exit)]
@@ -154,6 +159,15 @@ class StandardTransformer(ExitModel):
             made = nn.Linear(self.config.dim, 1)
             made.load_state_dict({"weight": weight[None, :-1], "bias": weight[-1:]})
             self.exit_classifiers[str(exit)] = made.to(self.embedding.weight).train(self.training)
+        self.stale_classifiers -= weights.keys()
+
+    def mark_stale_classifiers(self, trained: Iterable[Tensor], learned: Sequence[int]) -> None:
+        self.stale_classifiers -= set(learned)
+        changed = set(map(id, trained))
+        for exit in set(self.config.classifier_exits) - set(learned):
+            below = (self.embedding, *self.layers[:exit], self.exit_norms[exit - 1])
+            if any(id(parameter) in changed for module in below for parameter in module.parameters()):
+                self.stale_classifiers.add(exit)
 
     def add_adapters(self, exits: Sequence[int], dim: int) -> None:
         """Adds an adapter of `dim` hidden units to exits below the last one; it starts as the identity."""

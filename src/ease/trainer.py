@@ -343,6 +343,8 @@ class Trainer:
         """Takes one optimizer step per batch; yields its loss, its number of scored tokens, and its FLOPs by kind."""
         model.to(self.device_of(model))
         train_mode(model)
+        gated = self.config.selection.classifiers
+        model.mark_stale_classifiers((), gated)
         for item in re_iterable(batches):
             batch = Batch.of(item)
             scored = int(batch.scored.sum())
@@ -364,6 +366,8 @@ class Trainer:
             if not bool(norm.isfinite()):
                 raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
             optimizer.step()
+            if model.config.classifier_exits:
+                model.mark_stale_classifiers(learning, gated)
             yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, continued)
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")

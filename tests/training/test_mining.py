@@ -183,6 +183,47 @@ def test_a_large_quantile_of_dense_values_is_that_of_torch() -> None:
     assert Quantile(1000).count == 0
 
 
+@pytest.mark.parametrize("exact", [10**6, 20])
+def test_a_quantile_refuses_nan_and_resolves_values_near_one(exact: int) -> None:
+    with pytest.raises(EaseError, match="a confidence is NaN: the model's weights are probably corrupt"):
+        Quantile(exact).add(torch.tensor([0.5] * 30 + [math.nan]))
+    values, quantile = 1 - 1e-8 * torch.linspace(0, 1, 1001).double(), Quantile(exact)
+    for part in values.split(100):
+        quantile.add(part)
+    assert abs(int((values < quantile(0.3)).sum()) - 300) <= 1
+
+
+@pytest.mark.parametrize("exact", [10**6, 50])
+@pytest.mark.parametrize("ratio", [0.5, 0.1, 0.99])
+def test_ties_are_broken_so_that_the_share_is_mined_whatever_the_batch_size(
+    ratio: float, exact: int, tiny: Make, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(2)
+    with torch.no_grad():
+        model.output_head.weight.zero_()  # every confidence is the same
+    monkeypatch.setattr(mining, "Quantile", lambda: Quantile(exact))
+    ids = text[:1025].long()
+    x, y = ids[:-1].view(32, 32), ids[1:].view(32, 32)
+    masks = []
+    for size in (4, 8, 32):
+        mined = MinedBatches(model, list(zip(x.split(size), y.split(size), strict=True)), Policy(), ratio)
+        assert abs(mined.hard - round(1024 * ratio)) <= 1
+        masks.append(torch.cat([batch.scored for batch in mined.batches]).tolist())
+    assert masks[0] == masks[1] == masks[2]
+    quarters = [sum(map(sum, masks[0][at : at + 8])) for at in range(0, 32, 8)]
+    assert max(quarters) - min(quarters) <= 1  # spread over the text
+
+
+def test_nan_is_not_mined(tiny: Make, batches: list[Pair]) -> None:
+    model = tiny(2)
+    with torch.no_grad():
+        model.output_head.weight.fill_(math.nan)
+    with pytest.raises(EaseError, match="a confidence is NaN"):
+        compute_confidence_threshold(model, batches, 0.5)
+    with pytest.raises(EaseError, match="a confidence is NaN"):
+        MinedBatches(model, batches, Policy(), 0.5)
+
+
 def test_mining_from_bins_takes_nearly_the_share(
     trained: StandardTransformer, batches: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ def from_pretrained(
             model = DeepSupervisionTransformer(**{f.name: getattr(config, f.name) for f in fields(config)})
         model.trained_exits = set(saved["trained_exits"]) if saved else {model.num_layers}
         if saved:
-            model.policy = saved["policy"]
+            model.policy, model.stale_classifiers = saved["policy"], set(saved["stale_classifiers"])
     except RuntimeError as error:  # sizes that overflow
         raise EaseError(f"{folder / CONFIG} is damaged ({first_line(error)}): {FIX}") from error
 
@@ -146,6 +146,7 @@ def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None
     try:
         config = ModelConfig(**(options | saved["model"]))
         exits = check_layers("trained_exits", saved["trained_exits"], config.num_layers)
+        stale = check_layers("stale_classifiers", saved.get("stale_classifiers", ()), config.num_layers)
         # The two formats name the remaining fields of the policy differently.
         policy_options = (saved.get("policy_options") if native else saved.get("options")) or {}
         policy = Policy.of(saved["exits"], saved["thresholds"], **policy_options)
@@ -158,7 +159,8 @@ def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None
         check_sizes(config, shapes, file, FIX, stored_name=lambda name: f"model.{name}")
     else:  # ease may have saved fields that replace those of config.json
         _check_sizes(file, config, shapes_of([*weight_files(folder), folder / OWN / EXITS]), {})
-    return config, {"trained_exits": exits, "policy": policy, "calibration": calibration}, raw["model_type"]
+    own = {"trained_exits": exits, "stale_classifiers": stale, "policy": policy, "calibration": calibration}
+    return config, own, raw["model_type"]
 
 
 def _check_sizes(
@@ -234,6 +236,7 @@ def save_pretrained(
             "thresholds": policy.thresholds,
             "options": policy.options,
             "trained_exits": sorted(model.trained_exits),
+            "stale_classifiers": sorted(model.stale_classifiers),
             **({"calibration": calibration} if calibration else {}),
             "model": {key: value for key, value in shape.items() if value != expressed[key]},
         }

@@ -33,6 +33,7 @@ class EaseConfig(PreTrainedConfig):
         exits: layers after which tokens may leave.
         thresholds: one per exit; an exit with threshold 0 is not used.
         trained_exits: exits that a loss has trained.
+        stale_classifiers: exits whose classifier was trained before what lies below it.
         policy_options: the other fields of `ease.Policy`.
         bos_token_id, eos_token_id, pad_token_id: as in transformers.
         use_cache: whether `forward` returns a cache by default, in evaluation mode and without gradients.
@@ -45,6 +46,7 @@ class EaseConfig(PreTrainedConfig):
     exits: list[int] | tuple[int, ...] = ()
     thresholds: list[float] | tuple[float, ...] = ()
     trained_exits: list[int] | tuple[int, ...] = ()
+    stale_classifiers: list[int] | tuple[int, ...] = ()
     policy_options: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -80,7 +82,7 @@ class EaseConfig(PreTrainedConfig):
             ) from error
         model.policy = Policy.of(self.exits, self.thresholds, **(self.policy_options or {}))
         model.policy.check(model.num_layers)
-        model.trained_exits = set(self.trained_exits)
+        model.trained_exits, model.stale_classifiers = set(self.trained_exits), set(self.stale_classifiers)
         return model
 
 
@@ -93,6 +95,7 @@ def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:
         "thresholds": policy.thresholds,
         "policy_options": policy.options,
         "trained_exits": sorted(model.trained_exits),
+        "stale_classifiers": sorted(model.stale_classifiers),
         **({} if model.config.num_labels is None else {"num_labels": model.config.num_labels}),
     }
 

@@ -122,6 +122,8 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
     save(model, str(folder / WEIGHTS))
     set_usual_mode(folder / WEIGHTS)
     model_config = {"model": asdict(model.config), "trained_exits": sorted(model.trained_exits)}
+    if model.stale_classifiers:
+        model_config["stale_classifiers"] = sorted(model.stale_classifiers)
     model_config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
 
@@ -158,6 +160,7 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         policy.check(shape.num_layers)
         dtype = choose_dtype(config.get("dtype", "float32")) or torch.float32
         trained_exits = set(check_layers("trained_exits", config["trained_exits"], shape.num_layers))
+        stale = set(check_layers("stale_classifiers", config.get("stale_classifiers", ()), shape.num_layers))
         config |= {name: dict(config.get(name, {})) for name in ("run", "data")}
         _check_data(config["data"], shape)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +179,7 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         raise EaseError(f"{weights} is damaged ({first_line(error)}): {FIX}") from error
     for name, parameter in model.named_parameters():
         check_finite(name, parameter, weights, FIX)
-    model.policy, model.trained_exits = policy, trained_exits
+    model.policy, model.trained_exits, model.stale_classifiers = policy, trained_exits, stale
     if calibration:
         check_fingerprint(model, calibration, folder / POLICY)
     check_checksums(folder, (CONFIG, WEIGHTS, TOKENIZER), FIX)

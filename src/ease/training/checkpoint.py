@@ -136,6 +136,7 @@ class Checkpoint:
             )
         self.model.load_state_dict(state["weights"], strict=False)  # frozen weights have not changed
         self.model.trained_exits = set(state["trained_exits"])
+        self.model.stale_classifiers = set(state["stale_classifiers"])
         if "optimizer" in state:
             now = self.optimizer.state_dict()
             now["state"] = {int(i): values for i, values in state["optimizer"].items()}
@@ -179,11 +180,9 @@ class Checkpoint:
     def _write(self, **state: Any) -> None:
         assert self.path is not None
         weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        exits, random = sorted(self.model.trained_exits), random_state(self.device)
-        write_state(
-            self.path,
-            {"identity": self.identity, "weights": weights, "trained_exits": exits, "random": random, **state},
-        )
+        exits = {name: sorted(getattr(self.model, name)) for name in ("trained_exits", "stale_classifiers")}
+        random = random_state(self.device)
+        write_state(self.path, {"identity": self.identity, "weights": weights, **exits, "random": random, **state})
 
 
 class Interrupts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -28,7 +28,8 @@ class Quantile:
     """A quantile of values in [0, 1] that arrive in parts, in bounded memory.
 
     Up to `exact` values it is exact, with linear interpolation as in `torch.quantile`. Beyond that it is computed from
-    counts in `BINS` equal bins and lies within one bin (1e-6) of a value next to the exact quantile.
+    the counts, the least and the largest value of `BINS` equal bins, and lies within one bin (1e-6) of a value next to
+    the exact quantile.
     """
 
     def __init__(self, exact: int = EXACT_QUANTILE) -> None:
@@ -37,11 +38,25 @@ class Quantile:
         self.bins: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        self.parts.append(values.detach().flatten().cpu().double())
+        """Adds values.
+
+        Raises:
+            EaseError: one is NaN.
+        """
+        values = values.detach().flatten().cpu().double()
+        if bool(values.isnan().any()):
+            raise EaseError("a confidence is NaN: the model's weights are probably corrupt, restore them")
+        self.parts.append(values)
         self.count += values.numel()
         if self.count > self.exact:
-            added = torch.histc(torch.cat(self.parts), BINS, 0.0, 1.0).long()
-            self.bins = added if self.bins is None else self.bins + added
+            if self.bins is None:
+                self.bins = torch.zeros(BINS, dtype=torch.long)
+                self.least, self.most = torch.ones(BINS).double(), torch.zeros(BINS).double()
+            values = torch.cat(self.parts)
+            at = (values * BINS).long().clamp(0, BINS - 1)
+            self.bins += at.bincount(minlength=BINS)
+            self.least.scatter_reduce_(0, at, values, "amin")
+            self.most.scatter_reduce_(0, at, values, "amax")
             self.parts = []
 
     def __call__(self, share: float) -> float:
@@ -49,8 +64,47 @@ class Quantile:
             raise EaseError("there is no token to take a quantile of: give at least one scored token")
         if self.bins is None:
             return float(torch.quantile(torch.cat(self.parts), share))
-        rank = math.ceil(share * (self.count - 1) + 1)
-        return (int(torch.searchsorted(self.bins.cumsum(0), rank)) + 0.5) / BINS
+        rank, ends = math.ceil(share * (self.count - 1) + 1), self.bins.cumsum(0)
+        at = int(torch.searchsorted(ends, rank))
+        inside = int(self.bins[at])
+        before = rank - 1 - int(ends[at]) + inside  # values of the bin that come before
+        return float(self.least[at].lerp(self.most[at], before / max(1, inside - 1)))
+
+
+def lowest(
+    confidences: Sequence[Tensor], counted: Sequence[Tensor], threshold: float, share: float, *, by_row: bool
+) -> list[Tensor]:
+    """(B, T) of each batch: true for the tokens with the lowest confidence, a share of those that are counted.
+
+    They are those below the threshold unless confidences are tied there. Of tied tokens as many are taken as are
+    missing, at equal distances in the order of the text, whatever the size of a batch.
+
+    Args:
+        confidences: (B, T) of each batch.
+        counted: (B, T) of each batch, the tokens that the share is of.
+        threshold: the quantile of the counted confidences.
+        share: in (0, 1].
+        by_row: whether a row is taken as a whole.
+    """
+    below = [confidence < threshold for confidence in confidences]
+    values = torch.cat([confidence[mask] for confidence, mask in zip(confidences, counted, strict=True)])
+    wanted = max(1, math.ceil(share * (len(values) - 1)))
+    if (
+        share * len(values) < 0.5
+        or sum(int((low & mask).sum()) for low, mask in zip(below, counted, strict=True)) == wanted
+    ):
+        return below
+    highest = values.kthvalue(wanted).values
+    missing, ties, seen = wanted - int((values < highest).sum()), int((values == highest).sum()), 0
+    chosen = []
+    for confidence, mask in zip(confidences, counted, strict=True):
+        tied = (confidence == highest) & mask
+        order = seen + tied.flatten().cumsum(0).view_as(tied) - 1
+        taken = tied & ((order + 1) * missing // ties > order * missing // ties)
+        seen += int(tied.sum())
+        low = (confidence < highest) | taken
+        chosen.append(low.any(1, keepdim=True).expand_as(low) if by_row else low)
+    return chosen
 
 
 def check_ratio(ratio: float) -> None:
@@ -158,7 +212,7 @@ class MinedBatches:
 
     Built from `epochs` passes over `batches`, routed by `policy`. Of the tokens that reach the model's last layer,
     those with the lowest confidence are hard, as many as make up a share `ratio` of all tokens. `threshold` is the
-    confidence below which they lie.
+    confidence below which they lie, unless confidences are tied (`lowest`).
 
     Args:
         model: the model before growth; its last layer is mined.
@@ -207,10 +261,14 @@ class MinedBatches:
         # The share is of all tokens, the quantile over those still running.
         share = min(1.0, ratio * total / max(1, quantile.count))
         self.threshold = quantile(share) if share < 1 else 1.0
-        self.batches = [
-            batch if share == 1.0 else batch._replace(active=batch.running & (confidence < self.threshold))
-            for batch, confidence in found
-        ]
+        self.batches = [batch for batch, _ in found]
+        if share < 1:
+            confidences, scored = [confidence for _, confidence in found], [batch.scored for batch, _ in found]
+            by_row = model.config.num_labels is not None
+            hard = lowest(confidences, scored, self.threshold, share, by_row=by_row)
+            self.batches = [
+                batch._replace(active=batch.running & low) for batch, low in zip(self.batches, hard, strict=True)
+            ]
         self.hard = sum(int(batch.scored.sum()) for batch in self.batches)
         self.total = total
         if not self.hard:
