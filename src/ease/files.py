@@ -150,6 +150,11 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where ease keeps what it can make again: `$EASE_CACHE`, or `~/.cache/ease`."""
+    return Path(os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
+
+
 def set_usual_mode(*files: Path) -> None:
     """Gives files the mode of new files under the umask; the library safetensors makes its files private (0600)."""
     for file in files:

@@ -32,6 +32,7 @@ from ease.data.tokenizers import (
     train_tokenizer,
 )
 from ease.errors import check_least
+from ease.files import cache_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,7 +132,7 @@ def load_corpus(
     if remote and allow_overlap:  # what was not checked must not be taken from the cache by a call that checks
         identity.append("overlap allowed")
     key = _digest([*identity, source] if splits is None else identity + _flat(splits))
-    folder = Path(cache_dir or os.environ.get("EASE_CACHE") or "~/.cache/ease").expanduser()
+    folder = cache_folder() if cache_dir is None else Path(cache_dir)
     path = folder / f"{key}.npz"
 
     arrays = _read_cache(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ease.errors import EaseError, first_line, require
 from ease.files import read_json as read_json_file
+from ease.hf.gguf import dequantized
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -53,10 +54,12 @@ def checkpoint_folder(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint; a name such as `org/model` is fetched from the Hugging Face hub first.
+    """The local folder of a checkpoint.
+
+    A name such as `org/model` is fetched from the Hugging Face hub first, and a GGUF file is dequantized once.
 
     Args:
-        name_or_path: a folder, or a name on the hub.
+        name_or_path: a folder, a name on the hub, or a GGUF file.
         revision: branch, tag or commit of a name on the hub (its main branch by default).
         subfolder: the folder below it that holds the checkpoint.
         token: the hub's access token; True for the one stored by `hf auth login`.
@@ -85,6 +88,8 @@ def checkpoint_folder(
         if not (path / below).is_dir():
             raise EaseError(f"{path} has no folder {below}: leave subfolder out, or name one that it has")
         return path / below
+    if path.suffix == ".gguf" and path.is_file():
+        return dequantized(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name := os.fspath(name_or_path)) or name.startswith("."):
         raise EaseError(f"there is no folder {path}: pass a checkpoint's folder, or its name on the Hugging Face hub")
     hub = require("huggingface_hub", "hf")
