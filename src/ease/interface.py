@@ -324,8 +324,9 @@ def train_mode(model: nn.Module) -> None:
 class Batches(Protocol):
     """A re-iterable of what `Batch.of` reads: (x, y), (x, y, active), `Batch`, or dictionaries.
 
-    One iteration is one epoch.
-    If epochs differ and training is to be resumable, it also has `state_dict` and `load_state_dict`.
+    One iteration is one epoch. If epochs differ and training is to be resumable, it also has `state_dict` and
+    `load_state_dict`. If it holds memory that only its phase needs, it also has `release`, which `ease.train` calls at
+    the end of the phase.
     """
 
     def __iter__(self) -> Iterator[Any]: ...

@@ -457,6 +457,8 @@ def _phases(
         history.seconds += preparing
         for row in history.rows:
             row["seconds"] += preparing
+        if hasattr(phase.train, "release"):
+            phase.train.release()
         yield phase, history
         start = time.perf_counter()
     if not number:

@@ -22,3 +22,12 @@ def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(
 def test_nan_logits_raise() -> None:
     with pytest.raises(EaseError, match="the model's logits are NaN"):
         Sampling().penalize(torch.tensor([[0.0, torch.nan]]), None)
+
+
+def test_half_precision_is_sampled_from_logits_in_float32() -> None:
+    logits, seen = torch.randn(4, 500).bfloat16(), torch.rand(4, 500) < 0.5
+    sampling = Sampling(0.7, top_k=100, top_p=0.9, repetition_penalty=1.1)
+    distribution = sampling.distribution(logits, seen)
+    assert distribution.dtype == torch.float32
+    assert torch.equal(distribution, sampling.distribution(logits.float(), seen))
+    assert sampling.distribution(logits.double(), seen).dtype == torch.float64

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ease import StandardTransformer
+from ease import EaseError, StandardTransformer
 from ease.modules.cached_plan import QUERY_BLOCK
 
 
@@ -32,3 +32,21 @@ def test_gradients_flow_through_a_run_with_a_cache() -> None:
     state = torch.randn(2, 5, 16)
     model.run(state, 1, 1, cache=model.new_cache(2, 5)).sum().backward()
     assert model.layers[0].ffn.up_proj.weight.grad is not None
+
+
+def test_layers_that_hold_different_numbers_of_tokens_do_not_run_together() -> None:
+    model = StandardTransformer(11, 16, 3, 4).eval()
+    cache, state = model.new_cache(2, 5), torch.randn(2, 1, 16)
+    model.run(model.run(state, 1, 3, cache=cache), 1, 1, cache=cache)
+    for first, last in ((1, 3), (1, 2)):
+        cache.cut(torch.tensor([1, 1]))
+        model.run(state, 1, 1, cache=cache)
+        model.run(state, 1, 1, cache=cache)
+        with pytest.raises(EaseError, match=f"layers {first}..{last} of the cache hold different numbers of tokens"):
+            model.run(state, first, last, cache=cache)
+    # Rows without an active token do not count.
+    only_second = torch.tensor([[False], [True]])
+    cache = model.new_cache(2, 5)
+    lower = model.run(state, 1, 1, cache=cache)
+    model.run(lower, 2, 2, active=~only_second, cache=cache)
+    model.run(lower, 2, 3, active=only_second, cache=cache)

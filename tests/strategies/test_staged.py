@@ -75,6 +75,12 @@ def test_all_exits_are_taken_in_the_shares_asked_for(done: Any) -> None:
     assert all(0.05 < share < 0.8 for share in held_out.values())
 
 
+def test_the_states_of_a_mined_phase_are_freed_at_its_end(done: Any) -> None:
+    mined = [phase.train for phase, _ in done[2][1:]]
+    assert all(isinstance(batches, MinedBatches) and batches.hard for batches in mined)
+    assert all(batch.state is None for batches in mined for batch in batches.batches)
+
+
 def runs_config(done: Any) -> Any:
     return done[2][-1][0].config
 

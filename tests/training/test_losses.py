@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ease.interface import IGNORE
 from ease.training import losses
-from ease.training.losses import CrossEntropy, Distillation, Term, exit_loss, token_loss_sum
+from ease.training.losses import CrossEntropy, Distillation, Objective, Term, exit_loss, token_loss_sum
 
 
 def naive(head: Tensor, targets: Tensor, exits: list[Tensor], weights: list[float]) -> Tensor:
@@ -155,3 +155,28 @@ def test_distillation_is_the_divergence_from_the_last_exit(
     torch.testing.assert_close(found, expected)
     for one, other in zip(*(torch.autograd.grad(loss, (head, states)) for loss in (expected, found))):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), Distillation(2.0, 0.5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_in_half_precision_is_that_of_its_logits_in_float32(
+    dtype: torch.dtype, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 1)  # so that the tokens come in several parts
+    head, states, teacher = (torch.randn(n, 8).to(dtype) for n in (50, 900, 900))
+    targets = torch.randint(50, (900,)).masked_fill(torch.arange(900) % 7 == 0, IGNORE)
+    logits, goal = F.linear(states, head).float(), F.linear(teacher, head).float()
+    expected = F.cross_entropy(logits, targets)
+    if objective.teacher:
+        scored = targets != IGNORE
+        apart = F.kl_div((logits / 2).log_softmax(-1), (goal / 2).softmax(-1), reduction="none").sum(-1)[scored].mean()
+        expected = 0.5 * 4 * apart + 0.5 * expected
+    term = Term(states, targets, 1.0, objective, teacher)
+    with torch.no_grad():
+        evaluated = exit_loss(head, [term])
+    trained = exit_loss(head.requires_grad_(), [term._replace(states=states.requires_grad_())])
+    for found in (evaluated, trained):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=True)
+    trained.backward()
+    assert states.grad is not None
+    assert states.grad.dtype == dtype

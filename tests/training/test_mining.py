@@ -21,6 +21,7 @@ from ease import (
     compute_confidence,
     compute_confidence_threshold,
 )
+from ease.routing.forward import routed_forward
 from ease.training import mining
 from ease.training.mining import BINS, Quantile, read_states
 
@@ -344,3 +345,36 @@ def test_a_batch_that_left_as_a_whole_is_mined_empty(tiny: Make, batches: list[P
     assert mined.hard >= 1
     for batch in mined:
         assert batch.state is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_hard_tokens_are_those_that_routing_lets_continue(
+    dtype: torch.dtype, trained: StandardTransformer, batches: list[Pair]
+) -> None:
+    model = trained.to(dtype)
+    mined = MinedBatches(model, batches, Policy(), 0.3)
+    found = compute_confidence_threshold(model, batches, 0.3, exit=1)
+    model.grow(3)
+    for batch in mined.batches:
+        (at_exit, _) = routed_forward(model, batch.x, Policy((2,), (mined.threshold,)))
+        assert batch.active is not None
+        assert torch.equal(at_exit.remaining, batch.active)
+    hard = collect_hard_examples(model, batches, found, exit=1)
+    assert hard["confidences"].dtype == torch.float32
+    routed = [next(routed_forward(model, x, Policy((1,), (found,)))) for x, _ in batches]
+    continuing = sum(int((step.remaining & (y != -100)).sum()) for step, (_, y) in zip(routed, batches))
+    assert len(hard["inputs"]) == continuing == round(0.3 * 300)
+
+
+def test_released_batches_hold_no_states_and_give_them_again(trained: StandardTransformer, batches: list[Pair]) -> None:
+    mined = MinedBatches(trained, batches, Policy(), 0.5)
+    before = [batch.state for batch in mined.batches]
+    mined.release()
+    assert all(batch.state is None for batch in mined.batches)
+    order = mined.state_dict()
+    after = list(mined)
+    mined.load_state_dict(order)
+    assert len(after) == len(before)
+    for batch, again in zip(after, mined, strict=True):
+        assert torch.equal(batch.state, again.state)
+        assert any(torch.equal(batch.state, state) for state in before)

@@ -6,7 +6,8 @@
 - exact gives the same tokens as full in less time: an exit drafts, then the remaining layers run once over the drafted
   states and keep the tokens that they agree with (self-speculative decoding, Zhang et al. 2023, arXiv:2309.08168; the
   early layers' states are shared as in LayerSkip, arXiv:2404.16710). No layer runs twice for a token, and rows accept
-  independently.
+  independently. The two modes compute the same numbers in other shapes, and so with other rounding: where the two best
+  logits are closer than that, which is frequent in half precision only, either may be chosen.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def generate(
         model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
         ids: (B, T) integers, the prompts, or the dictionary that a tokenizer of transformers gives.
         max_new_tokens: the largest number of tokens generated per row.
-        mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding, drafted at an exit).
+        mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding up to rounding,
+            drafted at an exit).
         attention_mask: (B, T), true (or 1) for real tokens; padding may be on either side.
         temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with `draft_exit="auto"`
             the number of draws depends on measured times, so a seed does not reproduce a sample: set `draft_exit`.

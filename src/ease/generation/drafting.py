@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ease.generation.request import Request
 from ease.interface import Layout
-from ease.routing.confidence import max_probability
+from ease.routing.confidence import at_least_float32, max_probability
 
 LONGEST_DRAFT = 16  # tokens that a round drafts at most
 
@@ -204,7 +204,7 @@ def draft(request: Request, exit: int, length: int, draft_confidence: float) -> 
         state = model.run(model.embed(current[:, None]), 1, exit, layout=layout, cache=request.cache)
         logits = model.logits(state[rows, 0], exit)
         chosen, distribution = request.choose(logits, None if seen is None else seen[rows])
-        drafted, confidence = current.clone(), logits.new_zeros(len(start))
+        drafted, confidence = current.clone(), at_least_float32(logits.new_zeros(len(start)))
         drafted[rows], confidence[rows] = chosen, max_probability(logits)
         states.append(state)
         tokens.append(drafted)

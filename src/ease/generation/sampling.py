@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, check_seed
+from ease.routing.confidence import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Sampling:
             seen: (n, V), true for tokens that the penalty applies to; None for no penalty.
 
         Returns:
-            The logits (n, V) after the penalty.
+            The logits (n, V) after the penalty, in at least float32.
 
         Raises:
             EaseError: if a logit is NaN.
         """
+        logits = at_least_float32(logits)
         if bool(logits.isnan().any()):
             raise EaseError("the model's logits are NaN: its weights are probably corrupt, restore them")
         if seen is None:

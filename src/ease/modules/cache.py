@@ -88,6 +88,15 @@ class Cache:
         if key != self.key:
             raise EaseError(f"this cache was made for {self.key}, not for {key}: make a new one")
 
+    def check_fill(self, first: int, last: int, rows: Bools) -> None:
+        """Raises unless layers first..last hold equally many tokens of each of the rows (B,) that are true."""
+        filled = self.filled[first - 1 : last, rows]
+        if last > first and (filled != filled[0]).any():
+            raise EaseError(
+                f"layers {first}..{last} of the cache hold different numbers of tokens: run them in the groups in "
+                "which they were run before, or make a new cache"
+            )
+
     def next(self, real: Tensor) -> Tensor:
         """(B, T) the places that the next tokens will get; `real` (B, T) is false for padding."""
         return self.tensor(self.length)[:, None] + real.long().cumsum(1) - 1

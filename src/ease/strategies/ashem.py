@@ -122,6 +122,14 @@ class ASHEMConfig:
         return self.staged().strategy() if self.protocol == "held-out" else OriginalRecipe(self)
 
 
+class HardBatches(list[Batch]):
+    """Batches of hard tokens with their states, which nothing can compute again."""
+
+    def release(self) -> None:
+        """Frees the states, and the batches with them."""
+        self.clear()
+
+
 class OriginalRecipe(Staged):
     """The original recipe: all training on the validation batches, hard tokens as sequences of length one."""
 
@@ -142,9 +150,9 @@ class OriginalRecipe(Staged):
         threshold = compute_confidence_threshold(model, val, plan.ratio, device)
         hard = collect_hard_examples(model, val, threshold, device)
         columns = (hard["inputs"][:, None], hard["targets"][:, None], hard["hidden_states"][:, None])
-        batches = [
+        batches = HardBatches(
             Batch(x, y, state=state) for x, y, state in zip(*(c.split(self.batch_size) for c in columns), strict=True)
-        ]
+        )
         self.exits.append(model.num_layers)
         self.thresholds.append(threshold)
         of = sum(int((y >= 0).sum()) for _, y, *_ in data.val)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ease.errors import EaseError, check_choice
 from ease.interface import IGNORE, capped
+from ease.routing.confidence import at_least_float32
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
 # at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.
@@ -66,12 +67,13 @@ class CrossEntropy:
     def parts(
         self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, softcap: float | None
     ) -> Iterator[Tensor]:
-        if softcap is None:
+        # The fused loss has no cap, and in half precision it would round the sum to the dtype of the model.
+        if softcap is None and states.dtype.itemsize >= 4:
             yield token_loss_sum(states, head, targets)
             return
         rows = chunk_rows(head)
         for h, y in zip(states.split(rows), targets.split(rows), strict=True):
-            yield F.cross_entropy(capped(F.linear(h, head), softcap), y, reduction="sum")
+            yield F.cross_entropy(capped(at_least_float32(F.linear(h, head)), softcap), y, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ class Distillation:
         assert teacher is not None
         tau, rows = self.temperature, chunk_rows(head)
         for h, t, y in zip(states.split(rows), teacher.split(rows), targets.split(rows), strict=True):
-            logits = capped(F.linear(h, head), softcap)
+            logits = capped(at_least_float32(F.linear(h, head)), softcap)
             with torch.no_grad():
-                goal = F.log_softmax(capped(F.linear(t, head), softcap) / tau, -1)
+                goal = F.log_softmax(capped(at_least_float32(F.linear(t, head)), softcap) / tau, -1)
             apart = F.kl_div(F.log_softmax(logits / tau, -1), goal, reduction="none", log_target=True).sum(-1)
             loss = self.share * tau**2 * apart[y != IGNORE].sum()
             if self.share < 1:
@@ -155,7 +157,7 @@ class _ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: Tensor, terms: Sequence[Term], *states: Tensor) -> Tensor:
-        total, grads = head.new_zeros(()), []
+        total, grads = at_least_float32(head.new_zeros(())), []
         w = head.detach().requires_grad_(ctx.needs_input_grad[0])
         for term in terms:
             h = term.states.detach().requires_grad_()

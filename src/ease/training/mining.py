@@ -288,6 +288,10 @@ class MinedBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def release(self) -> None:
+        """Frees the trunk's states; a further iteration computes them again."""
+        self.batches = [batch._replace(state=None) for batch in self.batches]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the order to come; mining itself is repeated on resuming."""
         return {"generator": self.generator.get_state()}
