@@ -103,7 +103,7 @@ class StandardTransformer(ExitModel):
         running = real if active is None else active.cpu().numpy() & real
         if not running.any():
             return state
-        cache.check_fill(first, last, running.any(1))
+        cache.check_fill(first, last, running)
         plan = CachedPlan.of(cache, first, running)
         x = plan.start()
         for plan.layer in range(first, last + 1):

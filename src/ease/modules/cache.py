@@ -88,9 +88,9 @@ class Cache:
         if key != self.key:
             raise EaseError(f"this cache was made for {self.key}, not for {key}: make a new one")
 
-    def check_fill(self, first: int, last: int, rows: Bools) -> None:
-        """Raises unless layers first..last hold equally many tokens of each of the rows (B,) that are true."""
-        filled = self.filled[first - 1 : last, rows]
+    def check_fill(self, first: int, last: int, active: Bools) -> None:
+        """Raises unless layers first..last hold equally many tokens of every row with an active token (B, T)."""
+        filled = self.filled[first - 1 : last, active.any(1)]
         if last > first and (filled != filled[0]).any():
             raise EaseError(
                 f"layers {first}..{last} of the cache hold different numbers of tokens: run them in the groups in "
