@@ -126,8 +126,8 @@ class HardBatches(list[Batch]):
     """Batches of hard tokens with their states, which nothing can compute again."""
 
     def release(self) -> None:
-        """Frees the states, and the batches with them."""
-        self.clear()
+        """Frees the states; the ids and targets stay as the record of what was mined."""
+        self[:] = [batch._replace(state=None) for batch in self]
 
 
 class OriginalRecipe(Staged):
