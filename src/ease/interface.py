@@ -182,7 +182,7 @@ class ExitModel(nn.Module, ABC):
             active: (B, T), true for tokens that have not left; by default all. Padding is never active. Every token has
                 keys and values; queries, attention output, and feed-forward are computed for active tokens only.
             cache: keys and values of earlier tokens, from `new_cache`, which also determines positions. The run that
-                starts at layer 1 assigns the tokens their places in the cache.
+                starts at layer 1 assigns the tokens their places in the cache. A `Prefix` is only read.
         """
 
     @abstractmethod

@@ -24,7 +24,17 @@ from ease.errors import EaseError
 from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
-from ease.modules import Adapter, Cache, CachedPlan, Plan, TransformerBlock, decoding_layer, new_norm
+from ease.modules import (
+    Adapter,
+    Cache,
+    CachedPlan,
+    Plan,
+    Prefix,
+    PrefixPlan,
+    TransformerBlock,
+    decoding_layer,
+    new_norm,
+)
 from ease.modules.functional import is_altered
 from ease.policy import Policy
 
@@ -82,16 +92,17 @@ class StandardTransformer(ExitModel):
         *,
         layout: Layout | None = None,
         active: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Prefix | None = None,
     ) -> Tensor:
         if not 1 <= first <= last <= self.num_layers:
             raise EaseError(f"the model has layers 1..{self.num_layers}, got {first}..{last}")
         c = self.config
-        if cache is not None:
+        if isinstance(cache, Cache):
             return self._run_cached(state, first, last, layout, active, cache)
-        plan = Plan.make(state, c.rotary_size, layout, active)
-        for layer in self.layers[first - 1 : last]:
-            state = layer(state, plan)
+        shape = (state, c.rotary_size, layout, active)
+        plan = Plan.make(*shape) if cache is None else PrefixPlan.after(cache, *shape)
+        for plan.layer in range(first, last + 1):
+            state = self.layers[plan.layer - 1](state, plan)
         return state
 
     def _run_cached(

@@ -15,7 +15,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ease.errors import EaseError
 from ease.interface import Layout
+from ease.model_config import ModelConfig
 from ease.modules.cache import Cache as NativeCache
+from ease.modules.prefix import Prefix as Prefix  # other files may not import the inside of layers
 
 
 class EaseCacheLayer(CacheLayerMixin):
@@ -78,10 +80,31 @@ class EaseCache(Cache):
         self.native = native
         self.real = torch.ones(len(native.length), 0, dtype=torch.bool, device=native.states.device)
 
+    @classmethod
+    def after(cls, prefix: Prefix, native: NativeCache) -> EaseCache:
+        """A cache whose rows begin with a prefix.
+
+        Args:
+            native: an empty cache with room for the prefix.
+        """
+        cache, P = cls(native), len(prefix)
+        native.keys[:, :, :, :P], native.values[:, :, :, :P] = (
+            torch.stack([*prefix.keys]),
+            torch.stack([*prefix.values]),
+        )
+        native.length[:], native.filled[:] = P, P
+        cache.real = cache.real.new_ones(len(cache.real), P)
+        return cache
+
     @property
     def layers(self) -> list[EaseCacheLayer]:  # type: ignore[override]
         """Keys and values of each layer, to read."""
         return [EaseCacheLayer(self, index) for index in range(len(self.native.blocks))]
+
+    @property
+    def max_cache_len(self) -> int:
+        """Columns for which there is memory; it grows as needed."""
+        return self.native.capacity
 
     def admit(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
         """Makes room for the next tokens and returns their layout.
@@ -152,3 +175,24 @@ class EaseCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
         self.batch_select_indices(torch.arange(len(self.real)).repeat_interleave(repeats))
+
+
+def prefix_of(cache: Cache, rows: int, config: ModelConfig) -> Prefix:
+    """The keys and values of a cache of stock transformers, as that of prefix tuning.
+
+    Args:
+        rows: number of rows B of the call.
+        config: the shape of the model.
+
+    Raises:
+        EaseError: they do not have the shape of the model's.
+    """
+    layers: list[Any] = list(cache.layers)
+    P, expected = cache.get_seq_length(), (rows, config.kv_heads, cache.get_seq_length(), config.head_size)
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    if len(layers) != config.num_layers or any(tensor.shape != expected for tensor in tensors):
+        raise EaseError(
+            f"past_key_values must have keys and values {expected} of {config.num_layers} layers for its {P} places: "
+            "pass what a model of this shape returned, or a prefix trained for it"
+        )
+    return Prefix(tensors[::2], tensors[1::2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, field, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ease.errors import EaseError, first_line
 from ease.hf.folder import NATIVE
+from ease.hf.peft import register_targets
 from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer
 from ease.policy import Policy
@@ -21,7 +22,7 @@ def _model_field(name: str) -> Any:
     def set_field(config: EaseConfig, value: Any) -> None:
         config.model = {**(config.model or {}), name: value}  # a new dict: the caller's stays as it is
 
-    default = next((field.default for field in fields(ModelConfig) if field.name == name), None)
+    default = next((f.default for f in fields(ModelConfig) if f.name == name), None)
     return property(lambda config: (config.model or {}).get(name, None if default is MISSING else default), set_field)
 
 
@@ -53,6 +54,7 @@ class EaseConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     use_cache: bool = True
+    auto_map: dict[str, str] = field(default_factory=dict)  # tools look for code of the checkpoint here
 
     # Stock names, for tools that read or set them. The values are those of `model`, from which a model is built.
     vocab_size = _model_field("vocab_size")
@@ -63,6 +65,18 @@ class EaseConfig(PreTrainedConfig):
     intermediate_size = _model_field("hidden_dim")
     max_position_embeddings = _model_field("max_positions")
     tie_word_embeddings = _model_field("tie_embeddings")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the sizes of the model under their stock names, where PEFT reads them."""
+        register_targets()
+        fields: dict[str, Any] = super().to_dict()
+        return fields | (stock_sizes(ModelConfig(**self.model)) if self.model else {})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields of config.json, which has the sizes in `model` only."""
+        hidden = {*STOCK_SIZES} if self.auto_map else {*STOCK_SIZES, "auto_map"}
+        fields: dict[str, Any] = super().to_diff_dict()
+        return {name: value for name, value in fields.items() if name not in hidden}
 
     def build(self, **fields: Any) -> DeepSupervisionTransformer:
         """A new native model of this shape and policy.
@@ -84,6 +98,24 @@ class EaseConfig(PreTrainedConfig):
         model.policy.check(model.num_layers)
         model.trained_exits, model.stale_classifiers = set(self.trained_exits), set(self.stale_classifiers)
         return model
+
+
+# Stock name of a size -> the attribute of `ModelConfig`.
+STOCK_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "ffn_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_size",
+    "max_position_embeddings": "max_positions",
+}
+
+
+def stock_sizes(model: ModelConfig) -> dict[str, Any]:
+    """The sizes of a model under their stock names."""
+    return {name: getattr(model, attribute) for name, attribute in STOCK_SIZES.items()}
 
 
 def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:

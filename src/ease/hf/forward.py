@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ease.errors import EaseError
-from ease.hf.cache import EaseCache
+from ease.hf.cache import EaseCache, Prefix
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.routing.forward import routed_forward
@@ -18,8 +18,10 @@ from ease.routing.forward import routed_forward
 class LayerRun(GradientCheckpointingLayer):
     """Runs one layer of a native model. transformers turns gradient checkpointing on and off at such modules."""
 
-    def forward(self, state: Tensor, model: DeepSupervisionTransformer, layer: int, layout: Layout | None) -> Tensor:
-        return model.run(state, layer, layer, layout=layout)
+    def forward(
+        self, state: Tensor, model: DeepSupervisionTransformer, layer: int, layout: Layout | None, prefix: Prefix | None
+    ) -> Tensor:
+        return model.run(state, layer, layer, layout=layout, cache=prefix)
 
 
 class Pass(NamedTuple):
@@ -41,6 +43,7 @@ def full_pass(
     layout: Layout | None,
     kept: Tensor,
     hidden_states: bool,
+    prefix: Prefix | None = None,
 ) -> Pass:
     """Runs all layers, with gradients.
 
@@ -49,14 +52,15 @@ def full_pass(
         state: (B, T, D) embeddings.
         kept: (B, K) columns whose logits are computed.
         hidden_states: whether the states of all layers are returned.
+        prefix: keys and values that precede the tokens.
     """
     last, states = model.num_layers, [state]
     if hidden_states or (layer_run.gradient_checkpointing and layer_run.training):
         for layer in range(1, last + 1):
-            state = layer_run(state, model, layer, layout)
+            state = layer_run(state, model, layer, layout, prefix)
             states.append(state)
     else:
-        state = model.run(state, 1, last, layout=layout)
+        state = model.run(state, 1, last, layout=layout, cache=prefix)
     normed = model.exit_norm(state, last)
     rows = torch.arange(len(kept), device=kept.device)[:, None]
     logits = model.output_head(normed[rows, kept])
@@ -112,7 +116,7 @@ def routed_pass(
     if cache is not None:
         cache.real = torch.cat([cache.real, real], 1)
     return Pass(
-        (logits if repeated is None else logits[repeated]).view(*kept.shape, -1),
+        (logits if repeated is None else logits[repeated]).view(*kept.shape, logits.shape[1]),
         exits if model.policy.exits else None,
         _normed_at_exits(model, states, exits) if hidden_states else None,
     )
@@ -126,6 +130,27 @@ def _normed_at_exits(model: DeepSupervisionTransformer, states: list[Tensor], ex
         left = exits == exit
         normed[left] = model.exit_norm(states[-1][left], exit)
     return (*states[:-1], normed)
+
+
+def without_prefix(
+    places: int, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and positions of the tokens after a prefix, counted from its end.
+
+    Args:
+        places: places P of the prefix.
+        attention_mask: (B, P + T).
+        position_ids: (B, T), counted from the beginning of the prefix.
+
+    Raises:
+        EaseError: the mask hides a part of the prefix.
+    """
+    if attention_mask is not None and not bool(attention_mask[:, :places].all()):
+        raise EaseError(f"attention_mask must be 1 for the {places} places of the prefix in past_key_values")
+    return (
+        None if attention_mask is None else attention_mask[:, places:],
+        None if position_ids is None else position_ids - places,
+    )
 
 
 def make_layout(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout | None:

@@ -22,6 +22,7 @@ from ease.errors import EaseError, first_line, require
 from ease.hf.checkpoint import from_pretrained, read_configuration
 from ease.hf.folder import CONFIG, FIX, NATIVE, read_json
 from ease.hf.options import read_options
+from ease.hf.peft import STOCK_ADAPTERS
 from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES, check_names
 from ease.inputs import as_flags, as_ids, unused
@@ -32,13 +33,14 @@ from ease.policy import Policy
 from ease.storage import check_finite
 
 try:
-    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, initialization
+    from transformers import AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel, initialization
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from ease.hf.cache import EaseCache
+    from ease.hf.backbone import Backbone
+    from ease.hf.cache import EaseCache, Prefix, prefix_of
     from ease.hf.configuration import EaseConfig, config_of
-    from ease.hf.forward import LayerRun, Pass, full_pass, make_layout, routed_pass
+    from ease.hf.forward import LayerRun, Pass, full_pass, make_layout, routed_pass, without_prefix
     from ease.hf.generation import EaseGenerationMixin
 except ImportError:
     require("transformers", "hf")
@@ -77,6 +79,7 @@ class EasePreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _checkpoint_conversion_mapping = STOCK_ADAPTERS
     _tied_weights_keys = {"model.output_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     model: DeepSupervisionTransformer
@@ -116,14 +119,15 @@ class EasePreTrainedModel(PreTrainedModel):
         self.model._is_hf_initialized = True
 
     @classmethod
-    def wrap(cls, model: DeepSupervisionTransformer, **token_ids: Any) -> Self:
+    def wrap(cls, model: DeepSupervisionTransformer, **options: Any) -> Self:
         """Wraps a native model, which is shared and not copied.
 
         Args:
             model: the native model.
-            token_ids: bos_token_id, eos_token_id and pad_token_id, and further fields of the configuration.
+            options: bos_token_id, eos_token_id and pad_token_id, and further fields of the configuration, such as
+                name_or_path: the checkpoint of the model, which adapters store as that of their base.
         """
-        wrapped = cls(EaseConfig(**config_of(model), dtype=next(model.parameters()).dtype, **token_ids), model)
+        wrapped = cls(EaseConfig(**config_of(model), dtype=next(model.parameters()).dtype, **options), model)
         wrapped.train(model.training)
         return wrapped
 
@@ -163,6 +167,7 @@ class EasePreTrainedModel(PreTrainedModel):
                 check_names(loaded[1]["missing_keys"], loaded[1]["unexpected_keys"], folder)
             if model.config.tie_word_embeddings and model.model.output_head.weight is not model.model.embedding.weight:
                 raise EaseError(f"{folder} has a head that is not its embedding: leave out tie_word_embeddings")
+            model._record_source(pretrained_model_name_or_path)
             for name, parameter in model.named_parameters():
                 if parameter.dtype in DTYPES.values() and not parameter.is_meta:
                     check_finite(name, parameter, folder, FIX)
@@ -174,6 +179,7 @@ class EasePreTrainedModel(PreTrainedModel):
             from_pretrained(folder, dtype=dtype, device=device),
             **token_ids(raw | {name: given[name] for name in TOKEN_IDS if name in given}),
         )
+        model._record_source(pretrained_model_name_or_path)
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")
             try:
@@ -190,6 +196,10 @@ class EasePreTrainedModel(PreTrainedModel):
             "error_msgs": [],
         }
         return cast(Self, (model, none)) if given.get("output_loading_info") else model
+
+    def _record_source(self, name: str | os.PathLike[str]) -> None:
+        """Records the name of the checkpoint, which adapters store as that of their base."""
+        self.name_or_path = self.config.name_or_path = os.fspath(name)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, with the model's present shape and policy in the config."""
@@ -235,13 +245,34 @@ class EasePreTrainedModel(PreTrainedModel):
         self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
         self.config.vocab_size = value.num_embeddings
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, as trainers call it that compute the logits themselves."""
+        return Backbone(self)
+
+    def _choose_cache(self, cache: Cache | None, use_cache: bool | None, given: Tensor | None) -> Cache | Prefix | None:
+        """The cache of a call whose ids or embeddings are `given`; None for a call without one."""
+        stock = cache if isinstance(cache, Cache) and not isinstance(cache, EaseCache) else None
+        if stock is not None and given is not None and stock.get_seq_length():
+            prefix = prefix_of(stock, len(given), self.model.config)
+            if self.training or (torch.is_grad_enabled() and not self.policy.exits):
+                return prefix
+            capacity = len(prefix) + given.shape[1]
+            return EaseCache.after(prefix, self.model.new_cache(len(given), capacity, key=self.policy))
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        # In training mode dropout gives a token other keys in every pass.
+        if cache is not None or given is None or not use_cache or self.training:
+            return cache
+        return EaseCache(self.model.new_cache(len(given), given.shape[1], key=self.policy))
+
     def _run(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: EaseCache | None,
+        cache: Cache | Prefix | None,
         kept: Callable[[Tensor, Layout | None], Tensor],
         output_hidden_states: bool | None,
         output_attentions: bool | None,
@@ -262,6 +293,11 @@ class EasePreTrainedModel(PreTrainedModel):
             raise EaseError(
                 "output_attentions is not supported, since no layer stores its attention weights: leave it out"
             )
+        if self.model.num_layers != len(self.model.exit_norms):
+            raise EaseError(
+                "layers were added to this model without exits, as PEFT's layer_replication does: leave it out, or "
+                "call model.model.grow(num_layers) first"
+            )
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         if inputs_embeds is None and input_ids is not None:
@@ -271,8 +307,11 @@ class EasePreTrainedModel(PreTrainedModel):
             state = self.model.embedded(inputs_embeds)
         else:
             raise EaseError("give either input_ids (B, T) or inputs_embeds (B, T, D)")
+        prefix = cache if isinstance(cache, Prefix) else None
+        cache = None if isinstance(cache, Prefix) else cache
         if cache is None:
-            layout = make_layout(ids, attention_mask, position_ids)
+            places = 0 if prefix is None else len(prefix)
+            layout = make_layout(ids, *without_prefix(places, attention_mask, position_ids))
         elif self.training or not isinstance(cache, EaseCache):
             raise EaseError(
                 f"past_key_values must be an EaseCache that this model created, in evaluation mode, got "
@@ -280,8 +319,8 @@ class EasePreTrainedModel(PreTrainedModel):
             )
         else:
             layout = cache.admit(ids, attention_mask, position_ids)
-        if cache is None and (self.training or not self.policy.exits):
-            return full_pass(self.model, self.layer_run, state, layout, kept(ids, layout), output_hidden_states)
+        if prefix is not None or (cache is None and (self.training or not self.policy.exits)):
+            return full_pass(self.model, self.layer_run, state, layout, kept(ids, layout), output_hidden_states, prefix)
         return routed_pass(self.model, ids, state, layout, kept(ids, layout), output_hidden_states, cache)
 
 
@@ -320,7 +359,7 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: EaseCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -337,7 +376,9 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             attention_mask: (B, T), 1 for real tokens, 0 for padding on either side. With a cache it also covers the
                 columns read before, and the ids are its last T columns.
             position_ids: (B, T); each 0 begins a document, and documents do not attend to each other.
-            past_key_values: the cache of the tokens before `input_ids`; the call then computes no gradients.
+            past_key_values: the cache of the tokens before `input_ids`; the call then computes no gradients. A cache of
+                stock transformers gives keys and values that all tokens attend to, as the prefix of prefix tuning does;
+                gradients reach them at full depth.
             inputs_embeds: (B, T, D) embeddings instead of `input_ids`.
             labels: (B, T), the ids themselves; -100 is not scored.
             logits_to_keep: number of last columns, 0 for all, or a tensor of column indices, (K,) or (B, K). In
@@ -359,11 +400,8 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             input_ids = as_ids("input_ids", input_ids)
         if attention_mask is not None:
             attention_mask = as_flags("attention_mask", attention_mask)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None and given is not None:
-            past_key_values = self._new_cache(*given.shape[:2])
+        cache = self._choose_cache(past_key_values, use_cache, given)
 
         def kept(ids: Tensor, layout: Layout | None) -> Tensor:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -379,7 +417,7 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             kept,
             output_hidden_states,
             output_attentions,
@@ -393,7 +431,7 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         output = EaseOutput(
             loss=loss,
             logits=result.logits,
-            past_key_values=past_key_values,
+            past_key_values=None if isinstance(cache, Prefix) else cache,
             hidden_states=result.hidden_states,
             exits=result.exits,
         )

@@ -9,6 +9,7 @@ from ease.modules.decoding import decoding_layer
 from ease.modules.ffn import FFN
 from ease.modules.norm import new_norm
 from ease.modules.plan import Plan
+from ease.modules.prefix import Prefix, PrefixPlan
 
 __all__ = [
     "FFN",
@@ -17,6 +18,8 @@ __all__ = [
     "Cache",
     "CachedPlan",
     "Plan",
+    "Prefix",
+    "PrefixPlan",
     "TransformerBlock",
     "decoding_layer",
     "new_norm",

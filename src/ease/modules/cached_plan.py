@@ -62,7 +62,6 @@ class CachedPlan(Plan):
 
     cache: Cache
     active: Tensor | None = None  # (N,) index of each active token among the M; None: all
-    layer: int = 0  # the layer that runs now
 
     @classmethod
     def of(cls, cache: Cache, first: int, active: Bools) -> CachedPlan:

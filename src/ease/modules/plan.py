@@ -44,6 +44,7 @@ class Plan:
     slots: Tensor | None = None
     width: int = 0
     views: dict[AttentionKind, View] = field(default_factory=dict)
+    layer: int = 0  # the layer that runs now
 
     @classmethod
     def make(cls, state: Tensor, rotary_dim: int, layout: Layout | None, active: Tensor | None) -> Plan:
