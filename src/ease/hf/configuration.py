@@ -70,7 +70,10 @@ class EaseConfig(PreTrainedConfig):
         """All fields, with the sizes of the model under their stock names, where PEFT reads them."""
         register_targets()
         fields: dict[str, Any] = super().to_dict()
-        return fields | (stock_sizes(ModelConfig(**self.model)) if self.model else {})
+        try:
+            return fields | stock_sizes(ModelConfig(**(self.model or {})))
+        except (EaseError, TypeError):  # a configuration of no model has no sizes, and `build` refuses it
+            return fields
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields of config.json, which has the sizes in `model` only."""
