@@ -326,3 +326,30 @@ def test_repeated_layers_have_no_exits_and_are_refused(model: EaseForCausalLM, i
     adapted = peft.get_peft_model(model, config)
     with pytest.raises(EaseError, match="layer_replication"):
         adapted(input_ids=ids)
+
+
+@pytest.mark.parametrize("side", [0, -2])
+def test_adapters_mixed_within_a_padded_batch_equal_those_alone(
+    model: EaseForCausalLM, ids: torch.Tensor, side: int
+) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    adapted = peft.get_peft_model(model, config)
+    adapted.add_adapter("other", copy.deepcopy(config))
+    adapted.double().eval()
+    mask = torch.ones_like(ids)
+    mask[:, side:][:, :2] = 0
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            mixed = adapted(input_ids=ids, attention_mask=mask, adapter_names=["other", "__base__"]).logits
+    adapted.set_adapter("other")
+    alone = adapted(input_ids=ids[:1], attention_mask=mask[:1]).logits[0]
+    with adapted.disable_adapter():
+        base = adapted(input_ids=ids[1:], attention_mask=mask[1:]).logits[0]
+    for row, expected in ((0, alone), (1, base)):
+        torch.testing.assert_close(mixed[row, mask[row] == 1], expected[mask[row] == 1])
+
+
+def test_what_peft_builds_from_a_stock_structure_fails(model: EaseForCausalLM) -> None:
+    """A method that fails here and not on Llama: it changes the configuration of the layers in place."""
+    with pytest.raises(Exception, match="cannot assign to field 'num_layers'"):
+        peft.get_peft_model(model, peft.ShadowConfig(task_type="CAUSAL_LM"))

@@ -9,6 +9,8 @@
     configuration  `EaseConfig`, the config.json of a native model
     model          `EaseForCausalLM`
     generation     its `generate`
+    backbone       it without its head, as trainers call it
+    peft           what PEFT looks up
     cache          its cache
     adapters       PEFT adapters merged into a model
     lm_eval        lm-evaluation-harness

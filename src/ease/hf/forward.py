@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ease.errors import EaseError
@@ -13,6 +13,14 @@ from ease.hf.cache import EaseCache, Prefix
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.routing.forward import routed_forward
+
+
+def expects_rows(model: nn.Module) -> bool:
+    """Whether modules must get whole rows (B, T, D), padding included, and not the tokens that are computed.
+
+    That is so for modules with hooks before their forward, as PEFT adds them for `adapter_names` and activated LoRA.
+    """
+    return any(module._forward_pre_hooks for module in model.modules())
 
 
 class LayerRun(GradientCheckpointingLayer):
@@ -54,6 +62,9 @@ def full_pass(
         hidden_states: whether the states of all layers are returned.
         prefix: keys and values that precede the tokens.
     """
+    if layout is not None and expects_rows(model):  # padding becomes a document of its own
+        segments = layout.segments
+        layout = Layout(layout.positions, torch.where(segments < 0, segments.max() + 1, segments))
     last, states = model.num_layers, [state]
     if hidden_states or (layer_run.gradient_checkpointing and layer_run.training):
         for layer in range(1, last + 1):

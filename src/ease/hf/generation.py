@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache
+from ease.hf.forward import expects_rows
 from ease.models import DeepSupervisionTransformer
 
 
@@ -33,7 +34,7 @@ class EaseGenerationMixin(GenerationMixin):
         """Adds a cache with room for the longest possible text to `model_kwargs`, unless one is there or is off."""
         # A forward pre-hook may expect rows (B, T, D), as that of PEFT's `adapter_names`; with a cache, layers get
         # single tokens.
-        if self.training or any(module._forward_pre_hooks for module in self.model.modules()):
+        if self.training or expects_rows(self.model):
             generation_config.use_cache = False
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

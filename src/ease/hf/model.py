@@ -40,7 +40,7 @@ try:
     from ease.hf.backbone import Backbone
     from ease.hf.cache import EaseCache, Prefix, prefix_of
     from ease.hf.configuration import EaseConfig, config_of
-    from ease.hf.forward import LayerRun, Pass, full_pass, make_layout, routed_pass, without_prefix
+    from ease.hf.forward import LayerRun, Pass, expects_rows, full_pass, make_layout, routed_pass, without_prefix
     from ease.hf.generation import EaseGenerationMixin
 except ImportError:
     require("transformers", "hf")
@@ -262,7 +262,7 @@ class EasePreTrainedModel(PreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         # In training mode dropout gives a token other keys in every pass.
-        if cache is not None or given is None or not use_cache or self.training:
+        if cache is not None or given is None or not use_cache or self.training or expects_rows(self.model):
             return cache
         return EaseCache(self.model.new_cache(len(given), given.shape[1], key=self.policy))
 
