@@ -7,16 +7,16 @@
     checkpoint     `from_pretrained`, `save_pretrained`
     prompting      tokenizer, chat template, end tokens, sampling defaults
     configuration  `EaseConfig`, the config.json of a native model
+    peft           what PEFT looks up by model type
     model          `EaseForCausalLM`
     generation     its `generate`
-    backbone       it without its head, as trainers call it
-    peft           what PEFT looks up
+    backbone       its base model, without the head
     cache          its cache
     adapters       PEFT adapters merged into a model
     lm_eval        lm-evaluation-harness
 
-Importing this package does not import transformers; the last six files and the reading of
-tokenizers do.
+Importing this package does not import transformers; `configuration` and the files after it do,
+except `peft`, and so does the reading of tokenizers.
 """
 
 from ease.hf.checkpoint import from_pretrained, save_pretrained
