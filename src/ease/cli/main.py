@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from ease import interrupts
 from ease.errors import EaseError
 from ease.version import __version__
 
@@ -48,14 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     main_thread = threading.current_thread() is threading.main_thread()
-    # SIGTERM saves as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    before = interrupts.install() if main_thread else {}  # SIGTERM saves as Ctrl-C does
     try:
         try:
             return _run(args)
         finally:
-            if main_thread:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             sys.stdout.flush()  # a closed pipe raises here and not at the end of the process
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # what is still in the buffer has no reader
@@ -89,5 +89,5 @@ def _run(args: list[str]) -> int:
         return 2
     except KeyboardInterrupt as stop:  # its message names what was saved
         print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
-        return 130
+        return interrupts.STATUS
     return 0

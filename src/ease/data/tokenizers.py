@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from ease.errors import EaseError, check_integer, first_line
 from ease.files import read_json, write_text
+from ease.interrupts import interruptible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,7 +97,7 @@ def train_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     if size == BYTE_VOCAB:
         texts = ()  # without room for merges there is nothing to learn from them
     chunks = (piece for text in texts for chunk in _chunks(text) for piece in _bounded(chunk))
-    tokenizer.train_from_iterator(chunks, trainer)
+    interruptible(lambda: tokenizer.train_from_iterator(chunks, trainer))
     return tokenizer_from_json(tokenizer.to_str(), split_special_tokens=True)
 
 
@@ -218,8 +220,8 @@ def encode(
         parts.append(begin)
         chunks = list(_chunks(text))
         for i in range(0, len(chunks), 256):  # not all at once: an encoding takes some 100 bytes a token
-            encodings = tokenizer.encode_batch_fast(chunks[i : i + 256], add_special_tokens=False)
-            parts += [np.array(encoding.ids, np.int32) for encoding in encodings]
+            encode_some = partial(tokenizer.encode_batch_fast, chunks[i : i + 256], add_special_tokens=False)
+            parts += [np.array(encoding.ids, np.int32) for encoding in interruptible(encode_some)]
         parts.append(end)
     return np.concatenate(parts)
 

@@ -13,11 +13,12 @@ import itertools
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from ease.errors import EaseError, first_line
 from ease.files import parse_json, set_usual_mode
 from ease.interface import ExitModel
+from ease.interrupts import SIGNALS, handle
 from ease.storage import digest
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
@@ -196,6 +198,8 @@ class Interrupts:
         if self._allowed or self.pending:
             raise KeyboardInterrupt
         self.pending = True
+        with suppress(RuntimeError):  # the signal came while something else was printed
+            print("ease: interrupted: the step ends and the state is saved", file=sys.stderr, flush=True)
 
     def raise_pending(self) -> None:
         """Raises `KeyboardInterrupt` if one is pending."""
@@ -221,18 +225,18 @@ def deferred_interrupts(enabled: bool) -> Iterator[Interrupts]:
     itself, interrupts are not deferred; of nested uses, only the outer one defers them.
     """
     interrupts = Interrupts()
-    handled = []
+    handled = {}
     if enabled and threading.current_thread() is threading.main_thread():
-        signals = (signal.SIGINT, signal.SIGTERM)
-        handled = [sig for sig in signals if signal.getsignal(sig) is signal.default_int_handler]
+        own = (signal.default_int_handler, handle)
+        handled = {sig: handler for sig in SIGNALS if (handler := signal.getsignal(sig)) in own}
     try:
         for sig in handled:
             signal.signal(sig, interrupts.handle)
         yield interrupts
         interrupts.raise_pending()
     finally:
-        for sig in handled:
-            signal.signal(sig, signal.default_int_handler)
+        for sig, handler in handled.items():
+            signal.signal(sig, handler)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
