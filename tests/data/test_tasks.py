@@ -9,6 +9,7 @@ import pytest
 from ease import EaseError
 from ease.data.jsonl import read_jsonl
 from ease.data.tasks import load_classification, load_completion
+from ease.data.tokenizers import train_tokenizer
 
 Write = Callable[..., Path]
 A, B, C = ({"text": f"text {i}", "label": label} for i, label in enumerate(("no", "yes", "no")))
@@ -149,3 +150,23 @@ def test_splits_with_the_same_records_are_refused_by_name(split: str, other: str
     folder = write(**prompts | {split: prompts[other]})
     with pytest.raises(EaseError, match=rf"100% of {split}.jsonl is also in {other}.jsonl"):
         load_completion(folder, "byte")
+
+
+def test_rows_have_the_tokens_that_a_given_tokenizer_adds_to_a_text(write: Write) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer("byte", [])
+    tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])  # as bos
+    records = [
+        {"text": prompt, "label": label, "prompt": prompt, "completion": completion}
+        for label, (prompt, completion) in enumerate([("ab", "c"), ("x" * 9, "y"), ("e", "c"), ("f", "c")])
+    ]
+    folder = write(train=records[:2], valid=[records[2] | {"label": 0}], test=[records[3] | {"label": 0}])
+    a, b, c, x, y = (tokenizer.token_to_id(letter) for letter in "abcxy")
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        first, second = load_completion(folder, tokenizer, eos=1, seq_len=5).train
+    assert first.ids.tolist() == [0, a, b, c]
+    assert first.targets.tolist() == [-100, -100, c, 1]
+    assert second.ids.tolist() == [0, x, x, x, y], "the first token stays where the prompt is cut"
+    task = load_classification(folder, tokenizer, eos=1, seq_len=12)
+    assert task.train[0].ids.tolist() == [0, a, b, 1]

@@ -170,3 +170,77 @@ def test_ids_without_a_row_in_the_embedding_are_refused(change: Callable[[Any], 
     with pytest.raises(EaseError, match=re.escape(str(path))) as caught:
         load_tokenizer(path, 280)
     assert "use the tokenizer.json" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers from elsewhere
+
+
+def foreign() -> Any:
+    """A word tokenizer that puts <s> before a text and </s> after it, and has a chat token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<s>", "</s>", "<|im_start|>", "<unk>", "a", "b"]
+    tok = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()  # cuts <|im_start|> into three unknown words
+    tok.add_special_tokens(words[:3])
+    special = [("<s>", 0), ("</s>", 1)]
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    return tok
+
+
+def test_a_foreign_tokenizer_reads_special_tokens_in_a_text_unless_told_otherwise(tmp_path: Path) -> None:
+    file, text = tmp_path / "tokenizer.json", "a <|im_start|>"
+    foreign().save(str(file))
+    for stated, ids in ((None, [4, 2]), (False, [4, 2]), (True, [4, 3, 3, 3])):
+        tok = load_tokenizer(file, split_special_tokens=stated)
+        assert tok.encode(text, add_special_tokens=False).ids == ids
+    (tmp_path / "tokenizer_config.json").write_text('{"split_special_tokens": true}')
+    assert load_tokenizer(file).encode(text, add_special_tokens=False).ids == [4, 3, 3, 3]
+    assert load_tokenizer(file, split_special_tokens=False).encode(text, add_special_tokens=False).ids == [4, 2]
+
+
+def test_a_tokenizer_of_ease_in_a_checkpoint_is_read_as_a_checkpoint(tmp_path: Path) -> None:
+    BPE.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode("<eos>").ids != [1]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode("<eos>").ids == [1]
+
+
+def test_truncation_and_padding_of_a_file_are_not_applied(tmp_path: Path) -> None:
+    tok = foreign()
+    tok.enable_truncation(3)
+    tok.enable_padding(length=8)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tok.encode("a b a b").ids == [0, 4, 5, 4, 5, 1]
+    assert tokenizers.encode(tok, ["a b a b", "a"], None).tolist() == [0, 4, 5, 4, 5, 1, 0, 4, 1]
+
+
+def test_a_document_has_the_tokens_that_the_tokenizer_adds_to_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "CHUNK_CHARS", 1)
+    tok, texts = foreign(), ["a\nb\na", "b"]
+    assert tokenizers.encode(tok, texts, None).tolist() == [0, 4, 5, 4, 1, 0, 5, 1]
+    assert tokenizers.encode(tok, texts, 1).tolist() == [0, 4, 5, 4, 1, 0, 5, 1], "not a second </s>"
+    assert tokenizers.encode(tok, texts, 2).tolist() == [0, 4, 5, 4, 1, 2, 0, 5, 1, 2]
+    assert tokenizers.encode(tok, texts, 2, add_special_tokens=False).tolist() == [4, 5, 4, 2, 5, 2]
+    tok.post_processor = None
+    assert tokenizers.encode(tok, texts, None).tolist() == [4, 5, 4, 5]
+
+
+def test_how_special_tokens_are_read_decides_the_hash_and_the_cached_tokens(tmp_path: Path, cache: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("a <|im_start|> b\n" * 200)
+    tok = foreign()
+    read = load_corpus(source, tok, eos=1, cache_dir=cache)
+    assert (read.train == 2).any()
+    assert read.train[0] == 0
+    bare = load_corpus(source, tok, eos=1, add_special_tokens=False, cache_dir=cache)
+    assert bare.train[0] == 4
+    again = load_corpus(source, tok, eos=1, cache_dir=cache)
+    assert again.train.equal(read.train)
+    assert again.tokenizer.encode("<|im_start|>").ids == [0, 2, 1], "the corpus reads a prompt as it read its text"
+    tok.encode_special_tokens = True
+    split = load_corpus(source, tok, eos=1, cache_dir=cache)
+    assert not (split.train == 2).any()
+    assert len({read.hash, bare.hash, split.hash}) == 3
