@@ -154,7 +154,7 @@ def export(
     model, config = load_model(folder)
     if model.config.max_positions is None and config["run"]:
         model.config = replace(model.config, max_positions=data_config_of(folder, config).seq_len)
-    own = load_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
+    own = _tokenizer_of(folder, model, config)
     save_pretrained(
         model,
         out,
