@@ -41,7 +41,7 @@ def tuned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on chats and code that started from a copy of the source, which is gone."""
     folder = tmp_path_factory.mktemp("tuned")
     stock = transformers.AutoTokenizer.from_pretrained(source)
-    chats = "".join(stock.apply_chat_template(messages, tokenize=False) for messages in MESSAGES)
+    chats = "".join(stock.apply_chat_template(each, tokenize=False) for each in MESSAGES).replace("\x00", "")
     (folder / "text.txt").write_text((chats + TEXT) * 3, encoding="utf-8")
     start = shutil.copytree(source, folder / "start")
     with pytest.MonkeyPatch.context() as patch:
