@@ -24,7 +24,6 @@ from ease.cli.main import COMMANDS, main
 from ease.cli.recipes import recipes
 from ease.runs import reopen as finished
 from ease.runs import runner as runs
-from ease.runs import store
 from experiments import reproduce
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +194,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
     for module, name in (*work, (reproduce, "reproduce")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
-    monkeypatch.setattr(store, "load_model", stop)
+    monkeypatch.setattr(finished, "export", stop)
     if args == ["run"]:
         assert main(args) == 0
     elif "--help" in args:

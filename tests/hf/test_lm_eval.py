@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_chat import SPECIAL, chat_checkpoint
 
 import ease
 from ease.data.tokenizers import load_tokenizer, train_tokenizer
@@ -279,6 +280,30 @@ def test_options_of_the_harness_have_the_effect_that_they_have_there(folder: Pat
         assert [x[0] for x in a] == pytest.approx([x[0] for x in b], rel=0.05)
     assert ours.max_length == theirs.max_length
     assert ours.prefix_token_id == theirs.prefix_token_id
+
+
+def test_a_checkpoint_with_bos_and_chat_tokens_is_scored_as_in_the_harness(tmp_path: Path) -> None:
+    chat = chat_checkpoint(tmp_path / "chat")
+    ours, theirs = EaseLM(str(chat), batch_size=2), HFLM(str(chat), device="cpu", batch_size=2)
+    prompt = ours.apply_chat_template([{"role": "user", "content": "hi <|pad|>"}])
+    assert prompt == theirs.apply_chat_template([{"role": "user", "content": "hi <|pad|>"}])
+    assert ours.tok_encode(prompt) == theirs.tok_encode(prompt)
+    texts = [*SPECIAL, "def wrap(self)"]
+    pairs = [*PAIRS, *((prompt, text) for text in texts)]
+    for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", [(text,) for text in texts])):
+        own, stock = (torch.tensor(getattr(lm, kind)(instances(kind, arguments), True)) for lm in (ours, theirs))
+        assert torch.allclose(own, stock, rtol=1e-4), kind
+    requests = [(text, {"until": ["\n\n"], "max_gen_toks": 8}) for text in (prompt, "def", "<|bos|>def")]
+    own, stock = (lm.generate_until(instances("generate_until", requests), True) for lm in (ours, theirs))
+    assert own == stock
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused(folder: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    with pytest.raises(EaseError, match="names neither a bos nor an eos token.*give prefix_token_id"):
+        EaseLM(str(bare))
+    assert EaseLM(str(bare), prefix_token_id=1).tok_encode("a") == EaseLM(str(folder)).tok_encode("a")
 
 
 def test_mixed_precision_and_another_tokenizer_have_their_effect(folder: Path, tmp_path: Path) -> None:

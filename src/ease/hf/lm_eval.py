@@ -143,6 +143,11 @@ class EaseLM(HFLM):  # type: ignore[misc]
             super().__init__(model, backend="causal", tokenizer=self.tokenizer, peft=peft, **followed)
         except ValueError as error:  # options that the harness does not take together
             raise EaseError(f"lm-evaluation-harness refuses these options: {first_line(error)}") from error
+        if self.prefix_token_id is None:
+            raise EaseError(
+                "the tokenizer names neither a bos nor an eos token, one of which the harness puts before a text: give "
+                "prefix_token_id, or name them in tokenizer_config.json"
+            )
         # What the harness records with its results.
         self.pretrained = "" if isinstance(pretrained, EaseForCausalLM) else os.fspath(pretrained)
         self.revision = options.get("revision") or "main"
