@@ -301,7 +301,7 @@ def test_a_checkpoint_with_bos_and_chat_tokens_is_scored_as_in_the_harness(tmp_p
 def test_a_tokenizer_without_bos_and_eos_is_refused(folder: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "tokenizer_config.json").unlink()
-    with pytest.raises(EaseError, match="names neither a bos nor an eos token.*give prefix_token_id"):
+    with pytest.raises(EaseError, match=r"names neither a bos nor an eos token.*give prefix_token_id"):
         EaseLM(str(bare))
     assert EaseLM(str(bare), prefix_token_id=1).tok_encode("a") == EaseLM(str(folder)).tok_encode("a")
 
