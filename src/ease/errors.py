@@ -109,9 +109,11 @@ def check_least(least: float, **values: float | None) -> None:
             raise EaseError(f"{name} must be at least {least}, got {value}")
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: object) -> None:
     """Raises EaseError for a seed outside 0..2^63 - 1, a range that all random generators in use accept."""
-    if not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise EaseError(f"seed must be an integer, got {reprlib.repr(seed)}")
+    if not 0 <= int(seed) < 2**63:
         raise EaseError(f"seed must lie in 0..2^63 - 1, got {seed}")
 
 

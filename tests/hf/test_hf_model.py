@@ -172,6 +172,8 @@ def test_arguments_of_forward_are_read_in_every_form_or_refused_by_name(
     ):
         with pytest.raises(EaseError, match=message):
             routed(**given)
+    with pytest.raises(EaseError, match="eos_tokens_id is not a field"):
+        EaseForCausalLM.wrap(routed.model, eos_tokens_id=1)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -108,6 +108,11 @@ def test_a_map_over_all_devices_needs_a_single_one(folders: Path, load: Load, mo
         load(folders / "stock", subfolder="../native")
 
 
+def test_a_tokenizer_has_no_options_for_weights(folders: Path) -> None:
+    with pytest.raises(EaseError, match="dtype, device_map is for weights"):
+        ease.hf.load_tokenizer(folders / "stock", dtype="float32", device_map="cpu")
+
+
 @pytest.mark.parametrize("kind", ["stock", "native"])
 def test_special_tokens_given_replace_those_of_the_checkpoint(folders: Path, kind: str) -> None:
     model, info = EaseForCausalLM.from_pretrained(folders / kind, pad_token_id=5, output_loading_info=True)

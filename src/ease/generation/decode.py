@@ -16,13 +16,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_choice, check_least
+from ease.errors import EaseError, check_choice, check_integer, check_list, check_number
 from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
@@ -104,7 +105,12 @@ def generate(
     if model.config.num_labels is not None:
         raise EaseError("a sequence classifier does not generate text: use ease.evaluation.tasks.predict")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    check_least(1, max_new_tokens=max_new_tokens)
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    stops = (stop,) if isinstance(stop, Integral) else check_list("stop", stop)
+    for token in stops:
+        check_integer("an id in stop", token)
+    if max_memory is not None:
+        check_number("max_memory", max_memory, 0, finite=False)
     ids, attention_mask = read_prompt(ids, attention_mask)
     real = _real_tokens(ids, attention_mask)
     policy = _routing_policy(model) if mode == "routed" else Policy()
@@ -122,7 +128,7 @@ def generate(
         real,
         sampling,
         max_new_tokens=max_new_tokens,
-        stop=frozenset([stop] if isinstance(stop, int) else stop),
+        stop=frozenset(map(int, stops)),
         cache=model.new_cache(len(ids), capacity, key=policy),
         stream=stream,
     )
@@ -167,8 +173,12 @@ def _check_drafting(
         raise EaseError(f'draft_exit has no effect in mode "{mode}": omit it, or use mode "exact"')
     if mode != "exact" and draft_confidence is not None:
         raise EaseError(f'draft_confidence has no effect in mode "{mode}": omit it, or use mode "exact"')
+    if draft_confidence is not None:
+        check_number("draft_confidence", draft_confidence)
     if draft_confidence is not None and not 0 <= draft_confidence <= 1:
         raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
+    if draft_exit != "auto":
+        check_integer("draft_exit", draft_exit)
     if draft_exit != "auto" and not 1 <= draft_exit < num_layers:
         raise EaseError(f"draft_exit must lie in 1..{num_layers - 1}, got {draft_exit}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_seed
+from ease.errors import EaseError, check_integer, check_number, check_seed
 from ease.routing.confidence import at_least_float32
 
 
@@ -40,9 +40,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        check_number("repetition_penalty", self.repetition_penalty)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p)
         for name, valid, rule in (
             ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "0 or at least 1e-6"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):

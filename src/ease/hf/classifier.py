@@ -11,9 +11,11 @@ from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ease.errors import EaseError
 from ease.hf.configuration import EaseConfig
 from ease.hf.folder import NATIVE
-from ease.hf.model import EasePreTrainedModel
+from ease.hf.model import LOSS_OPTIONS, EasePreTrainedModel
+from ease.inputs import as_flags, as_ids, unused
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 
@@ -84,11 +86,17 @@ class EaseForSequenceClassification(EasePreTrainedModel):
             inputs_embeds: (B, T, D) embeddings instead of `input_ids`.
             labels: (B,) classes; (B, num_labels) floats for several labels at once.
             output_hidden_states, output_attentions, return_dict: as in `EaseForCausalLM.forward`.
-            kwargs: arguments of the loss, such as `num_items_in_batch`.
+            kwargs: arguments of the loss, as in `EaseForCausalLM.forward`.
 
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids.
         """
+        if refused := unused(kwargs, LOSS_OPTIONS):
+            raise EaseError(f"forward of this model takes no {', '.join(refused)}: leave it out")
+        if input_ids is not None:
+            input_ids = as_ids("input_ids", input_ids)
+        if attention_mask is not None:
+            attention_mask = as_flags("attention_mask", attention_mask)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
 
@@ -110,7 +118,8 @@ class EaseForSequenceClassification(EasePreTrainedModel):
         )
         logits, loss = result.logits[:, 0], None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **options)
         output = EaseClassifierOutput(
             loss=loss,
             logits=logits,

@@ -127,6 +127,8 @@ class EasePreTrainedModel(PreTrainedModel):
             options: bos_token_id, eos_token_id and pad_token_id, and further fields of the configuration, such as
                 name_or_path: the checkpoint of the model, which adapters store as that of their base.
         """
+        if unknown := [name for name in options if not hasattr(EaseConfig(), name)]:
+            raise EaseError(f"{', '.join(unknown)} is not a field of the configuration: leave it out")
         wrapped = cls(EaseConfig(**config_of(model), dtype=next(model.parameters()).dtype, **options), model)
         wrapped.train(model.training)
         return wrapped

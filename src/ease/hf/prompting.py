@@ -15,7 +15,7 @@ from ease.data.tokenizers import prepare, read_tokenizer_json
 from ease.errors import EaseError, check_integer, check_number, first_line, require
 from ease.hf.config import FAMILIES
 from ease.hf.folder import CONFIG, FIX, GENERATION, NATIVE, TOKENIZER_FILES, checkpoint_folder, read_json
-from ease.hf.options import read_options
+from ease.hf.options import PLACING, read_options
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -92,6 +92,8 @@ def load_tokenizer(
     Raises:
         EaseError: the checkpoint has no tokenizer, or one with more ids than the model's embedding has rows.
     """
+    if refused := [name for name in PLACING if options.get(name) is not None]:
+        raise EaseError(f"{', '.join(refused)} is for weights, and a tokenizer has none: leave it out")
     folder = read_options(name_or_path, options).folder
     loaded = auto_tokenizer(folder)
     if not getattr(loaded, "is_fast", False):
