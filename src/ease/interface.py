@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import MethodType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -21,6 +21,11 @@ from ease.inputs import IGNORE as IGNORE
 from ease.inputs import as_ids, as_mask, read_labelled
 from ease.model_config import ModelConfig
 from ease.policy import Policy
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; a copy from the host to CUDA does not wait for what the device is doing."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and torch.device(device).type != "mps")
 
 
 @dataclass(frozen=True)
@@ -43,23 +48,32 @@ class Layout:
         return cls((real.long().cumsum(1) - 1).clamp(min=0), real.long() - 1)
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(self.positions.to(device), self.segments.to(device))
+        moved = Layout(to_device(self.positions, device), to_device(self.segments, device))
+        vars(moved)["host"] = self.host
+        return moved
+
+    @cached_property
+    def host(self) -> Layout:
+        """The layout on the host, where masks are evaluated without waiting for the device."""
+        return self if self.segments.device.type == "cpu" else Layout(self.positions.cpu(), self.segments.cpu())
 
     @property
     def real(self) -> Tensor:
         """(B, T) true where a token is not padding."""
         return self.segments >= 0
 
-    def visible(self, rows: Tensor, cols: Tensor, window: int | None = None) -> Tensor:
-        """(N, T) true for the tokens of its row that the token at (rows[i], cols[i]) attends to.
+    def visible(self, rows: Tensor | None = None, cols: Tensor | None = None, window: int | None = None) -> Tensor:
+        """(B, T, T) true for the tokens of its row that a token attends to; (N, T) for tokens at (rows[i], cols[i]).
+
 
         Args:
             window: tokens that a token attends to, itself included; None: all before it.
         """
-        segment, position = self.segments[rows, cols], self.positions[rows, cols][:, None]
-        positions = self.positions[rows]
-        seen = (self.segments[rows] == segment[:, None]) & (positions <= position)
-        return seen if window is None else seen & (positions > position - window)
+        keys, queries = self.positions[:, None], self.positions[:, :, None]
+        seen = (self.segments[:, :, None] == self.segments[:, None]).logical_and_(keys <= queries)
+        if window is not None:
+            seen.logical_and_(keys > queries - window)
+        return seen if rows is None else seen[rows, cols]
 
 
 class Batch(NamedTuple):
@@ -108,8 +122,10 @@ class Batch(NamedTuple):
         return batch._replace(x=x, y=y, active=active)
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (part.to(device) if isinstance(part, Tensor | Layout) else part for part in self)
-        return Batch._make(moved)
+        def moved(part: Any) -> Any:
+            return part.to(device) if isinstance(part, Layout) else to_device(part, device)
+
+        return Batch._make(moved(part) if isinstance(part, Tensor | Layout) else part for part in self)
 
     @property
     def running(self) -> Tensor:
@@ -249,10 +265,13 @@ class ExitModel(nn.Module, ABC):
         return logits
 
     def check_ids(self, ids: Tensor, vocab_size: int) -> None:
-        """Raises `EaseError` for ids outside 0..vocab_size - 1."""
+        """Raises `EaseError` for ids outside 0..vocab_size - 1.
+
+        For ids on a device this waits for the device; ids on the host, before they are moved, cost nothing.
+        """
         if not ids.numel():
             return
-        low, high = (int(bound) for bound in ids.aminmax())
+        low, high = torch.stack(ids.aminmax()).cpu().tolist()
         if low < 0 or high >= vocab_size:
             raise EaseError(
                 f"token ids must lie in 0..{vocab_size - 1}, got {low}..{high}: "

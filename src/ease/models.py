@@ -75,7 +75,8 @@ class StandardTransformer(ExitModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         ids = as_ids("ids", ids)
-        self.check_ids(ids, self.config.vocab_size)
+        if ids.device.type == "cpu":  # elsewhere a check would wait for the device: callers check before they move ids
+            self.check_ids(ids, self.config.vocab_size)
         return self.embedded(self.embedding(ids))
 
     def embedded(self, vectors: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class StandardTransformer(ExitModel):
     def _run_cached(
         self, state: Tensor, first: int, last: int, layout: Layout | None, active: Tensor | None, cache: Cache
     ) -> Tensor:
-        real = np.ones(state.shape[:2], np.bool_) if layout is None else layout.real.cpu().numpy()
+        real = np.ones(state.shape[:2], np.bool_) if layout is None else layout.host.real.numpy()
         if first == 1:
             cache.place(state, real)
         running = real if active is None else active.cpu().numpy() & real

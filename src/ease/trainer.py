@@ -126,7 +126,8 @@ class Trainer:
             EaseError: x and y differ in shape, ids lie outside the vocabulary, or the model is too shallow.
         """
         self.config.check(model.num_layers, first)
-        batch = Batch.of(Batch(x, y, active, state, layout=layout)).to(self.device_of(model))
+        batch = Batch.of(Batch(x, y, active, state, layout=layout))
+        model.check_ids(batch.x, model.config.vocab_size)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
         return step_loss(model, self.config, batch, first, step, continued)
 
@@ -356,19 +357,20 @@ class Trainer:
             loss = self.compute_loss(
                 model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, continued=continued
             )
-            if not bool(loss.isfinite()):
-                raise EaseError(f"the loss is {loss.item()}: {LOWER_LR}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
             learning = [p for p in parameters_of(optimizer) if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
-            if not bool(norm.isfinite()):
-                raise EaseError(f"the gradient's norm is {norm.item()}: {LOWER_LR}")
+            # The only wait for the device in a step.
+            value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+            for name, number in (("loss", value), ("gradient's norm", length)):
+                if not math.isfinite(number):
+                    raise EaseError(f"the {name} is {number}: {LOWER_LR}")
             optimizer.step()
             if model.config.classifier_exits:
                 model.mark_stale_classifiers(learning, gated)
-            yield loss.item(), scored, self.step_flops(model, batch, scored, first, step, continued)
+            yield value, scored, self.step_flops(model, batch, scored, first, step, continued)
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import IGNORE, Batch, ExitModel, evaluation_view
+from ease.interface import IGNORE, Batch, ExitModel, evaluation_view, to_device
 from ease.policy import Policy
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
@@ -166,23 +166,26 @@ def score(
     processed = 0
     start = time.perf_counter()
     for item in batches:
-        batch = Batch.of(item)._replace(active=None).to(device)
+        batch = Batch.of(item)._replace(active=None)
+        # Before the batch is moved to the device, since the host reads all of these.
+        model.check_ids(batch.x, model.config.vocab_size)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
+        scored = batch.scored.flatten().nonzero().squeeze(1)
+        processed += int(batch.running.sum())
+        batch = batch.to(device)
         read = partial(_loss_and_correct, batch.y.flatten())
-        columns = torch.zeros(*batch.y.shape, 4, device=device)  # loss, correct, exit, confidence
+        columns = torch.zeros(batch.y.numel(), 4, device=device)  # loss, correct, exit, confidence
         for step in routed_forward(model, batch.x, policy, layout=batch.layout, last=last, read=read):
             flops += step.flops
             if step.read is not None:
-                confidence = step.confidence[step.leaves]
-                exits = torch.full_like(confidence, step.layer)
-                row = torch.cat([step.read, torch.stack([exits, confidence], 1)], 1)
-                columns[step.left] = row.float()
-        processed += int(batch.running.sum())
-        parts.append(columns[batch.scored].cpu())
-    seconds = time.perf_counter() - start
+                exits = torch.full_like(step.leaving_confidence, step.layer)
+                row = torch.cat([step.read, torch.stack([exits, step.leaving_confidence], 1)], 1)
+                columns[step.leaving] = row.float()
+        parts.append(columns[to_device(scored, device)])
     if not sum(map(len, parts)):
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
-    losses, correct, exits, confidences = torch.cat(parts).unbind(1)
+    losses, correct, exits, confidences = torch.cat(parts).cpu().unbind(1)
+    seconds = time.perf_counter() - start
     return Scores(losses, correct > 0, exits.long(), confidences, last or model.num_layers, flops, seconds, processed)
 
 
@@ -190,6 +193,8 @@ def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor
     """(n, 2): cross entropy of logits (n, V) with targets[places], and 1 where the most likely token is the target."""
     target = targets[places]
     losses = F.cross_entropy(at_least_float32(logits), target, reduction="none", ignore_index=IGNORE)
+    if logits.device.type != "cpu":  # the shorter way below would wait for the device
+        return torch.stack([losses, (logits.argmax(-1) == target).to(losses)], 1)
     # A target is correct if no logit exceeds its own, which takes a tenth of argmax's time on a CPU. Of equal logits,
     # which are frequent in half precision, the first is the prediction.
     largest = logits.amax(-1, keepdim=True)

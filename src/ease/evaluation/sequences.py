@@ -22,7 +22,7 @@ from ease.evaluation.scoring import Scores, perplexity, score
 from ease.flops import layer_flops
 from ease.interface import IGNORE, Batch, ExitModel, evaluation_view, running_batches
 from ease.policy import Policy
-from ease.routing.forward import HEAD_CHUNK, routed_forward
+from ease.routing.forward import head_chunk, routed_forward
 
 
 class Views(NamedTuple):
@@ -73,12 +73,12 @@ class Sequences:
         for batch in running_batches(self.batches, device):
             columns = []
             for step in routed_forward(model, batch.x, self.policy, layout=batch.layout):
-                states = step.state[step.queried].split(HEAD_CHUNK)
+                states = step.state.flatten(0, 1)[step.places].split(head_chunk(model))
                 best = torch.cat([model.logits(h, step.layer).argmax(-1) for h in states])
                 for values in (step.confidence, best):
-                    everywhere = values.new_zeros(batch.x.shape).masked_scatter(step.queried, values)
+                    everywhere = values.new_zeros(batch.x.numel()).index_copy(0, step.places, values)
                     # float64 is exact for every vocabulary, and MPS does not have it.
-                    columns.append(everywhere[batch.scored].cpu().double())
+                    columns.append(everywhere[batch.scored.flatten()].cpu().double())
             parts.append(torch.stack(columns))
         table = torch.cat(parts, 1)  # a row of confidences and a row of outputs per exit
         if not bool(table.isfinite().all()):

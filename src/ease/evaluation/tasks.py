@@ -16,7 +16,7 @@ from ease.errors import require
 from ease.evaluation.scoring import score
 from ease.generation.decode import generate
 from ease.inputs import as_ids
-from ease.interface import IGNORE, ExitModel, Layout, evaluation_view
+from ease.interface import IGNORE, ExitModel, Layout, evaluation_view, to_device
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.routing.forward import routed_forward
@@ -43,13 +43,14 @@ def predict(
         before the last token of a row.
     """
     model, device = evaluation_view(model), next(model.parameters()).device
-    x, layout = as_ids("x", x).to(device), None if layout is None else layout.to(device)
-    predictions = torch.full_like(x, -1)
-    exits = torch.full_like(x, -1)
+    x = as_ids("x", x)
+    model.check_ids(x, model.config.vocab_size)
+    x, layout = to_device(x, device).contiguous(), None if layout is None else layout.to(device)
+    predictions, exits = torch.full_like(x, -1), torch.full_like(x, -1)
     for step in routed_forward(model, x, policy or Policy(), layout=layout, read=lambda logits, _: logits.argmax(-1)):
         if step.read is not None:
-            predictions[step.left] = step.read
-            exits[step.left] = step.layer
+            predictions.view(-1)[step.leaving] = step.read
+            exits.view(-1)[step.leaving] = step.layer
     return predictions, exits
 
 

@@ -28,7 +28,7 @@ from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCount
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
 from ease.inputs import read_prompt
-from ease.interface import evaluation_view
+from ease.interface import evaluation_view, to_device
 from ease.models import StandardTransformer
 from ease.policy import Policy
 
@@ -117,9 +117,9 @@ def generate(
     _check_drafting(mode, draft_exit, draft_confidence, model.num_layers)
     capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
     _check_memory(model, len(ids), capacity, max_memory)
-    model, device = evaluation_view(model), next(model.parameters()).device
-    ids, real = ids.to(device), real.to(device)
     model.check_ids(ids, model.config.vocab_size)
+    model, real = evaluation_view(model), real.cpu()
+    ids = to_device(ids, next(model.parameters()).device)
 
     start = time.perf_counter()  # allocating the cache counts as prefill
     request = Request(

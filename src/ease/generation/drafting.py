@@ -18,8 +18,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ease.errors import EaseError
 from ease.generation.request import Request
-from ease.interface import Layout
+from ease.generation.sampling import NAN_LOGITS
+from ease.interface import Layout, to_device
 from ease.routing.confidence import at_least_float32, max_probability
 
 LONGEST_DRAFT = 16  # tokens that a round drafts at most
@@ -179,7 +181,9 @@ class Drafts(NamedTuple):
     tokens: Tensor
     """(B, K) ids."""
     mask: Tensor
-    """(B, K) true where a row has drafted."""
+    """(B, K) true where a row has drafted, on the host."""
+    places: Tensor
+    """(M,) index of each draft in the flattened (B, K)."""
     confidences: Tensor
     """(B, K)."""
     distributions: Sequence[Tensor | None]
@@ -197,10 +201,8 @@ def draft(request: Request, exit: int, length: int, draft_confidence: float) -> 
     seen = None if request.seen is None else request.seen.clone()
     states, tokens, distributions, confidences, masks = [], [], [], [], []
     for _ in range(length):
-        # While every row drafts, rows are selected by a slice: a view costs nothing.
-        every_row = bool(drafting.all())
-        rows: Any = slice(None) if every_row else drafting.nonzero().squeeze(1)
-        layout = None if every_row else Layout(torch.zeros_like(current)[:, None], drafting.long()[:, None] - 1)
+        rows = request.index(drafting)
+        layout = Layout(torch.zeros(len(drafting), 1, dtype=torch.long), drafting.long()[:, None] - 1)
         state = model.run(model.embed(current[:, None]), 1, exit, layout=layout, cache=request.cache)
         logits = model.logits(state[rows, 0], exit)
         chosen, distribution = request.choose(logits, None if seen is None else seen[rows])
@@ -214,14 +216,19 @@ def draft(request: Request, exit: int, length: int, draft_confidence: float) -> 
         current = drafted
         if seen is not None:
             seen = seen.clone()
-            seen[drafting, drafted[drafting]] = True
-        drafting = drafting & (confidence >= draft_confidence)
+            seen[rows] = seen[rows].scatter(1, chosen[:, None], True)
+        confident, nan = torch.stack((confidence >= draft_confidence, drafted < 0)).cpu()
+        if bool(nan.any()):
+            raise EaseError(NAN_LOGITS)
+        drafting = drafting & confident
         if not bool(drafting.any()):
             break
+    mask = torch.stack(masks, 1)
     return Drafts(
         exit,
         torch.stack(tokens, 1),
-        torch.stack(masks, 1),
+        mask,
+        to_device(mask.flatten().nonzero().squeeze(1), current.device),
         torch.stack(confidences, 1),
         distributions,
         torch.cat(states, 1),
@@ -242,15 +249,15 @@ def verify(request: Request, drafts: Drafts, *, equal_lengths: bool = False) -> 
     request.layers_run += last * int(mask.sum())
     request.cache.resume(drafts.start, mask.shape[1])
     deep = model.run(drafts.states, drafts.exit + 1, last, active=mask, cache=request.cache)
-    logits = model.logits(deep[mask], last)
-    tokens, accepted = drafts.tokens.clone(), torch.zeros_like(mask)
-    tokens[mask], accepted[mask] = _accept(request, drafts, logits)
+    replaced, confirmed = _accept(request, drafts, model.logits(deep.flatten(0, 1)[drafts.places], last))
+    tokens = drafts.tokens.flatten().index_copy(0, drafts.places, replaced).view_as(drafts.tokens)
+    accepted = torch.zeros_like(mask).masked_scatter(mask, confirmed.cpu())
     # A row appends its accepted drafts up to the first rejected one, which is replaced by full decoding's token.
     leading = accepted.long().cumprod(1).sum(1)
     counts = torch.minimum(leading + 1, mask.sum(1))
     if equal_lengths:  # the omitted tokens are decoded again later, with the same result or distribution
         counts = counts.clamp(max=int(counts[counts > 0].min()))
-    request.cache.cut(drafts.start + counts.cpu().numpy())
+    request.cache.cut(drafts.start + counts.numpy())
     request.append(tokens, torch.full_like(tokens, drafts.exit), drafts.confidences, counts)
     return int(mask.sum()), int(leading.sum()), int((leading < mask.sum(1)).sum())
 
@@ -261,7 +268,7 @@ def _accept(request: Request, drafts: Drafts, logits: Tensor) -> tuple[Tensor, T
     Args:
         logits: (M, V) of the last exit.
     """
-    seen, drafted = _seen_before(request, drafts), drafts.tokens[drafts.mask]
+    seen, drafted = _seen_before(request, drafts), drafts.tokens.flatten()[drafts.places]
     if request.sampling.greedy:
         tokens, _ = request.choose(logits, seen)
         return tokens, tokens == drafted
@@ -271,8 +278,8 @@ def _accept(request: Request, drafts: Drafts, logits: Tensor) -> tuple[Tensor, T
     by_place = target.new_zeros(*drafts.tokens.shape, target.shape[1])
     for k, distribution in enumerate(drafts.distributions):
         assert distribution is not None
-        by_place[drafts.mask[:, k], k] = distribution
-    proposal = by_place[drafts.mask]
+        by_place[request.index(drafts.mask[:, k]), k] = distribution
+    proposal = by_place.flatten(0, 1)[drafts.places]
     p, q = (probabilities.gather(1, drafted[:, None]).squeeze(1) for probabilities in (target, proposal))
     accepted = torch.rand(p.shape, generator=request.generator, device=p.device, dtype=p.dtype) * q < p
     excess = (target - proposal).clamp(min=0)
@@ -288,5 +295,6 @@ def _seen_before(request: Request, drafts: Drafts) -> Tensor | None:
     seen, parts = request.seen.clone(), []
     for tokens, mask in zip(drafts.tokens.unbind(1), drafts.mask.unbind(1), strict=True):
         parts.append(seen.clone())
-        seen[mask, tokens[mask]] = True
-    return torch.stack(parts, 1)[drafts.mask]
+        rows = request.index(mask)
+        seen[rows] = seen[rows].scatter(1, tokens[rows][:, None], True)
+    return torch.stack(parts, 1).flatten(0, 1)[drafts.places]

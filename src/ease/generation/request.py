@@ -2,6 +2,9 @@
 
 The rows of a batch advance independently: each has its own length, its own exits and its own end. Exact decoding
 (`drafting.py`) appends several tokens at a time to the same state.
+
+Which rows run, and which tokens are real, is known on the host. A step reads the appended tokens with their confidences
+from the device, and at each early exit which tokens leave; nothing else waits for the device.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.generation.sampling import Sampling
-from ease.interface import Layout
+from ease.errors import EaseError
+from ease.generation.sampling import NAN_LOGITS, Sampling
+from ease.interface import Layout, to_device
 from ease.models import StandardTransformer
 from ease.policy import Policy
+from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
 
 
@@ -32,8 +37,8 @@ class Request:
     """State of one `generate` call: B rows, each at its own length.
 
     Args:
-        ids: (B, T) prompts.
-        real: (B, T) true for tokens that are not padding.
+        ids: (B, T) prompts, on the model's device.
+        real: (B, T) true for tokens that are not padding, on the host.
         max_new_tokens: the largest number of tokens appended to a row.
         stop: ids that end a row.
         cache: an empty cache of the model, which the steps fill.
@@ -42,7 +47,7 @@ class Request:
     Attributes:
         answers: the tokens appended to each row so far.
         current: (B,) the last token of each row, which the model has not read yet.
-        running: (B,) true for rows that are not finished.
+        running: (B,) true for rows that are not finished, on the host.
         seen: (B, V) tokens of prompt and answer so far, for the repetition penalty; None without one.
         layers_run: layers computed, summed over tokens; rejected drafts count.
     """
@@ -67,11 +72,11 @@ class Request:
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=ids.device)
-            rows, cols = real.nonzero(as_tuple=True)
+            rows, cols = to_device(real.nonzero(), ids.device).unbind(1)
             self.seen[rows, ids[rows, cols]] = True
         self.answers: list[list[Token]] = [[] for _ in ids]
         self.current = ids[:, -1]
-        self.running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.running = torch.ones(len(ids), dtype=torch.bool)
         self.layers_run = 0
 
     @property
@@ -85,9 +90,12 @@ class Request:
         return sum(map(len, self.answers))
 
     def choose(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits (n, V) -> ids (n,), and the probabilities (n, V) they were drawn from; None when greedy."""
+        """Logits (n, V) -> ids (n,), and the probabilities (n, V) they were drawn from; None when greedy.
+
+        When greedy, the id is -1 where a logit is NaN, and whoever reads the ids refuses it.
+        """
         if self.sampling.greedy:
-            return self.sampling.penalize(logits, seen).argmax(1), None
+            return self.sampling.most_likely(logits, seen), None
         probabilities = self.sampling.distribution(logits, seen)
         return self.draw(probabilities), probabilities
 
@@ -96,33 +104,40 @@ class Request:
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
 
     def step(self, ids: Tensor, real: Tensor, policy: Policy) -> None:
-        """Reads ids (B, T) under a policy and appends the next token to each row with a real token."""
+        """Reads ids (B, T) under a policy and appends the next token to each row with a real token.
+
+        Args:
+            ids: (B, T), on the model's device.
+            real: (B, T) true for tokens that are not padding, on the host.
+        """
         B, T = ids.shape
         last = real if T == 1 else real & (real.flip(1).cumsum(1).flip(1) == 1)
-        is_last = last.flatten()
-        logits = self.model.new_logits(B)
-        exits = torch.zeros(B, dtype=torch.long, device=ids.device)
-        confidences = logits.new_zeros(B, dtype=torch.promote_types(logits.dtype, torch.float32))
+        read_rows = last.any(1)
+        # The row of the batch whose next token a token predicts. All others share row B, which nobody reads.
+        row_of = to_device(torch.where(last, torch.arange(B)[:, None], B).flatten(), ids.device)
+        logits = self.model.new_logits(B + 1)
+        exits = torch.zeros(B + 1, dtype=torch.long, device=ids.device)
+        confidences = at_least_float32(logits.new_zeros(B + 1))
 
         def read(chunk: Tensor, places: Tensor) -> Tensor:
-            selected = is_last[places]
-            logits[places[selected] // T] = chunk[selected].to(logits)
+            logits[row_of[places]] = chunk.to(logits)
             return chunk[:, :0]  # the logits are stored already: there is nothing to collect
 
-        layout = Layout(torch.zeros_like(ids), real.long() - 1)
+        layout = Layout(torch.zeros(B, T, dtype=torch.long), real.long() - 1)
         for step in routed_forward(self.model, ids, policy, layout=layout, read=read, required=last, cache=self.cache):
             self.layers_run += (step.layer - step.first + 1) * int(step.arrived.count_nonzero())
-            if not step.num_leaving:
-                continue
-            leaving = step.left & last
-            exits[leaving.any(1)] = step.layer
-            by_token = confidences.new_zeros(B, T).masked_scatter(step.queried, step.confidence.to(confidences))
-            confidences = torch.where(leaving.any(1), (by_token * leaving).sum(1), confidences)
-        read_rows = last.any(1)
-        seen = None if self.seen is None else self.seen[read_rows]
-        tokens = torch.zeros_like(exits)
-        tokens[read_rows], _ = self.choose(logits[read_rows], seen)
-        self.append(tokens[:, None], exits[:, None], confidences[:, None], read_rows.long())
+            if step.num_leaving:
+                rows = row_of[step.leaving]
+                exits[rows] = step.layer
+                confidences[rows] = step.leaving_confidence.to(confidences)
+        rows = self.index(read_rows)
+        tokens = torch.zeros_like(exits[:B])
+        tokens[rows], _ = self.choose(logits[:B][rows], None if self.seen is None else self.seen[rows])
+        self.append(tokens[:, None], exits[:B, None], confidences[:B, None], read_rows.long())
+
+    def index(self, rows: Tensor) -> Any:
+        """An index of the rows that are true in `rows` (B,), on the host; a slice for all, since it copies nothing."""
+        return slice(None) if bool(rows.all()) else to_device(rows.nonzero().squeeze(1), self.current.device)
 
     def full_step(self) -> None:
         """Reads the current token of each running row at full depth and appends the next one."""
@@ -132,11 +147,14 @@ class Request:
         """Appends the first counts[b] of tokens[b] to each running row b, up to its stop or length limit.
 
         Args:
-            tokens, exits, confidences: (B, K).
-            counts: (B,) integers.
+            tokens, exits, confidences: (B, K), on the model's device.
+            counts: (B,) integers, on the host.
         """
         running = self.running.tolist()
-        columns = (t.tolist() for t in (tokens, exits, confidences, counts))
+        read = (*torch.stack((tokens, exits)).cpu(), confidences.cpu(), counts)
+        if bool((read[0] < 0).any()):
+            raise EaseError(NAN_LOGITS)
+        columns = (t.tolist() for t in read)
         for row, (row_tokens, row_exits, row_confidences, count) in enumerate(zip(*columns, strict=True)):
             for values in list(zip(row_tokens, row_exits, row_confidences, strict=True))[:count]:
                 if not running[row]:
@@ -146,10 +164,11 @@ class Request:
                 if self.stream is not None:
                     self.stream(token)
                 running[row] = token.token not in self.stop and len(self.answers[row]) < self.max_new_tokens
-        self.running = torch.tensor(running, device=tokens.device)
-        last = (counts - 1).clamp(min=0)[:, None]
-        self.current = torch.where(counts > 0, tokens.gather(1, last).squeeze(1), self.current)
+        self.running = torch.tensor(running)
+        longer = counts.nonzero().squeeze(1)
+        rows, last = to_device(torch.stack((longer, counts[longer] - 1)), tokens.device)
+        self.current = self.current.index_copy(0, rows, tokens[rows, last])
         if self.seen is not None:
-            appended = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
-            rows, cols = appended.nonzero(as_tuple=True)
+            appended = torch.arange(tokens.shape[1]) < counts[:, None]
+            rows, cols = to_device(appended.nonzero(), tokens.device).unbind(1)
             self.seen[rows, tokens[rows, cols]] = True

@@ -14,6 +14,8 @@ from torch import Tensor
 from ease.errors import EaseError, check_integer, check_number, check_seed
 from ease.routing.confidence import at_least_float32
 
+NAN_LOGITS = "the model's logits are NaN: its weights are probably corrupt, restore them"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -76,9 +78,16 @@ class Sampling:
         Raises:
             EaseError: if a logit is NaN.
         """
-        logits = at_least_float32(logits)
         if bool(logits.isnan().any()):
-            raise EaseError("the model's logits are NaN: its weights are probably corrupt, restore them")
+            raise EaseError(NAN_LOGITS)
+        return self._penalized(logits, seen)
+
+    def most_likely(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits (n, V) -> the most likely ids (n,) after the penalty; -1 where a logit is NaN, without a wait."""
+        return self._penalized(logits, seen).argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+    def _penalized(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        logits = at_least_float32(logits)
         if seen is None:
             return logits
         penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)

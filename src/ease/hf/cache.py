@@ -136,7 +136,7 @@ class EaseCache(Cache):
                 f"({rows}, {columns + T}) whose first {columns} columns are unchanged, except that the last tokens of "
                 "a row may be padding now"
             )
-        places = self.native.next(real)
+        places = self.native.next(real).to(real.device)
         if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], places[real]):
             raise EaseError(
                 "position_ids must continue the cached rows, which hold one text each: leave position_ids out, or set "

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.errors import EaseError
+from ease.interface import to_device
 from ease.model_config import AttentionKind
 from ease.modules.plan import rotary_of
 from ease.modules.rope import Rope
@@ -98,8 +99,8 @@ class Cache:
             )
 
     def next(self, real: Tensor) -> Tensor:
-        """(B, T) the places that the next tokens will get; `real` (B, T) is false for padding."""
-        return self.tensor(self.length)[:, None] + real.long().cumsum(1) - 1
+        """(B, T) the places, on the host, that the next tokens will get; `real` (B, T) is false for padding."""
+        return torch.from_numpy(self.length)[:, None] + real.cpu().long().cumsum(1) - 1
 
     def place(self, states: Tensor, real: Bools) -> None:
         """Appends the real tokens of states (B, T, D) to their rows."""
@@ -141,4 +142,4 @@ class Cache:
 
     def tensor(self, index: Ints | Bools) -> Tensor:
         """An array of indices, or a mask, as a tensor on the cache's device."""
-        return torch.from_numpy(index).to(self.states.device)
+        return to_device(torch.from_numpy(index), self.states.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import Layout
+from ease.interface import Layout, to_device
 from ease.model_config import AttentionKind
 from ease.modules.rope import Rope, rotary
 
@@ -57,8 +57,10 @@ class Plan:
             active: (B, T) true for active tokens; by default all. Padding is never active.
         """
         B, T, _ = state.shape
-        if layout is not None and not bool(layout.real.all()):
-            active = layout.real if active is None else active & layout.real
+        # Masks are evaluated on the host: an active mask there, or none, needs no wait for the device.
+        active = None if active is None else active.cpu()
+        if layout is not None and not bool(layout.host.real.all()):
+            active = layout.host.real if active is None else active & layout.host.real
         if active is not None and bool(active.all()):
             active = None
         default = torch.arange(T, device=state.device)[None]
@@ -73,9 +75,7 @@ class Plan:
             def full_view(kind: AttentionKind) -> View:
                 mask = None
                 if layout is not None:
-                    rows = torch.arange(B, device=state.device).repeat_interleave(T)
-                    cols = default.expand(B, T).reshape(-1)
-                    mask = layout.visible(rows, cols, kind.window).view(B, 1, T, T)
+                    mask = layout.visible(window=kind.window)[:, None]
                 elif kind.window is not None and kind.window < T:
                     mask = within(default, default[0], kind.window)[None, None]
                 rope = rope_of(kind)
@@ -83,9 +83,10 @@ class Plan:
 
             return cls(make_view=full_view)
 
-        rows, cols = active.nonzero(as_tuple=True)
-        slots = active.long().cumsum(1)[rows, cols] - 1
-        width = int(active.sum(1).max()) if rows.numel() else 0
+        at = active.nonzero(as_tuple=True)
+        places = torch.stack((*at, active.long().cumsum(1)[at] - 1))
+        width = int(active.sum(1).max()) if places.numel() else 0
+        rows, cols, slots = to_device(places, state.device)
 
         def active_view(kind: AttentionKind) -> View:
             window = kind.window
@@ -164,14 +165,16 @@ def mix(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         mask: (B or 1, 1, width, T) true where a query may attend; None for no mask.
         causal: whether query i attends only to keys up to i.
     """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and (kind.softcap is not None or (mask is not None and q.device.type != "cpu")):
+        # CUDA has no fast kernel for a mask together with grouped queries: it would store (B, H, width, T) scores.
+        k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
+        groups = 1
     if kind.softcap is None:
-        gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=gqa
+            q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=groups > 1
         )
     # The fused kernels have no soft cap.
-    groups = q.shape[1] // k.shape[1]
-    k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
     scale = q.shape[-1] ** -0.5 if kind.scale is None else kind.scale
     scores = kind.softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / kind.softcap))
     if causal:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import classifier_flops
-from ease.interface import ExitModel
+from ease.interface import ExitModel, to_device
 from ease.model_config import ModelConfig
 from ease.policy import Policy
 
@@ -90,7 +90,8 @@ class Patience:
         self.times = torch.zeros(size, dtype=torch.long)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        likeliest, at = _logits(evidence).argmax(-1).cpu(), evidence.places.cpu()
+        likeliest, at = _logits(evidence).argmax(-1), evidence.places
+        self.likeliest, self.times = to_device(self.likeliest, at.device), to_device(self.times, at.device)
         self.times[at] = torch.where(likeliest == self.likeliest[at], self.times[at] + 1, 1)
         self.likeliest[at] = likeliest
         return (self.times[at] / self.patience).clamp(max=1).to(at_least_float32(evidence.after))

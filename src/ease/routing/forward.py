@@ -17,19 +17,29 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.flops import exit_flops, run_flops
 from ease.inputs import read_prompt
-from ease.interface import ExitModel, Layout, evaluation_view
+from ease.interface import ExitModel, Layout, evaluation_view, to_device
 from ease.model_config import ModelConfig
 from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
 from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
 
-HEAD_CHUNK = 512  # tokens whose logits exist at a time: small enough for a cache, large enough for the product
+HEAD_CHUNK = 512  # tokens whose logits exist at a time on a CPU: few enough for its cache, enough for the product
+DEVICE_LOGITS = (
+    2**27
+)  # numbers in the logits that exist at a time elsewhere: every chunk there costs a wait and launches
+
+
+def head_chunk(model: ExitModel) -> int:
+    """Tokens whose logits exist at a time."""
+    head = model.output_head.weight
+    return HEAD_CHUNK if head.device.type == "cpu" else max(HEAD_CHUNK, DEVICE_LOGITS // head.shape[0])
 
 
 @dataclass(frozen=True)
 class ExitStep:
     """One step of a routed forward: the layers up to an exit, and the tokens that leave there.
 
-    The exit is evaluated for N tokens, in the order of `queried.nonzero()`.
+    The exit is evaluated for N tokens, in the order of `queried.nonzero()`; n of them leave. Masks are on the host and
+    everything else is on the model's device, so that an exit costs one wait for the device, for `leaves`.
     """
 
     first: int
@@ -49,16 +59,33 @@ class ExitStep:
     """(N,) confidence."""
     leaves: Tensor
     """(N,) true for tokens that leave; at the last exit, all."""
-    num_leaving: int
-    """Number of tokens that leave."""
+    leaving: Tensor
+    """(n,) indices of the tokens that leave in the flattened ids, on the device."""
     num_heads: int
-    """Number of head evaluations: N, or `num_leaving` where the confidence measure needs no head."""
+    """Number of head evaluations: N, or n where the confidence measure needs no head."""
     read: Tensor | None
     """The results of the caller's `read` for the tokens that leave, concatenated."""
     measure_flops: int
     """FLOPs of the confidence measure itself, beyond the head."""
     config: ModelConfig
     layout: Layout | None
+
+    @property
+    def num_leaving(self) -> int:
+        """Number of tokens that leave."""
+        return len(self.leaving)
+
+    @cached_property
+    def leaving_confidence(self) -> Tensor:
+        """(n,) confidence of the tokens that leave."""
+        if self.num_leaving == len(self.confidence):
+            return self.confidence
+        return self.confidence[to_device(self.leaves.nonzero().squeeze(1), self.confidence.device)]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(N,) indices of the evaluated tokens in the flattened ids, on the device."""
+        return to_device(self.queried.flatten().nonzero().squeeze(1), self.state.device)
 
     @cached_property
     def left(self) -> Tensor:
@@ -75,7 +102,8 @@ class ExitStep:
     @property
     def flops(self) -> int:
         """FLOPs of the step: its layers, the confidence measure, and the heads."""
-        layers = run_flops(self.config, self.layer - self.first + 1, self.arrived, self.layout)
+        layout = None if self.layout is None else self.layout.host
+        layers = run_flops(self.config, self.layer - self.first + 1, self.arrived, layout)
         return layers + self.measure_flops + exit_flops(self.config, self.num_heads, self.layer)
 
 
@@ -84,7 +112,7 @@ class _Exit(NamedTuple):
 
     confidence: Tensor
     leaves: Tensor
-    num_leaving: int
+    leaving: Tensor
     num_heads: int
     read: Tensor | None
 
@@ -124,7 +152,8 @@ def routed_forward(
     kind = measure_named(policy.confidence)
     measure = kind.make(model, policy, ids.numel())
     steps = [(e, t) for e, t in zip(policy.exits, policy.thresholds, strict=True) if e < last]
-    arrived = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+    real = torch.ones(ids.shape, dtype=torch.bool) if layout is None else layout.host.real
+    arrived = real
     by_row = model.config.num_labels is not None
     # Counted from the right, the last real token of a row is the first.
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
@@ -132,17 +161,21 @@ def routed_forward(
         cache.check(policy)
     positions = None
     if policy.by_position:
-        default = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if layout is None else layout.positions
-        positions = (default if cache is None else cache.next(arrived)).flatten()
+        default = torch.arange(ids.shape[1]).expand_as(ids) if layout is None else layout.host.positions
+        positions = to_device((default if cache is None else cache.next(real)).flatten(), ids.device)
+    required = None if required is None else required.cpu()
     state, first = model.embed(ids) if state is None else state, 1
     if watch is not None:
         watch(state)
-    if not bool(arrived.any()):
+    if not bool(real.any()):
         return
     for layer, threshold in [*steps, (last, 0.0)]:
         before, final = state.flatten(0, 1), layer == last
+        active: Tensor | None = arrived  # a cache does its bookkeeping on the host
+        if cache is None:
+            active = None if arrived is real else to_device(arrived, ids.device)
         for start, end in [(first, layer)] if watch is None else [(k, k) for k in range(first, layer + 1)]:
-            state = model.run(state, start, end, layout=layout, active=arrived, cache=cache)
+            state = model.run(state, start, end, layout=layout, active=active, cache=cache)
             if watch is not None:
                 watch(state)
         queried = arrived & decides if by_row else arrived
@@ -178,7 +211,7 @@ def _evaluate(
     leave: Callable[[Tensor, Tensor], Tensor] | None,
     read: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> _Exit:
-    """Evaluates the exit after `layer` for the queried tokens, `HEAD_CHUNK` at a time.
+    """Evaluates the exit after `layer` for the queried tokens, a chunk at a time.
 
     Args:
         before: (B T, D) states that entered the step.
@@ -186,32 +219,35 @@ def _evaluate(
             even those whose confidence is NaN.
     """
     flat, size = state.flatten(0, 1), queried.numel()
-    confidences, leaving, readings = [], [], []
-    num_leaving = num_heads = 0
-    for places in queried.flatten().nonzero().squeeze(1).split(HEAD_CHUNK):
+    confidences, all_leaves, leaving, readings = [], [], [], []
+    num_heads = 0
+    for on_host in queried.flatten().nonzero().squeeze(1).split(head_chunk(model)):
+        places = to_device(on_host, state.device)
         after = flat if len(places) == size else flat[places]
         logits = model.logits(after, layer) if leave is None or kind.needs_head else None
         if leave is None and logits is not None and not kind.needs_head:  # a headless measure is for early exits
             confidence = max_probability(logits)
         else:
             confidence = measure(Evidence(layer, before, after, logits, places))
-        if leave is None:
-            leaves, count = torch.ones_like(confidence, dtype=torch.bool), len(places)
-        else:
-            leaves = leave(confidence, places)
-            count = int(leaves.count_nonzero())
-        num_leaving += count
-        num_heads += count if logits is None else len(places)
-        if read is not None and count:
-            if logits is None:
-                logits = model.logits(after[leaves], layer)
-            elif count < len(places):
-                logits = logits[leaves]
-            readings.append(read(logits, places if count == len(places) else places[leaves]))
+        leaves = torch.ones(len(places), dtype=torch.bool) if leave is None else leave(confidence, places).cpu()
+        indices = leaves.nonzero().squeeze(1)
+        num_heads += len(indices) if logits is None else len(places)
+        if len(indices) < len(places):
+            places = to_device(on_host[indices], state.device)
+            if read is not None and len(indices):
+                at = to_device(indices, state.device)
+                logits = model.logits(after[at], layer) if logits is None else logits[at]
+        elif logits is None and read is not None:
+            logits = model.logits(after, layer)
+        if read is not None and len(indices):
+            assert logits is not None
+            readings.append(read(logits, places))
         confidences.append(confidence)
-        leaving.append(leaves)
+        all_leaves.append(leaves)
+        leaving.append(places)
     results = cat_or_empty(readings, state) if readings else None
-    return _Exit(cat_or_empty(confidences, state), cat_or_empty(leaving, queried), num_leaving, num_heads, results)
+    left = cat_or_empty(leaving, torch.zeros(0, dtype=torch.long, device=state.device))
+    return _Exit(cat_or_empty(confidences, state), cat_or_empty(all_leaves, queried), left, num_heads, results)
 
 
 def cat_or_empty(parts: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -272,16 +308,17 @@ def route(
     policy.check(model.num_layers)
     ids, attention_mask = read_prompt(ids, attention_mask)
     model, device = evaluation_view(model), next(model.parameters()).device
-    ids = ids.to(device)
-    layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask.to(device))
+    model.check_ids(ids, model.config.vocab_size)
+    ids = to_device(ids, device)
+    layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask).to(device)
     logits = model.new_logits(*ids.shape)
-    left_at = torch.zeros_like(ids)
+    left_at = torch.zeros(ids.shape, dtype=ids.dtype, device=device)
     confidences = torch.zeros(ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         if step.read is not None:
-            logits[step.left] = step.read.to(logits)
-            confidences[step.left] = step.confidence[step.leaves].to(confidences)
-        left_at[step.left] = step.layer
+            logits.view(-1, logits.shape[-1])[step.leaving] = step.read.to(logits)
+            confidences.view(-1)[step.leaving] = step.leaving_confidence.to(confidences)
+        left_at.view(-1)[step.leaving] = step.layer
     return Routed(logits, left_at, confidences)
 
 
@@ -298,5 +335,5 @@ def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None 
         (B, T) confidence in [0, 1].
     """
     exit = model.num_layers if exit is None else exit
-    chunks = hidden_state.flatten(0, -2).split(HEAD_CHUNK)
+    chunks = hidden_state.flatten(0, -2).split(head_chunk(model))
     return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])

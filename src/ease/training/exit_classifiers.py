@@ -16,7 +16,7 @@ from ease.errors import EaseError
 from ease.interface import Batch, Batches, evaluation_view, re_iterable
 from ease.models import StandardTransformer
 from ease.policy import Policy
-from ease.routing.forward import HEAD_CHUNK
+from ease.routing.forward import head_chunk
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def agreements(
             state = model.run(state, first, exit, layout=batch.layout)
             at_exit[exit], first = state[batch.scored], exit + 1
         likeliest = {
-            exit: torch.cat([model.logits(part, exit).argmax(-1) for part in h.split(HEAD_CHUNK)])
+            exit: torch.cat([model.logits(part, exit).argmax(-1) for part in h.split(head_chunk(model))])
             for exit, h in at_exit.items()
         }
         for exit in exits:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError, check_choice
-from ease.interface import IGNORE, capped
+from ease.interface import IGNORE, capped, to_device
 from ease.routing.confidence import at_least_float32
 
 # Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
@@ -103,7 +103,7 @@ class Distillation:
             with torch.no_grad():
                 goal = F.log_softmax(capped(at_least_float32(F.linear(t, head)), softcap) / tau, -1)
             apart = F.kl_div(F.log_softmax(logits / tau, -1), goal, reduction="none", log_target=True).sum(-1)
-            loss = self.share * tau**2 * apart[y != IGNORE].sum()
+            loss = self.share * tau**2 * apart.masked_fill(y == IGNORE, 0).sum()
             if self.share < 1:
                 loss = loss + (1 - self.share) * F.cross_entropy(logits, y, reduction="sum")
             yield loss
@@ -135,6 +135,8 @@ class Term(NamedTuple):
     """(N, D) normalized states at the last exit, for an objective with a teacher; they receive no gradient."""
     softcap: float | None = None
     """Soft cap of the logits."""
+    num_scored: int | None = None
+    """Number of targets that are not -100; None counts them."""
 
     def parts(self, states: Tensor, head: Tensor) -> Iterator[Tensor]:
         """Summed losses (nats) of chunks of the tokens, with `states` (N, D) in place of the term's own."""
@@ -146,8 +148,11 @@ class Term(NamedTuple):
             return [self._replace(teacher=teacher)]
         share = int(seen.sum()) / len(seen)
         part, rest = (
-            self._replace(states=self.states[tokens], targets=self.targets[tokens], weight=part * self.weight)
-            for tokens, part in ((seen, share), (~seen, 1 - share))
+            self._replace(
+                states=self.states[tokens], targets=self.targets[tokens], weight=part * self.weight, num_scored=None
+            )
+            for mask, part in ((seen, share), (~seen, 1 - share))
+            for tokens in [to_device(mask.nonzero().squeeze(1), self.states.device)]
         )
         return [part._replace(teacher=teacher), rest._replace(objective=CrossEntropy())]
 
@@ -185,7 +190,8 @@ def exit_loss(head: Tensor, terms: Sequence[Term]) -> Tensor:
         head: (V, D), the shared output head.
         terms: one or more, each with tokens of its own.
     """
-    terms = [term._replace(weight=term.weight / max(1, int((term.targets != IGNORE).sum()))) for term in terms]
+    counts = [int((t.targets != IGNORE).sum()) if t.num_scored is None else t.num_scored for t in terms]
+    terms = [term._replace(weight=term.weight / max(1, count)) for term, count in zip(terms, counts, strict=True)]
     if torch.is_grad_enabled():
         loss: Tensor = _ExitLosses.apply(head, terms, *(term.states for term in terms))  # type: ignore[no-untyped-call]
         return loss

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ease.errors import EaseError, check_seed
 from ease.flops import run_flops
-from ease.interface import Batch, Batches, ExitModel, Layout, evaluation_view, re_iterable, running_batches
+from ease.interface import Batch, Batches, ExitModel, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
 from ease.routing.forward import ExitStep, routed_forward
 
@@ -125,8 +125,8 @@ def read_states(
 
 def spread(step: ExitStep) -> Tensor:
     """(B, T) confidences of the tokens that arrived, of the row if one token decides for it; 1 elsewhere."""
-    everywhere = torch.ones(step.queried.shape, dtype=step.confidence.dtype, device=step.confidence.device)
-    everywhere = everywhere.masked_scatter(step.queried, step.confidence)
+    everywhere = step.confidence.new_ones(step.queried.numel())
+    everywhere = everywhere.index_copy(0, step.places, step.confidence).view(step.queried.shape)
     return everywhere.amin(1, keepdim=True).expand_as(everywhere) if step.by_row else everywhere
 
 
@@ -243,15 +243,18 @@ class MinedBatches:
         self.model, self.policy, self.layer = model, policy, model.num_layers
         self.generator = torch.Generator().manual_seed(seed)
         self.flops, kept, total = 0.0, 0, 0
-        device = next(model.parameters()).device
         quantile = Quantile()
         found: list[tuple[Batch, Tensor]] = []
         view = evaluation_view(model)
-        passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
-        for batch in running_batches(passes, device):
-            step, flops = self._mine(view, batch.x, batch.layout)
+        for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
+            batch = Batch.of(item).to(
+                "cpu"
+            )  # so that a training step reads ids and masks without waiting for the device
+            if not bool(batch.running.any()):
+                continue
+            step, flops = self._mine(view, batch)
             self.flops += flops
-            confidence = spread(step)
+            confidence = spread(step).cpu()
             total += int(batch.scored.sum())
             quantile.add(confidence[step.arrived & batch.scored])
             size = step.state.numel() * step.state.element_size()
@@ -275,10 +278,11 @@ class MinedBatches:
             raise EaseError(no_hard_token_message(self.threshold))
 
     @torch.no_grad()
-    def _mine(self, model: ExitModel, x: Tensor, layout: Layout | None) -> tuple[ExitStep, float]:
+    def _mine(self, model: ExitModel, batch: Batch) -> tuple[ExitStep, float]:
         """The step at the mined layer and the FLOPs up to there; tokens that left before are not in `arrived`."""
         flops = 0.0
-        for step in routed_forward(model, x, self.policy, layout=layout, last=self.layer):
+        batch = batch.to(next(model.parameters()).device)
+        for step in routed_forward(model, batch.x, self.policy, layout=batch.layout, last=self.layer):
             flops += step.flops
         if step.layer < self.layer:  # every token of the batch left earlier
             none = torch.zeros_like(step.arrived)
@@ -304,11 +308,12 @@ class MinedBatches:
         for i in torch.randperm(len(self.batches), generator=self.generator).tolist():
             batch = self.batches[i]
             if batch.state is None and self.policy.exits:
-                step, flops = self._mine(model, batch.x, batch.layout)
+                step, flops = self._mine(model, batch)
                 batch = batch._replace(state=step.state, flops=flops)
             elif batch.state is None:  # no token left before, so no head has to be evaluated again
+                moved = batch.to(next(model.parameters()).device)
                 with torch.no_grad():
-                    state = model.run(model.embed(batch.x), 1, self.layer, layout=batch.layout)
+                    state = model.run(model.embed(moved.x), 1, self.layer, layout=moved.layout)
                 running = batch._replace(active=None).running
                 flops = run_flops(model.config, self.layer, running, batch.layout)
                 batch = batch._replace(state=state, flops=flops)

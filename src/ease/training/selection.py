@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.flops import classifier_flops, exit_flops
-from ease.interface import Batch, ExitModel
+from ease.interface import Batch, ExitModel, to_device
 from ease.model_config import ModelConfig
 from ease.routing.forward import compute_confidence
 from ease.training.losses import Objective
@@ -151,7 +151,7 @@ class LearnedGate:
     def select(self, model: ExitModel, state: Tensor, exit: int, batch: Batch) -> Selected:
         confidence = lambda model, states, exit: model.exit_confidence(states, exit)  # noqa: E731
         continuing = least_confident(confidence, model, state, exit, batch.running, self.keep[exit])
-        pick = scored_selector(batch.scored)
+        pick = scored_selector(batch.scored, state.device)
         loss = classifier_loss(model, pick(state), exit, pick(batch.y))
         return Selected(continuing, batch.scored & ~continuing, loss)
 
@@ -172,9 +172,15 @@ def check_keep(keep: Mapping[int, float], deepest: int) -> None:
             raise EaseError(f"the share of tokens that continue past exit {exit} must lie in (0, 1], got {share}")
 
 
-def scored_selector(scored: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that takes the scored tokens (B, T) out of (B, T, ...): a view if all are, since indexing copies."""
-    return (lambda t: t.flatten(0, 1)) if bool(scored.all()) else lambda t: t[scored]
+def scored_selector(scored: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that takes the scored tokens (B, T) out of (B, T, ...): a view if all are, since indexing copies.
+
+    The tensors are on `device`. With `scored` on the host it does not wait for the device.
+    """
+    if bool(scored.all()):
+        return lambda t: t.flatten(0, 1)
+    places = to_device(scored.flatten().nonzero().squeeze(1), device)
+    return lambda t: t.flatten(0, 1)[places]
 
 
 @torch.no_grad()
@@ -217,7 +223,7 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
         state: (N, D) states of the scored tokens.
         targets: (N,) token ids.
     """
-    sample = torch.randperm(len(targets))[: classifier_sample_size(len(targets))].to(state.device)
+    sample = to_device(torch.randperm(len(targets))[: classifier_sample_size(len(targets))], state.device)
     state, targets = state[sample], targets[sample]
     with torch.no_grad():
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ease.flops import exit_flops, run_flops
-from ease.interface import Batch, ExitModel
+from ease.interface import Batch, ExitModel, to_device
 from ease.training.config import TrainingConfig
 from ease.training.losses import CrossEntropy, Term, exit_loss
 from ease.training.phases import Step
@@ -26,7 +26,8 @@ def step_loss(
     """The weighted loss of a batch: one pass up to the deepest weighted layer, a head only where there is a weight.
 
     Args:
-        batch: inputs and targets, on the model's device. A `state` enters layer `first`.
+        batch: inputs and targets; on the host their masks are evaluated without waiting for the device. A `state`
+            enters layer `first`.
         first: the first layer that learns; the layers below run without gradients.
         step: loss weights and layer dropout of this step, instead of the configuration's.
         continued: filled with the tokens (B, T) that continued past each exit where the selection chose.
@@ -39,18 +40,20 @@ def step_loss(
     deepest = last if objective.teacher else max(weights)
     choices = [exit for exit, share in selection.keep.items() if exit < deepest and share < 1]
     learns = torch.is_grad_enabled()
+    device, on_host = next(model.parameters()).device, batch
+    batch = batch.to(device)
     at = 0 if batch.state is None else first - 1
     with torch.set_grad_enabled(learns and first == 1):
         state = model.embed(batch.x) if batch.state is None else batch.state
     terms: list[Term] = []
-    masks: list[Tensor] = []  # (B, T) the scored tokens of each term
+    masks: list[Tensor] = []  # (B, T) the scored tokens of each term, where `on_host` is
     auxiliary: list[Tensor] = []
-    pick = scored_selector(batch.scored)
+    pick = scored_selector(on_host.scored, device)
     num_scored = max(1, len(pick(batch.y))) if selection.scores_once else 0
     for layer in pause_layers(at, first, [*weights, *choices, deepest], skip):
         running = batch.active if layer >= first else None  # the frozen trunk runs all tokens
         if layer in skip:
-            stays = (torch.rand(len(batch.x)) >= skip[layer]).to(batch.x.device)[:, None]
+            stays = to_device(torch.rand(len(batch.x)) >= skip[layer], device)[:, None]
             running = stays.expand_as(batch.x) if running is None else running & stays
         with torch.set_grad_enabled(learns and layer >= first):
             state = model.run(state, at + 1, layer, layout=batch.layout, active=running)
@@ -59,18 +62,19 @@ def step_loss(
         if selected is not None and selected.loss is not None:
             auxiliary.append(selected.loss)
         if layer in weights:
-            scored = batch.scored if selected is None else selected.scored
-            pick = scored_selector(scored)
+            scored = on_host.scored if selected is None else selected.scored.to(on_host.x.device)
+            pick = scored_selector(scored, device)
             targets = pick(batch.y)
             # If a token is scored only where it leaves, every token has the same weight, whatever the shares are.
             weight = weights[layer] * (len(targets) / num_scored if selection.scores_once else 1)
             term_objective = objective if layer < last else CrossEntropy()
-            normed = model.exit_norm(pick(state), layer)
-            terms.append(Term(normed, targets, weight, term_objective, softcap=model.config.logit_softcap))
+            normed, softcap = model.exit_norm(pick(state), layer), model.config.logit_softcap
+            terms.append(Term(normed, targets, weight, term_objective, softcap=softcap, num_scored=len(targets)))
             masks.append(scored)
         if selected is not None:
             batch = batch._replace(active=selected.continuing)
-            pick = scored_selector(batch.scored)
+            on_host = on_host._replace(active=selected.continuing.to(on_host.x.device))
+            pick = scored_selector(on_host.scored, device)
             if continued is not None:
                 continued[layer] = selected.continuing
     if learns:
@@ -79,7 +83,7 @@ def step_loss(
         with torch.no_grad():
             teacher = model.exit_norm(pick(state), last)
         pairs = zip(terms, masks, strict=True)
-        terms = [part for term, scored in pairs for part in term.taught(batch.scored[scored], teacher)]
+        terms = [part for term, scored in pairs for part in term.taught(on_host.scored[scored], teacher)]
     return exit_loss(model.output_head.weight, terms) + selection.weight * sum(auxiliary)
 
 
