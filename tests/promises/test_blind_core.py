@@ -28,8 +28,8 @@ from ease import (
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(ease.__file__).parents[1]
-# The rooms above the strategies, which run and show them.
-ABOVE = ("ease.__main__", "ease.cli", "ease.runs", "ease.ashem")
+# The rooms above the strategies, which run and show them, and the command line of lm-evaluation-harness.
+ABOVE = ("ease.__main__", "ease.cli", "ease.runs", "ease.ashem", "ease.hf.lm_eval")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
