@@ -9,6 +9,8 @@
     configuration  `EaseConfig`, the config.json of a native model
     peft           what PEFT looks up by model type
     model          `EaseForCausalLM`
+    forward        its pass over the tokens of a call
+    classifier     `EaseForSequenceClassification`
     generation     its `generate`
     backbone       its base model, without the head
     cache          its cache
