@@ -3,9 +3,10 @@
 They are in transformers' repository and not in its wheel. With `parameterized` and `httpx` installed:
 
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
-    PYTHONPATH=transformers OMP_NUM_THREADS=1 python -m pytest -c /dev/null -W ignore -rsfx tests/hf/transformers_suite.py
+    export PYTHONPATH=transformers OMP_NUM_THREADS=1
+    python -m pytest -c /dev/null -W ignore -rsfx tests/hf/transformers_suite.py
 
-docs/reference/robustness.md states the counts, and why a test is skipped or fails.
+docs/reference/transformers.md states the counts, and why a test is skipped or fails.
 """
 
 # mypy: ignore-errors
