@@ -30,8 +30,8 @@ DEVICE_LOGITS = (
 
 def head_chunk(model: ExitModel) -> int:
     """Tokens whose logits exist at a time."""
-    head = model.output_head.weight
-    return HEAD_CHUNK if head.device.type == "cpu" else max(HEAD_CHUNK, DEVICE_LOGITS // head.shape[0])
+    none = model.new_logits(0)
+    return HEAD_CHUNK if none.device.type == "cpu" else max(HEAD_CHUNK, DEVICE_LOGITS // none.shape[1])
 
 
 @dataclass(frozen=True)
