@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ease
 from ease import EaseError
-from ease.hf.config import FAMILIES, read_config
+from ease.hf.config import read_config
+from ease.hf.families import FAMILIES
 from ease.hf.model import EaseForCausalLM
 from ease.training.step import step_loss
 

@@ -1,177 +1,21 @@
 """Translation of config.json between the families of Llama and the native `ModelConfig`.
 
-`FAMILIES` lists the model types. A family is data: the fields of `ModelConfig` that its architecture implies, and the
-keys of its config.json that set others. Every key of a config.json is translated, has the one value that the native
-model computes, does not affect a forward pass, or is refused: a key that is ignored silently would make a model that
-computes something else than the original.
+Every key of a config.json is translated, has the one value that the native model computes, does not affect a forward
+pass, or is refused: a key that is ignored silently would make a model that computes something else than the original.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from ease.errors import EaseError, check_boolean, check_integer, check_list, check_number
+from ease.hf.families import FAMILIES, GEMMA_KEYS, Family, all_but_every, every_layer, unrotated
 from ease.model_config import ModelConfig, RopeScaling
-
-# ---------------------------------------------------------------------------------------------------------
-# Families
-
-
-def _every_layer(values: Mapping[str, Any], layer: int) -> bool:
-    return True
-
-
-def _if_used(values: Mapping[str, Any], layer: int) -> bool:
-    """Qwen's: the upper layers, if the checkpoint uses windows at all."""
-    return bool(values.get("use_sliding_window")) and layer > (values.get("max_window_layers") or 0)
-
-
-def _all_but_every(values: Mapping[str, Any], layer: int) -> bool:
-    """Gemma's: all but every n-th layer."""
-    return bool(layer % values["sliding_window_pattern"])
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model type implies.
-
-    Args:
-        defaults: values of keys that config.json leaves out, as the family's class in transformers sets them.
-        implied: fields of `ModelConfig` that the architecture sets.
-        keys: key of config.json -> the field of `ModelConfig` that it sets, for keys that not every family has.
-        biases: key of config.json -> the fields of `ModelConfig` that it sets together.
-        windowed: whether a layer has the window, where config.json has no `layer_types`.
-        any_head_dim: stock transformers accepts heads whose widths do not add up to the model's.
-        partial_rotary: `partial_rotary_factor` applies.
-        token_ids: ids of special tokens that config.json leaves out.
-        scaled_embedding: the embedding is multiplied by the root of its width.
-    """
-
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    implied: Mapping[str, Any] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    windowed: Callable[[Mapping[str, Any], int], bool] | None = None
-    any_head_dim: bool = True
-    partial_rotary: bool = False
-    scaled_embedding: bool = False
-    token_ids: Mapping[str, Any] = field(default_factory=dict)
-
-
-ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "output_bias")}
-BIASES = {**ATTENTION_BIAS, "mlp_bias": ("ffn_bias",)}
-
-LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-GEMMA_TOKENS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-
-GEMMA = {"norm_offset": True, "post_norms": True}
-GEMMA_KEYS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
-GEMMA_DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "hidden_activation": "gelu_pytorch_tanh",
-}
-
-# A model is exported as the first family that fits it.
-FAMILIES = {
-    "llama": Family({"max_position_embeddings": 2048}, biases=BIASES, any_head_dim=False, token_ids=LLAMA_TOKENS),
-    "mistral": Family(
-        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-        windowed=_every_layer,
-        token_ids=LLAMA_TOKENS,
-    ),
-    "qwen2": Family(
-        {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096, "max_window_layers": 28},
-        {"qkv_bias": True},
-        windowed=_if_used,
-    ),
-    "qwen3": Family(
-        {
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32_768,
-            "head_dim": 128,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-        {"qk_norm": True},
-        biases=ATTENTION_BIAS,
-        windowed=_if_used,
-    ),
-    "smollm3": Family(
-        {
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32_768,
-            "rope_theta": 2_000_000.0,
-            "tie_word_embeddings": True,
-            "no_rope_layer_interval": 4,
-        },
-        biases=BIASES,
-        windowed=lambda values, layer: bool(values.get("use_sliding_window")) and layer in _unrotated(values),
-        token_ids={"bos_token_id": 128_000, "eos_token_id": 128_001, "pad_token_id": 128_004},
-    ),
-    "phi3": Family(
-        {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        windowed=_every_layer,
-        partial_rotary=True,
-        token_ids={"bos_token_id": 1, "eos_token_id": 32_000, "pad_token_id": 32_000},
-    ),
-    "olmo2": Family(
-        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        {"pre_norms": False, "post_norms": True, "qk_norm": True, "wide_qk_norm": True},
-        biases=ATTENTION_BIAS,
-        token_ids={"eos_token_id": 50_279, "pad_token_id": 1},
-    ),
-    "granite": Family(
-        {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
-        keys={
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "attention_multiplier": "attention_scale",
-            "logits_scaling": "logit_divisor",
-        },
-        biases=BIASES,
-        any_head_dim=False,
-        token_ids=LLAMA_TOKENS,
-    ),
-    "gemma2": Family(
-        {
-            **GEMMA_DEFAULTS,
-            "max_position_embeddings": 8192,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-        },
-        GEMMA,
-        GEMMA_KEYS,
-        ATTENTION_BIAS,
-        _all_but_every,
-        scaled_embedding=True,
-        token_ids=GEMMA_TOKENS,
-    ),
-    "gemma3_text": Family(
-        {
-            **GEMMA_DEFAULTS,
-            "max_position_embeddings": 131_072,
-            "sliding_window_pattern": 6,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-        },
-        {**GEMMA, "qk_norm": True},
-        {**GEMMA_KEYS, "rope_local_base_freq": "local_rope_theta"},
-        ATTENTION_BIAS,
-        _all_but_every,
-        scaled_embedding=True,
-        token_ids=GEMMA_TOKENS,
-    ),
-}
 
 # ---------------------------------------------------------------------------------------------------------
 # Keys
@@ -363,7 +207,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     for key in ("query_pre_attn_scalar", "rms_norm_eps"):
         if values.get(key) is not None:
             check_number(f"{key} in config.json", values[key], 0)
-    if _unrotated(values) and "no_rope_layer_interval" not in family.defaults:
+    if unrotated(values) and "no_rope_layer_interval" not in family.defaults:
         raise _unsupported("layers without rotary positions (no_rope_layers)")
     num_heads, dim = values["num_attention_heads"], values["hidden_size"]
     set_by_key = {field: values[key] for key, field in family.keys.items() if values.get(key) is not None}
@@ -384,7 +228,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=bool(values.get("tie_word_embeddings")),
         max_positions=values["max_position_embeddings"],
-        unrotated_layers=_unrotated(values),
+        unrotated_layers=unrotated(values),
         activation=_activation(values, family),  # type: ignore[arg-type]
         **{**biases, **family.implied, **set_by_key, **rope, **windows},
     )
@@ -401,16 +245,6 @@ def _activation(values: Mapping[str, Any], family: Family) -> str:
     return ACTIVATIONS[name]
 
 
-def _unrotated(values: Mapping[str, Any]) -> tuple[int, ...]:
-    """The layers without rotary positions."""
-    num_layers = values["num_hidden_layers"]
-    rotary = check_list("no_rope_layers in config.json", values.get("no_rope_layers") or ())
-    if rotary:
-        return tuple(layer for layer, rotated in enumerate(rotary[:num_layers], 1) if not rotated)
-    interval = values.get("no_rope_layer_interval")
-    return tuple(range(interval, num_layers + 1, interval)) if interval else ()
-
-
 def _read_windows(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     """The native `window` and `windowed_layers`."""
     num_layers, window = values["num_hidden_layers"], values.get("sliding_window")
@@ -423,7 +257,7 @@ def _read_windows(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
         layer for layer in range(1, num_layers + 1) if family.windowed is not None and family.windowed(values, layer)
     ]
     windowed = [layer for layer, kind in enumerate(types, 1) if kind == "sliding_attention"] if types else by_family
-    if types and family.windowed in (None, _every_layer) and windowed != (by_family if window else []):
+    if types and family.windowed in (None, every_layer) and windowed != (by_family if window else []):
         raise _unsupported("layer_types that its family does not have")
     if "max_window_layers" in family.defaults and not values.get("use_sliding_window"):
         window = None
@@ -572,7 +406,7 @@ def _write_as(name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
     windowed = [c.attention_kind(layer).window is not None for layer in layers]
     longest = c.max_positions
     raw: dict[str, Any] = {
-        "architectures": [f"{ARCHITECTURES.get(name, name.capitalize())}ForCausalLM"],
+        "architectures": [f"{family.architecture or name.capitalize()}ForCausalLM"],
         "model_type": name,
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -608,9 +442,9 @@ def _write_as(name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
         raw["max_position_embeddings"] = longest
     if c.rotary_size != c.head_size:
         raw["partial_rotary_factor"] = c.rotary_size / c.head_size
-    if any(windowed) and family.windowed is not _every_layer:
+    if any(windowed) and family.windowed is not every_layer:
         raw["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windowed]
-    if "use_sliding_window" in raw or family.windowed not in (None, _every_layer, _all_but_every):
+    if family.windowed not in (None, every_layer, all_but_every):
         raw["use_sliding_window"] = any(windowed)
     if "no_rope_layer_interval" in family.defaults:
         raw["no_rope_layers"] = [int(layer not in c.unrotated_layers) for layer in layers]
@@ -623,6 +457,3 @@ def _write_as(name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
         raw["hidden_activation"] = raw["hidden_act"]
         raw |= {key: getattr(c, field) for key, field in GEMMA_KEYS.items()}
     return raw
-
-
-ARCHITECTURES = {"smollm3": "SmolLM3", "gemma3_text": "Gemma3"}

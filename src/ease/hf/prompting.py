@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ease.data.tokenizers import prepare, read_tokenizer_json
 from ease.errors import EaseError, check_integer, check_number, first_line, require
-from ease.hf.config import FAMILIES
+from ease.hf.families import FAMILIES
 from ease.hf.folder import CONFIG, FIX, GENERATION, NATIVE, TOKENIZER_FILES, checkpoint_folder, read_json
 from ease.hf.options import PLACING, read_options
 
