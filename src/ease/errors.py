@@ -5,15 +5,18 @@ A message is one sentence that names the problem and the fix, since the command 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST_INTEGER = 2**63 - 1  # the largest integer that a tensor holds
 
@@ -88,10 +91,13 @@ def check_string(name: str, value: object) -> None:
 
 
 def check_list(name: str, value: object) -> tuple[Any, ...]:
-    """Returns the elements of `value`; raises EaseError if it has none to iterate over, or is a string."""
-    if isinstance(value, str | dict) or not isinstance(value, Iterable):
-        raise EaseError(f"{name} must be a list, got {reprlib.repr(value)}")
-    return tuple(value)
+    """Returns the elements of `value`; raises EaseError if it has none, or is a string."""
+    try:
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | dict):
+            return tuple(value)
+    except TypeError:  # an array without dimensions
+        pass
+    raise EaseError(f"{name} must be a list, got {reprlib.repr(value)}")
 
 
 def check_layers(name: str, value: object, last: int = LARGEST_INTEGER) -> tuple[int, ...]:
@@ -99,14 +105,63 @@ def check_layers(name: str, value: object, last: int = LARGEST_INTEGER) -> tuple
     layers = check_list(name, value)
     for layer in layers:
         check_integer(f"a layer in {name}", layer, -LARGEST_INTEGER, last)
-    return layers
+    return tuple(map(int, layers))
 
 
-def check_least(least: float, **values: float | None) -> None:
-    """Raises EaseError for a value below `least` or NaN. None passes: where it is allowed, it means a default."""
+def check_counts(least: int, **values: object) -> None:
+    """Raises EaseError for a value that is no integer of at least `least`. None passes: it means a default."""
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise EaseError(f"{name} must be at least {least}, got {value}")
+        if value is not None:
+            check_integer(name, value, least)
+
+
+def check_fields(config: Any) -> None:
+    """Raises EaseError unless every field of a dataclass has the type that its annotation states."""
+    kind: Any = type(config)
+    types = _annotations(kind)
+    for field in fields(config):
+        if field.init:
+            _check_type(field.name, getattr(config, field.name), types[field.name])
+
+
+@functools.cache
+def _annotations(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    """Numbers, strings, choices and classes, alternatives of them, and lists and dictionaries that hold them."""
+    parts = get_args(kind)
+    form = get_origin(kind) or kind
+    if form in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return
+        kinds = [part for part in parts if part is not NoneType]
+        # The message is that for a list if one is given, and otherwise that for the first alternative.
+        lists = [part for part in kinds if get_origin(part) is not None and get_origin(part) is not Literal]
+        given = isinstance(value, Iterable) and not isinstance(value, str)
+        _check_type(name, value, next(iter(lists if given and lists else kinds)))
+    elif form is Literal:
+        check_choice(name, value, parts)
+    elif form is bool:
+        check_boolean(name, value)
+    elif form is int:
+        check_integer(name, value, -LARGEST_INTEGER)
+    elif form is float:
+        check_number(name, value, finite=False)
+    elif form is str:
+        check_string(name, value)
+    elif form in (tuple, Sequence):
+        for element in check_list(name, value):
+            _check_type(f"an element of {name}", element, parts[0])
+    elif form is Mapping:
+        if not isinstance(value, Mapping):
+            raise EaseError(f"{name} must be a dictionary, got {reprlib.repr(value)}")
+        for key, element in value.items():
+            _check_type(f"a key of {name}", key, parts[0])
+            _check_type(f"an element of {name}", element, parts[1])
+    elif isinstance(form, type) and is_dataclass(form) and not isinstance(value, form):
+        raise EaseError(f"{name} must be a {form.__name__}, got {reprlib.repr(value)}")
 
 
 def check_seed(seed: object) -> None:

@@ -39,13 +39,13 @@ def as_integers(name: str, value: Any, dims: int) -> Tensor:
         raise EaseError(
             f"{name} must be integers of shape {shape}, got a dictionary with {_names(value)}: pass its ids"
         )
-    ids = _tensor(value)
+    ids = as_tensor(value)
     if ids is None:
         raise EaseError(
             f"{name} must be integers of shape {shape}, got {reprlib.repr(value)}: encode texts with a tokenizer, and "
             "pad rows to one length"
         )
-    if ids.ndim != dims or (ids.numel() and not _integral(ids)):
+    if ids.ndim != dims or (ids.numel() and not is_integral(ids)):
         raise EaseError(f"{name} must be integers of shape {shape}, got {ids.dtype} of shape {tuple(ids.shape)}")
     return ids
 
@@ -72,7 +72,7 @@ def as_mask(name: str, value: Any, ids: Tensor) -> Tensor:
 
 def as_flags(name: str, value: Any) -> Tensor:
     """True and false, or 1 and 0, as a boolean tensor of any shape."""
-    flags = _tensor(value)
+    flags = as_tensor(value)
     if flags is None or (flags.dtype != torch.bool and not bool(((flags == 0) | (flags == 1)).all())):
         got = reprlib.repr(value) if flags is None else "other values"
         raise EaseError(f"{name} must hold 1 for tokens and 0 for padding, got {got}: give one value per token")
@@ -127,7 +127,7 @@ def unused(item: Mapping[str, Any], known: Collection[str]) -> list[str]:
     """
 
     def nothing(name: str, value: Any) -> bool:
-        types = _tensor(value) if name == "token_type_ids" else None
+        types = as_tensor(value) if name == "token_type_ids" else None
         return value is None or value is False or (types is not None and not bool(types.any()))
 
     return [name for name, value in item.items() if name not in known and not nothing(name, value)]
@@ -137,11 +137,11 @@ def _names(item: Mapping[str, Any]) -> str:
     return ", ".join(map(str, item)) or "nothing in it"
 
 
-def _integral(tensor: Tensor) -> bool:
+def is_integral(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _tensor(value: Any) -> Tensor | None:
+def as_tensor(value: Any) -> Tensor | None:
     """The value as a tensor; None if it is no array of numbers."""
     if isinstance(value, Tensor):
         return value

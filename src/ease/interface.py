@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError
 from ease.inputs import IGNORE as IGNORE
-from ease.inputs import as_ids, as_mask, read_labelled
+from ease.inputs import as_flags, as_ids, as_mask, read_labelled
 from ease.model_config import ModelConfig
 from ease.policy import Policy
 
@@ -42,9 +42,9 @@ class Layout:
     segments: Tensor
 
     @classmethod
-    def from_attention_mask(cls, mask: Tensor) -> Layout:
+    def from_attention_mask(cls, mask: Any) -> Layout:
         """One document per row; `mask` (B, T) is true (or 1) for real tokens, on either side of the padding."""
-        real = mask.bool()
+        real = as_flags("attention_mask", mask)
         return cls((real.long().cumsum(1) - 1).clamp(min=0), real.long() - 1)
 
     def to(self, device: torch.device | str) -> Layout:
@@ -356,6 +356,13 @@ def re_iterable(batches: Any) -> Any:
     """Returns `batches`; raises `EaseError` for an iterator, which would be empty in the second epoch."""
     if hasattr(batches, "__next__"):  # and not `iter(batches)`, which would begin an epoch
         raise EaseError("batches are a one-shot iterator: pass a list, or an object whose __iter__ starts anew")
+    return check_batches(batches)
+
+
+def check_batches(batches: Any) -> Any:
+    """Returns `batches`; raises `EaseError` for what cannot be iterated over."""
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
+        raise EaseError(f"batches must be an iterable of batches, got {type(batches).__name__}: pass a list of (x, y)")
     return batches
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_integer
 from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
@@ -95,6 +95,8 @@ class StandardTransformer(ExitModel):
         active: Tensor | None = None,
         cache: Cache | Prefix | None = None,
     ) -> Tensor:
+        check_integer("the first layer", first)
+        check_integer("the last layer", last)
         if not 1 <= first <= last <= self.num_layers:
             raise EaseError(f"the model has layers 1..{self.num_layers}, got {first}..{last}")
         c = self.config

@@ -18,12 +18,14 @@ LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that t
 
 def exits_named(exit_layer: int | Sequence[int]) -> tuple[int, ...]:
     """The value of the option `exit_layer`, one exit or several, as a tuple."""
-    return (int(exit_layer),) if isinstance(exit_layer, int | Integral) else tuple(exit_layer)
+    return (int(exit_layer),) if isinstance(exit_layer, int | Integral) else check_layers("exit_layer", exit_layer)
 
 
 def thresholds_named(routing_threshold: float | Sequence[float]) -> tuple[float, ...]:
     """The value of the option `routing_threshold`, one threshold or several, as a tuple."""
-    return (routing_threshold,) if isinstance(routing_threshold, int | float | Real) else tuple(routing_threshold)
+    if isinstance(routing_threshold, int | float | Real):
+        return (routing_threshold,)
+    return check_list("routing_threshold", routing_threshold)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_integer, check_number
 from ease.evaluation.scoring import Scores, score
 from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
 from ease.policy import Policy
@@ -58,6 +58,9 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
+        if not isinstance(config, TrainingConfig):
+            raise EaseError(f"config must be a TrainingConfig, got {type(config).__name__}: build one for the model")
+        check_integer("vocab_size", vocab_size, 1)
         self.config, self.vocab_size = config, vocab_size
         self.device = None if device is None else torch.device(device)
         self._warned = False
@@ -78,6 +81,8 @@ class Trainer:
         Raises:
             EaseError: the model has another vocabulary or too few layers for the configuration.
         """
+        check_number("base_lr", base_lr, 0)
+        check_number("weight_decay", weight_decay, 0)
         self.config.check(model.num_layers)
         if model.config.outputs != self.vocab_size:
             raise EaseError(

@@ -92,6 +92,17 @@ def test_a_new_classifier_has_the_labels_of_its_configuration(ids: torch.Tensor)
     torch.testing.assert_close(model(ids, labels=several).loss, expected)
 
 
+def test_labels_are_read_in_every_form_or_refused(native: DeepSupervisionTransformer, ids: torch.Tensor) -> None:
+    model = EaseForSequenceClassification.wrap(native)
+    labels = torch.zeros(len(ids), dtype=torch.long)
+    expected = model(ids, labels=labels).loss
+    for form in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int):
+        torch.testing.assert_close(model(ids, labels=form(labels)).loss, expected)
+    for wrong, message in (("ab", "labels must be"), (labels[1:], "labels must be"), (labels + 99, "must lie in")):
+        with pytest.raises(EaseError, match=message):
+            model(ids, labels=wrong)
+
+
 def test_a_trainer_trains_a_classifier(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model = EaseForSequenceClassification(EaseConfig(vocab_size=V, hidden_size=32, num_labels=2))

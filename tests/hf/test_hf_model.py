@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,9 +170,21 @@ def test_arguments_of_forward_are_read_in_every_form_or_refused_by_name(
         ({"input_ids": {"input_ids": ids}}, "input_ids must be integers .* a dictionary with input_ids"),
         ({"input_ids": ids, "labels": ids.float()}, "labels must be integers"),
         ({"input_ids": ids, "attention_mask": mask * -1e9}, "attention_mask must hold 1 for tokens"),
+        ({"input_ids": ids, "labels": ids[:, :3]}, "labels must have the shape"),
+        ({"input_ids": ids, "labels": ids + 10**6}, "token ids must lie in"),
+        ({"input_ids": ids, "position_ids": "first"}, "position_ids must be integers"),
+        ({"inputs_embeds": [[[0.0]]]}, "inputs_embeds must be a floating-point tensor"),
+        ({"inputs_embeds": ids}, "inputs_embeds must be a floating-point tensor"),
+        ({"inputs_embeds": torch.zeros(2, 3, 1)}, "inputs_embeds must be a floating-point tensor"),
     ):
         with pytest.raises(EaseError, match=message):
             routed(**given)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    assert torch.equal(routed(ids, position_ids=positions.tolist()).logits, routed(ids, position_ids=positions).logits)
+    routed.set_routing(np.float32(0.5), np.array([1]))
+    assert routed.policy == Policy((1,), (0.5,))
+    with pytest.raises(EaseError, match="routing_threshold must be a list"):
+        routed.set_routing("0.5", [1])
     with pytest.raises(EaseError, match="eos_tokens_id is not a field"):
         EaseForCausalLM.wrap(routed.model, eos_tokens_id=1)
 
@@ -377,7 +390,7 @@ def test_a_cache_is_refused_for_other_rows_positions_and_policies(routed: EaseFo
         ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 1)}, r"attention_mask \(4, 13\)"),
         ({"past_key_values": cache(), "attention_mask": torch.ones(4, 13)}, "whose first 12 columns are unchanged"),
-        ({"past_key_values": cache(), "position_ids": torch.zeros(4, 1)}, "leave position_ids out"),
+        ({"past_key_values": cache(), "position_ids": torch.zeros(4, 1).long()}, "leave position_ids out"),
     ):
         with pytest.raises(EaseError, match=message):
             routed(new, **refused)

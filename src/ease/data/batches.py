@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_least, check_seed
+from ease.errors import EaseError, check_counts, check_seed
 from ease.inputs import IGNORE, as_integers
 from ease.interface import Batch, Layout
 
@@ -63,7 +63,7 @@ class TokenBatches:
         max_batches: int | None = None,
         drop_last: bool = True,
     ) -> None:
-        check_least(1, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)
+        check_counts(1, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)
         check_seed(seed)
         ids = as_integers("ids", ids, dims=1)
         windows = max(0, len(ids) - 1) // seq_len

@@ -31,7 +31,7 @@ from ease.data.tokenizers import (
     tokenizer_from_json,
     train_tokenizer,
 )
-from ease.errors import check_least
+from ease.errors import check_counts
 from ease.files import cache_folder
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def load_corpus(
     given_tokenizer, spec = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, "given")
     if given_tokenizer is None:
         bpe_vocab_size(spec)  # refuse a wrong spec before the text is read
-    check_least(1, max_tokens=max_tokens)
+    check_counts(1, max_tokens=max_tokens)
 
     hub = hub_name(source)
     remote = hub is not None and not Path(hub[0]).exists()

@@ -24,7 +24,7 @@ from ease.data.overlap import check_overlap
 from ease.data.records import Skipped, format_of, read_records, texts
 from ease.data.sources import HELD_OUT_NAMES
 from ease.data.tokenizers import EOS, encode, train_tokenizer
-from ease.errors import EaseError, check_least, check_seed, require
+from ease.errors import EaseError, check_counts, check_seed, require
 from ease.interface import IGNORE, Batch, Layout
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class StreamBatches:
         seed: int = 0,
         name: str = "the stream",
     ) -> None:
-        check_least(1, seq_len=seq_len, batch_size=batch_size, epoch_batches=epoch_batches, buffer=buffer)
+        check_counts(1, seq_len=seq_len, batch_size=batch_size, epoch_batches=epoch_batches, buffer=buffer)
         check_seed(seed)
         self.rows = rows
         self.tokenizer = tokenizer
@@ -265,7 +265,7 @@ def load_stream(
         >>> data = Data(stream.train, stream.val)
     """
     name = os.fspath(source)
-    check_least(1, held_out=held_out)
+    check_counts(1, held_out=held_out)
     with hub_errors(name):
         data_set = _open(name)
         if "train" not in data_set:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_number
 from ease.evaluation.bounds import passing, upper_bound
 from ease.evaluation.sequences import Sequences, Views
 from ease.interface import ExitModel
@@ -127,6 +127,9 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in GOALS:
             raise EaseError(f"unknown target {self.kind!r}: use one of {', '.join(GOALS)}")
+        check_number(self.kind, self.value)
+        if self.confidence is not None:
+            check_number("confidence", self.confidence)
         if not 0 <= self.value <= GOALS[self.kind].largest or math.isinf(self.value):
             allowed = "be a number of at least 0" if math.isinf(GOALS[self.kind].largest) else "lie in [0, 1]"
             raise EaseError(f"{self.kind} must {allowed}, got {self.value:g}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.interface import IGNORE, Batch, ExitModel, evaluation_view, to_device
+from ease.interface import IGNORE, Batch, ExitModel, check_batches, evaluation_view, to_device
 from ease.policy import Policy
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
@@ -165,7 +165,7 @@ def score(
     flops = 0.0
     processed = 0
     start = time.perf_counter()
-    for item in batches:
+    for item in check_batches(batches):
         batch = Batch.of(item)._replace(active=None)
         # Before the batch is moved to the device, since the host reads all of these.
         model.check_ids(batch.x, model.config.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ease.errors import EaseError
 from ease.hf.configuration import EaseConfig
 from ease.hf.folder import NATIVE
-from ease.hf.model import LOSS_OPTIONS, EasePreTrainedModel
-from ease.inputs import as_flags, as_ids, unused
+from ease.hf.forward import loss_options, read_tokens
+from ease.hf.model import EasePreTrainedModel
+from ease.inputs import IGNORE, as_tensor, is_integral
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 
@@ -91,12 +93,10 @@ class EaseForSequenceClassification(EasePreTrainedModel):
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids.
         """
-        if refused := unused(kwargs, LOSS_OPTIONS):
-            raise EaseError(f"forward of this model takes no {', '.join(refused)}: leave it out")
-        if input_ids is not None:
-            input_ids = as_ids("input_ids", input_ids)
-        if attention_mask is not None:
-            attention_mask = as_flags("attention_mask", attention_mask)
+        options = loss_options(kwargs)
+        input_ids, inputs_embeds, attention_mask, position_ids = read_tokens(
+            input_ids, inputs_embeds, attention_mask, position_ids, self.model.config.dim
+        )
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
 
@@ -118,7 +118,7 @@ class EaseForSequenceClassification(EasePreTrainedModel):
         )
         logits, loss = result.logits[:, 0], None
         if labels is not None:
-            options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
+            labels = self._read_labels(labels, logits)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **options)
         output = EaseClassifierOutput(
             loss=loss,
@@ -127,6 +127,20 @@ class EaseForSequenceClassification(EasePreTrainedModel):
             exits=None if result.exits is None else result.exits.amax(1),
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _read_labels(self, given: Any, logits: Tensor) -> Tensor:
+        """Labels (B,) or (B, num_labels) as a tensor; refuses other shapes, and classes that there are not."""
+        labels = as_tensor(given)
+        if labels is None or labels.dtype == torch.bool or labels.shape not in (logits.shape[:1], logits.shape):
+            raise EaseError(
+                f"labels must be classes ({len(logits)},) or numbers {tuple(logits.shape)}, got "
+                f"{reprlib.repr(given) if labels is None else tuple(labels.shape)}"
+            )
+        if is_integral(labels):
+            labels = labels.long()
+            if labels.ndim == 1 and logits.shape[1] > 1 and labels.device.type == "cpu":
+                self.model.check_ids(labels[labels != IGNORE], logits.shape[1])
+        return labels
 
 
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[NATIVE] = EaseForSequenceClassification.__name__

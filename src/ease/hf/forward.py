@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache, Prefix
+from ease.inputs import as_flags, as_ids, as_tensor, is_integral, unused
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 from ease.routing.forward import routed_forward
@@ -21,6 +24,35 @@ def expects_rows(model: nn.Module) -> bool:
     That is so for modules with hooks before their forward, as PEFT adds them for `adapter_names` and activated LoRA.
     """
     return any(module._forward_pre_hooks for module in model.modules())
+
+
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def loss_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the loss among further arguments of `forward`; others are refused by name."""
+    if refused := unused(arguments, LOSS_OPTIONS):
+        raise EaseError(f"forward of this model takes no {', '.join(refused)}: leave it out")
+    return {name: value for name, value in arguments.items() if name in LOSS_OPTIONS}
+
+
+def read_tokens(ids: Any, embeds: Any, attention_mask: Any, position_ids: Any, dim: int) -> tuple[Tensor | None, ...]:
+    """Ids (B, T), embeddings (B, T, D), mask and positions of a call as tensors; those left out stay None.
+
+    Raises:
+        EaseError: an argument is of another kind.
+    """
+    ids = None if ids is None else as_ids("input_ids", ids)
+    mask = None if attention_mask is None else as_flags("attention_mask", attention_mask)
+    positions = None if position_ids is None else as_tensor(position_ids)
+    if position_ids is not None and (positions is None or not is_integral(positions)):
+        raise EaseError(f"position_ids must be integers, one per token, got {reprlib.repr(position_ids)}")
+    if embeds is not None and not (
+        isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.ndim == 3 and embeds.shape[2] == dim
+    ):
+        got = tuple(embeds.shape) if isinstance(embeds, Tensor) else reprlib.repr(embeds)
+        raise EaseError(f"inputs_embeds must be a floating-point tensor (B, T, {dim}), got {got}")
+    return ids, embeds, mask, positions
 
 
 class LayerRun(GradientCheckpointingLayer):

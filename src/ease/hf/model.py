@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any, Self, cast
 
 import torch
@@ -25,11 +26,11 @@ from ease.hf.options import read_options
 from ease.hf.peft import STOCK_ADAPTERS
 from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES, check_names
-from ease.inputs import as_flags, as_ids, unused
+from ease.inputs import IGNORE, as_ids
 from ease.interface import Layout
 from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer
-from ease.policy import Policy
+from ease.policy import Policy, exits_named, thresholds_named
 from ease.storage import check_finite
 
 try:
@@ -40,7 +41,17 @@ try:
     from ease.hf.backbone import Backbone
     from ease.hf.cache import EaseCache, Prefix, prefix_of
     from ease.hf.configuration import EaseConfig, config_of
-    from ease.hf.forward import LayerRun, Pass, expects_rows, full_pass, make_layout, routed_pass, without_prefix
+    from ease.hf.forward import (
+        LayerRun,
+        Pass,
+        expects_rows,
+        full_pass,
+        loss_options,
+        make_layout,
+        read_tokens,
+        routed_pass,
+        without_prefix,
+    )
     from ease.hf.generation import EaseGenerationMixin
 except ImportError:
     require("transformers", "hf")
@@ -228,10 +239,13 @@ class EasePreTrainedModel(PreTrainedModel):
             >>> model.set_routing(0.9, exits=[4, 8])
             >>> model.set_routing(0)  # full depth
         """
-        layers = (exits,) if isinstance(exits, int) else tuple(exits or self.config.exits or self.model.early_exits)
+        layers = () if exits is None else exits_named(exits)
+        layers = layers or tuple(self.config.exits or self.model.early_exits)
         if not layers:
             raise EaseError("no exit of this model is trained or set: name the exits, as in set_routing(0.9, [4, 8])")
-        thresholds = [float(threshold)] * len(layers) if isinstance(threshold, int | float) else list(threshold)
+        thresholds = list(thresholds_named(threshold))
+        if isinstance(threshold, Real):
+            thresholds *= len(layers)
         policy = Policy.of(layers, thresholds, **self.model.policy.options)
         policy.check(self.model.num_layers)
         self.model.policy = policy
@@ -326,9 +340,6 @@ class EasePreTrainedModel(PreTrainedModel):
         return routed_pass(self.model, ids, state, layout, kept(ids, layout), output_hidden_states, cache)
 
 
-LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
-
 class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
     """A native language model behind the interface of transformers.
 
@@ -396,12 +407,10 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
-        if refused := unused(kwargs, LOSS_OPTIONS):
-            raise EaseError(f"forward of this model takes no {', '.join(refused)}: leave it out")
-        if input_ids is not None:
-            input_ids = as_ids("input_ids", input_ids)
-        if attention_mask is not None:
-            attention_mask = as_flags("attention_mask", attention_mask)
+        options = loss_options(kwargs)
+        input_ids, inputs_embeds, attention_mask, position_ids = read_tokens(
+            input_ids, inputs_embeds, attention_mask, position_ids, self.model.config.dim
+        )
         given = input_ids if inputs_embeds is None else inputs_embeds
         cache = self._choose_cache(past_key_values, use_cache, given)
 
@@ -426,9 +435,14 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         )
         loss = None
         if labels is not None:
-            V = result.logits.shape[-1]
-            options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
-            labels = as_ids("labels", labels)
+            V, labels = result.logits.shape[-1], as_ids("labels", labels)
+            if labels.shape != result.logits.shape[:2] and options.get("shift_labels") is None:
+                raise EaseError(
+                    f"labels must have the shape {tuple(result.logits.shape[:2])} of the tokens with logits, got "
+                    f"{tuple(labels.shape)}"
+                )
+            if labels.device.type == "cpu":  # on a device the check would wait for it
+                self.model.check_ids(labels[labels != options.get("ignore_index", IGNORE)], V)
             loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=V, **options)
         output = EaseOutput(
             loss=loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from ease.errors import EaseError, check_boolean, check_integer, check_least, check_seed, check_string
+from ease.errors import EaseError, check_counts, check_fields, check_seed
 from ease.training.phases import StrategyConfig
 
 Baseline = Literal["full-depth", "continued", "standard", "deep-supervision", "growth"]
@@ -30,6 +30,9 @@ class ShapeConfig:
     hidden_dim: int | None = None
     dropout: float = 0.0
     tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,9 @@ class DataConfig:
     allow_overlap: bool = False
 
     def __post_init__(self) -> None:
-        check_string("source", self.source)
-        check_string("tokenizer", self.tokenizer)
-        check_integer("seq_len", self.seq_len, 1)
-        check_integer("batch_size", self.batch_size, 1)
-        if self.split_special_tokens is not None:
-            check_boolean("split_special_tokens", self.split_special_tokens)
-        check_boolean("allow_overlap", self.allow_overlap)
-        for name in ("max_tokens", "epoch_batches", "eval_batches"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+        check_fields(self)
+        check_counts(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
+        check_counts(1, epoch_batches=self.epoch_batches, eval_batches=self.eval_batches)
 
 
 S = TypeVar("S", bound=StrategyConfig, covariant=True)
@@ -121,8 +117,9 @@ class RunConfig(Generic[S]):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_fields(self)
         for layers in self.compare_layers:
-            check_least(1, compare_layers=layers)
+            check_counts(1, compare_layers=layers)
         if self.dtype != "float32" and self.start is None:
             raise EaseError(f"dtype {self.dtype} applies to a checkpoint: name one with --start, or leave it out")
         if self.data.split_special_tokens is not None and self.start is None:

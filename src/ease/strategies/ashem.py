@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ease.errors import EaseError, check_choice
+from ease.errors import EaseError, check_choice, check_fields
 from ease.flops import head_flops, run_flops
 from ease.interface import Batch, ExitModel
 from ease.models import StandardTransformer
@@ -74,6 +74,7 @@ class ASHEMConfig:
     """The model passed to training has finished phase 1; training starts with phase 2."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.phase2_layers <= self.phase1_layers:
             raise EaseError(
                 f"phase2_layers ({self.phase2_layers}) must be more than phase1_layers ({self.phase1_layers})"

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ease.errors import EaseError, check_choice, check_least
+from ease.errors import EaseError, check_choice, check_counts
 from ease.interface import IGNORE, Batch, Batches, ExitModel
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -55,7 +55,7 @@ class TuneConfig(PhaseOptions):
         check_choice("adapter", self.adapter, ("none", "mlp"))
         check_choice("tokens", self.tokens, ("all", "hard", "kept"))
         check_ratio(self.hard_ratio)
-        check_least(1, select_epochs=self.select_epochs, select_exit=self.select_exit, adapter_dim=self.adapter_dim)
+        check_counts(1, select_epochs=self.select_epochs, select_exit=self.select_exit, adapter_dim=self.adapter_dim)
         if self.adapter == "none" and self.adapter_dim is not None:
             raise EaseError(
                 f"adapter_dim {self.adapter_dim} is the size of an adapter: set adapter to mlp, or leave it out"

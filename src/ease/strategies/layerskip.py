@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ease.errors import EaseError, check_choice, check_least
+from ease.errors import EaseError, check_choice, check_counts
 from ease.interface import ExitModel
 from ease.policy import Policy
 from ease.training.config import PhaseOptions, TrainingConfig
@@ -49,7 +49,7 @@ class LayerSkipConfig(PhaseOptions):
             raise EaseError(f"layer_dropout must lie in [0, 1), got {self.layer_dropout}")
         if not 0 < self.exit_scale <= 1:
             raise EaseError(f"exit_scale must lie in (0, 1], got {self.exit_scale}")
-        check_least(1, rotation=self.rotation)
+        check_counts(1, rotation=self.rotation)
         self.policy()
 
     def policy(self) -> Policy:

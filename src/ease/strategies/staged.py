@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ease.errors import EaseError, check_choice, check_least
+from ease.errors import EaseError, check_choice, check_counts, check_fields, check_number
 from ease.interface import Batches, ExitModel
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -39,7 +39,7 @@ class PhaseConfig(PhaseOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.ratio)
-        check_least(1, mine_epochs=self.mine_epochs)
+        check_counts(1, mine_epochs=self.mine_epochs)
         check_choice("supervise", self.supervise, ("last", "every"))
         check_choice("grow_init", self.grow_init, ("identity", "copy"))
 
@@ -64,9 +64,10 @@ class StagedConfig:
     """The model passed to training has finished phase 1; training starts with phase 2."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.phases:
             raise EaseError("N-stage training needs at least one phase")
-        check_least(0, trunk_budget=self.trunk_budget)
+        check_number("trunk_budget", self.trunk_budget, 0, finite=False)
         if self.pretrained and len(self.phases) < 2:
             raise EaseError("a pretrained model has finished phase 1: add a second phase, or set pretrained to False")
         if self.phases[0].ratio != 1:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ease.errors import EaseError, check_choice, check_integer, check_least, check_number
+from ease.errors import EaseError, check_choice, check_counts, check_fields, check_integer, check_number
 from ease.policy import Policy
 from ease.training.losses import CrossEntropy, Objective
 from ease.training.selection import AllTokens, TokenSelection
@@ -33,6 +33,7 @@ class StageConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("loss_weight", self.loss_weight)
         if not isinstance(self.layers, Sequence) or len(self.layers) != 2:
             raise EaseError(f"stage layers must be two layers, first and last, got {self.layers!r}")
         first, last = self.layers
@@ -78,6 +79,7 @@ class TrainingConfig:
     _weights: dict[int, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.stages is None) == (self.layer_weights is None):
             raise EaseError("give either stages or layer_weights, and not both")
         weights: dict[int, float] = {}
@@ -184,23 +186,17 @@ class PhaseOptions:
     """The part of schedule and warmup that the phase covers, if several phases share one schedule."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "warmup", "weight_decay"):
-            check_number(name, getattr(self, name))
-        check_integer("max_epochs", self.max_epochs, least=1)
-        if self.patience is not None:
-            check_integer("patience", self.patience, least=1)
-        if self.max_flops is not None:
-            check_number("max_flops", self.max_flops)
+        check_fields(self)
+        check_counts(1, max_epochs=self.max_epochs, patience=self.patience)
+        check_number("weight_decay", self.weight_decay, 0)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise EaseError(f"lr must be above 0, got {self.lr}")
-        check_choice("schedule", self.schedule, ("constant", "cosine"))
-        if self.max_flops is not None and not self.max_flops > 0:
-            raise EaseError(f"max_flops must be above 0, got {self.max_flops}: use None for no such limit")
+        if self.max_flops is not None and not 0 < self.max_flops < math.inf:
+            raise EaseError(f"max_flops must be above 0 and finite, got {self.max_flops}: use None for no such limit")
         if not 0 <= self.warmup < 1:
             raise EaseError(f"warmup is a share of the phase in [0, 1), got {self.warmup}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
             raise EaseError(f"span must be two increasing numbers in [0, 1], got {self.span}")
-        check_least(0, weight_decay=self.weight_decay)
 
     def check_phases(self, number: int) -> None:
         """Raises `EaseError` if the epochs cannot be divided among this number of phases, each of which needs one."""

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_seed
+from ease.errors import EaseError, check_number, check_seed
 from ease.flops import run_flops
 from ease.interface import Batch, Batches, ExitModel, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
@@ -109,6 +109,7 @@ def lowest(
 
 def check_ratio(ratio: float) -> None:
     """Raises `EaseError` unless the share of hard tokens lies in (0, 1]."""
+    check_number("the share of hard tokens", ratio)
     if not 0 < ratio <= 1:
         raise EaseError(f"the share of hard tokens must lie in (0, 1], got {ratio}")
 
@@ -193,6 +194,7 @@ def collect_hard_examples(
     Raises:
         EaseError: no token is below the threshold.
     """
+    check_number("threshold", threshold)
     parts: list[tuple[Tensor, ...]] = []
     for batch, step, confidence in read_states(model, batches, device, exit):
         hard = (confidence < threshold) & batch.scored
