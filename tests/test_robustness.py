@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_damage import DAMAGES, damage
 from data_runs import TINY, budget
 
 import ease
@@ -33,8 +34,6 @@ from ease.runs.reopen import data_config_of, load_start
 from ease.runs.store import load_model
 
 pytest.importorskip("huggingface_hub")
-
-DAMAGES = int(os.environ.get("EASE_DAMAGES", "600"))  # of the slow test, per folder
 
 
 def load_run(folder: Path) -> None:
@@ -373,64 +372,6 @@ def test_weights_have_the_mode_of_other_files(made: Path, exported: Path, tmp_pa
 
 # ---------------------------------------------------------------------------------------------------------
 # Random damage
-
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    1.5,
-    10**9,
-    10**12,
-    10**30,
-    1e308,
-    math.inf,
-    math.nan,
-    "",
-    "x",
-    "\n",
-    [],
-    [1.5],
-    {},
-    {"a": 1},
-]
-
-
-def damage_json(content: Any, rng: random.Random) -> Any:
-    """Replaces or deletes one value somewhere in the content."""
-    places: list[tuple[Any, Any]] = []
-    level = [content]
-    while level:
-        part = level.pop()
-        if isinstance(part, dict | list):
-            keys = list(part) if isinstance(part, dict) else list(range(min(3, len(part))))
-            keys = rng.sample(keys, min(30, len(keys)))
-            places += [(part, key) for key in keys]
-            level += [part[key] for key in keys]
-    part, key = rng.choice(places)
-    if rng.random() < 0.2:
-        del part[key]
-    else:
-        part[key] = rng.choice(VALUES)
-    return content
-
-
-def damage(file: Path, rng: random.Random) -> str:
-    """Damages a file in one of three ways, and returns what was done."""
-    data = bytearray(file.read_bytes())
-    kinds = ["truncated", "flipped", *(["value"] * 3 if file.suffix == ".json" else [])]
-    kind = rng.choice(kinds)
-    if kind == "truncated":
-        file.write_bytes(data[: rng.randrange(len(data))])
-    elif kind == "flipped":
-        # Half of the flips hit the beginning, where headers are.
-        for _ in range(rng.choice((1, 1, 8))):
-            place = rng.randrange(min(len(data), rng.choice((64, 2000, len(data)))))
-            data[place] ^= 1 << rng.randrange(8)
-        file.write_bytes(data)
-    else:
-        file.write_text(json.dumps(damage_json(json.loads(data), rng)))
-    return kind
 
 
 def damaged_loads(original: Path, load: Callable[[Path], None], count: int, folder: Path) -> int:

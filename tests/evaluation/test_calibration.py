@@ -136,6 +136,10 @@ def test_the_chosen_candidate_satisfies_the_target_and_the_next_does_not(
 
 def test_all_exits_are_calibrated_jointly(text: Tensor, tiny: Make) -> None:
     model = tiny(4, sharp=True)
+    with torch.no_grad():  # later layers change little, so that both exits often agree with the last layer
+        for layer in model.layers[1:]:
+            layer.attention.o_proj.weight *= 0.1
+            layer.ffn.down_proj.weight *= 0.1
     result = calibrate(model, Policy((1, 3), (1.0, 1.0)), Target("target_ratio", 0.4), *thirds(text))
     shares = result.record["held_out"]["exit_shares"]
     assert all(0.02 < shares[e] < 0.9 for e in (1, 3))

@@ -287,7 +287,7 @@ def test_a_key_depends_on_the_data_and_not_on_its_path(kind: str, place: Path, t
         ("people/test.jsonl", "wise", "rash"),
         ("cities/train.jsonl", "Lima", "Cuzco"),
         ("corpus.jsonl", "Document 1 ", "Page 1 "),
-        ("text.txt", "def ", "de f "),
+        ("text.txt", "License", "Licence"),
     ):
         (other / name).write_text((other / name).read_text().replace(was, now))
     assert lab_in(other).identity() != before.identity()
