@@ -33,6 +33,14 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
     assert ModelConfig(100, 64).ffn_size >= 64 * 8 / 3
 
 
+@pytest.mark.parametrize("name", ["adapter_exits", "classifier_exits", "unrotated_layers", "windowed_layers"])
+def test_lists_of_layers_are_sorted_and_name_a_layer_once(name: str) -> None:
+    options = {"num_layers": 4, "adapter_dim": 8 * (name == "adapter_exits"), "window": 4}
+    config = ModelConfig(9, 8, **options, **{name: [3, 1, 3]})  # type: ignore[arg-type]
+    assert getattr(config, name) == (1, 3)
+    assert config == ModelConfig(9, 8, **options, **{name: (1, 3)})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads(tied: bool) -> None:
     model = StandardTransformer(50, 24, 1, 4, tie_embeddings=tied)

@@ -135,10 +135,11 @@ class ModelConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         elif not isinstance(scaling, RopeScaling | None):
             raise EaseError(f"rope_scaling must be an object, got {reprlib.repr(scaling)}")
-        for name in ("adapter_exits", "classifier_exits", "unrotated_layers"):
-            object.__setattr__(self, name, check_layers(name, getattr(self, name)))
-        if self.windowed_layers is not None:
-            object.__setattr__(self, "windowed_layers", check_layers("windowed_layers", self.windowed_layers))
+        for name in ("adapter_exits", "classifier_exits", "unrotated_layers", "windowed_layers"):
+            layers = getattr(self, name)
+            if layers is not None or name != "windowed_layers":
+                # One order for the same layers, so that equal models have equal configurations.
+                object.__setattr__(self, name, tuple(sorted({*check_layers(name, layers)})))
         for name in ("windowed_layers", "unrotated_layers"):
             if any(not 1 <= layer <= self.num_layers for layer in getattr(self, name) or ()):
                 raise EaseError(f"{name} {list(getattr(self, name))}: name layers in 1..{self.num_layers}")
