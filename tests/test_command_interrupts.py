@@ -33,6 +33,12 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(number: signal.Sign
     assert done.stderr == "ease: interrupted while modules were loaded; run the same command again\n"
 
 
+def test_the_handler_is_installed_before_slow_imports() -> None:
+    loaded = "import sys, ease.interrupts; print(*{'concurrent.futures', 'inspect', 'logging', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "\n"
+
+
 def test_a_long_call_into_a_library_is_interrupted() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)

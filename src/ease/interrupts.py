@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -44,6 +42,9 @@ def interruptible(call: Callable[[], Result]) -> Result:
 
     The call runs in a thread, and an interrupt does not wait for its end.
     """
+    import threading  # here, since importing both takes longer than all that precedes `install` in a command
+    from concurrent.futures import Future
+
     future: Future[Result] = Future()
 
     def run() -> None:
