@@ -34,7 +34,9 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(number: signal.Sign
 
 
 def test_the_handler_is_installed_before_slow_imports() -> None:
-    loaded = "import sys, ease.interrupts; print(*{'concurrent.futures', 'inspect', 'logging', 'torch'} & {*sys.modules})"
+    loaded = (
+        "import sys, ease.interrupts; print(*{'concurrent.futures', 'inspect', 'logging', 'torch'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "\n"
 

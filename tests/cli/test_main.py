@@ -216,6 +216,8 @@ def test_help_describes_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["run", "demo", "--start", "x", "--model.dim", "8"], "leave out --model.*"),
         (["run", "demo", "--start", "x", "--data.tokenizer", "bpe:300"], "leave out --model.* and --data.tokenizer"),
+        (["run", "tune", "--start", "x", "--data.tokenizer=bpe:2048"], "leave out --model.* and --data.tokenizer"),
+        (["run", "demo", "--compare", "continued", "--compare-layers", "1"], "add standard to --compare"),
         (["run", "demo", "--data.tokenizer", f"bpe:{10**24}"], "unknown tokenizer"),
         (["run", "demo", "--data", "hf:"], "use hf:NAME"),
         (["run", "demo", "--seed", "99999999999999999999"], "seed must lie in"),

@@ -42,11 +42,12 @@ def main(args: list[str]) -> None:
         """Replace the folder if it holds a run or a checkpoint; discard an unfinished run with other options."""
 
     rest = expand_options(args[1:], {"--data": "--data.source", "--allow-overlap": "--data.allow-overlap"})
-    default = Arguments(recipe)
-    given = tyro.cli(Arguments, args=rest, default=default, prog=f"ease run {args[0]}", description="")
-    changed = (given.config.model, given.config.data.tokenizer) != (recipe.model, recipe.data.tokenizer)
-    if changed and given.config.start is not None:
+    given = tyro.cli(Arguments, args=rest, default=Arguments(recipe), prog=f"ease run {args[0]}", description="")
+    options = {arg.partition("=")[0].replace("_", "-") for arg in rest}  # also those that repeat the recipe's value
+    if given.config.start is not None and any(o.startswith(("--model.", "--data.tokenizer")) for o in options):
         raise EaseError("the model of --start determines shape and tokenizer: leave out --model.* and --data.tokenizer")
+    if "--compare-layers" in options and "standard" not in given.config.compare:
+        raise EaseError("--compare-layers are the depths of the standard baselines: add standard to --compare")
     out = given.out or Path("runs") / given.config.name
     console = error_console()
     with ProgressDisplay(console) as progress:

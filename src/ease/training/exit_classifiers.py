@@ -52,6 +52,8 @@ def learn_agreement(
 ) -> dict[int, float]:
     """Trains a classifier at each exit by logistic regression; nothing else in the model changes.
 
+    Call it again after any training other than by `ease.train`, which alone marks classifiers as stale.
+
     Args:
         model: the model.
         batches: text that the exits were not trained on, if possible: on training text they agree too often.
