@@ -26,7 +26,13 @@ from experiments.tiers.scales import DEFAULT_SCALES, OTHER_DATA_SCALES, SCALES
 
 
 def reproduce(
-    tier: str, data: str | None, scales: Sequence[str], settings: Settings, model: str | None = None
+    tier: str,
+    data: str | None,
+    scales: Sequence[str],
+    settings: Settings,
+    model: str | None = None,
+    *,
+    allow_overlap: bool = False,
 ) -> list[str]:
     """Train what is missing of a tier, and write its tables and figures.
 
@@ -36,6 +42,7 @@ def reproduce(
         scales: names of `SCALES`; those of the tier by default.
         settings: output folder, seeds, parallel jobs and time budget.
         model: a checkpoint, for tier 3.
+        allow_overlap: accept data whose splits share most of their text.
 
     Returns:
         The lines that are not trained yet.
@@ -44,20 +51,23 @@ def reproduce(
         EaseError: an unknown tier or scale, or invalid settings.
     """
     if tier == "3":
-        return tier3_user_data.reproduce(data, model, scales, settings)
+        return tier3_user_data.reproduce(data, model, scales, settings, allow_overlap)
     if tier not in DEFAULT_SCALES:
         raise ease.EaseError(f"unknown tier {tier!r}: use {', '.join(DEFAULT_SCALES)}, 3")
     if model is not None:
         raise ease.EaseError(f"--model is for tier 3, and tier {tier} trains its own models: leave it out")
+    if allow_overlap and data is None:
+        raise ease.EaseError("--allow-overlap is for --data: leave it out, or name your data")
     data = data or "stdlib"
     names = scales or (DEFAULT_SCALES[tier] if data == "stdlib" or tier == "smoke" else OTHER_DATA_SCALES)
     if unknown := [name for name in names if name not in SCALES]:
         raise ease.EaseError(f"unknown scale {unknown[0]!r}: use {', '.join(SCALES)}")
     source = data if data == "stdlib" else Path(data).name
-    command = f"ease reproduce {tier} --data {source} --seeds {','.join(map(str, settings.seeds))} --scales {{}}"
+    shown = f"--data {source}{' --allow-overlap' * allow_overlap}"
+    command = f"ease reproduce {tier} {shown} --seeds {','.join(map(str, settings.seeds))} --scales {{}}"
     front, ablation = tier1_front.experiment, tier2_ablation.experiment
     makers = {"smoke": (front, ablation), "1": (front,), "2": (ablation,)}[tier]
-    experiments = [maker(name, data, command.format(name)) for maker in makers for name in names]
+    experiments = [maker(name, data, command.format(name), allow_overlap) for maker in makers for name in names]
     if tier == "smoke":  # both of its experiments have the same scale
         experiments = [one._replace(name=kind) for one, kind in zip(experiments, ("front", "apart"), strict=True)]
     if data != "stdlib":

@@ -34,7 +34,7 @@ def get_device() -> torch.device:
 
 
 def load_wikitext_words(
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None, *, allow_overlap: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """WikiText-2 as word ids: {"train": ids, "val": ids, "test": ids}, each 1-D int64, and word -> id.
 
@@ -44,9 +44,9 @@ def load_wikitext_words(
         words, vocab = load_wikitext_words(data_dir)
         test = TokenBatches(words["test"], seq_len, batch_size)
 
-    Raises EaseError as `ease.data.read_splits` does.
+    Raises EaseError as `ease.data.read_splits` does, which also says what `allow_overlap` accepts.
     """
-    splits = read_splits("wikitext-2" if data_dir is None else data_dir)
+    splits = read_splits("wikitext-2" if data_dir is None else data_dir, allow_overlap=allow_overlap)
     words = {split: " ".join(splits[split]).lower().split() for split in SPLITS}
     known = sorted(set().union(*words.values()) - {PAD, UNK})
     vocab = {word: i for i, word in enumerate([PAD, UNK, *known])}

@@ -46,13 +46,13 @@ SCALES = {
 }
 
 
-def make_lab(name: str, data: str) -> Lab:
+def make_lab(name: str, data: str, allow_overlap: bool = False) -> Lab:
     """The lab at a scale, on whatever text `ease.load_corpus` reads."""
     scale = SCALES[name]
     shape = {"brick": scale.depths[0], "depth": scale.depths[-1], **scale.settings}
     if scale.tokenizer is None:
-        return wikitext_words.lab(None if data == "wikitext-2" else data, **shape)
-    corpus = ease.load_corpus(data, scale.tokenizer)
+        return wikitext_words.lab(None if data == "wikitext-2" else data, allow_overlap=allow_overlap, **shape)
+    corpus = ease.load_corpus(data, scale.tokenizer, allow_overlap=allow_overlap)
     text = {"train": corpus.train, "val": corpus.val, "test": corpus.test}
     pieces = token_strings(corpus.tokenizer, range(corpus.vocab_size))
     description = f"{corpus.name}, {corpus.tokenizer_spec}"

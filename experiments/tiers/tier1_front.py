@@ -15,7 +15,7 @@ CLASSIFIER_EXITS = ("ASHEM", "early exit", "stacking, with exit", "open growth",
 """Lines that are also measured with exit classifiers, whose confidence needs no output head."""
 
 
-def experiment(name: str, data: str, command: str) -> Experiment:
+def experiment(name: str, data: str, command: str, allow_overlap: bool = False) -> Experiment:
     """The fronts at a scale of `SCALES`."""
     scale = SCALES[name]
     report = Report(
@@ -26,7 +26,7 @@ def experiment(name: str, data: str, command: str) -> Experiment:
         by_token_group=("ASHEM", CONTINUED),
         command=command,
     )
-    return Experiment(name, partial(make_lab, name, data), strategies(scale), report)
+    return Experiment(name, partial(make_lab, name, data, allow_overlap), strategies(scale), report)
 
 
 def strategies(scale: Scale) -> dict[str, Line]:

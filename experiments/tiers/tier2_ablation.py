@@ -30,7 +30,7 @@ UNTIED = {"tie_embeddings": False}
 IN_SAMPLE = "original recipe, in-sample"
 
 
-def experiment(name: str, data: str, command: str) -> Experiment:
+def experiment(name: str, data: str, command: str, allow_overlap: bool = False) -> Experiment:
     """The ablation at a scale of `SCALES`."""
     scale = SCALES[name]
     lines = baselines(scale.depths) | variants(scale.depths[0], scale.deep, BASE, PART)
@@ -45,7 +45,7 @@ def experiment(name: str, data: str, command: str) -> Experiment:
         in_sample=IN_SAMPLE,
         command=command,
     )
-    return Experiment(name, partial(make_lab, name, data), lines, report)
+    return Experiment(name, partial(make_lab, name, data, allow_overlap), lines, report)
 
 
 def variants(brick: int, deep: int, base: str, share: float) -> dict[str, Line]:

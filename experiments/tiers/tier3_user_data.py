@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,15 +161,16 @@ def exits_of(layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, layers // 3), max(1, 2 * layers // 3)}))
 
 
-def make_lab(name: str, data: str, model: str | None, device: str) -> Lab:
+def make_lab(name: str, data: str, model: str | None, device: str, allow_overlap: bool = False) -> Lab:
     """The lab for data, and a checkpoint if there is one, at a size of `SIZES`."""
     size, kind = SIZES[name], kind_of(data)
-    return new_lab(size, kind, data) if model is None else checkpoint_lab(size, kind, data, model, device)
+    read = partial(READ[kind], data=data, allow_overlap=allow_overlap)
+    return new_lab(size, kind, data, read) if model is None else checkpoint_lab(size, kind, data, read, model, device)
 
 
-def new_lab(size: Size, kind: str, data: str) -> Lab:
+def new_lab(size: Size, kind: str, data: str, read: Callable[..., Any]) -> Lab:
     """The lab for new models."""
-    fields, tokenizer, about = READ[kind](size, size.lab, data, size.tokenizer, None)
+    fields, tokenizer, about = read(size, size.lab, tokenizer=size.tokenizer, eos=None)
     heads = size.lab.get("heads", Lab.heads)
     tied = kind != "labels"  # labels have their own head
     shape = ModelConfig(tokenizer.get_vocab_size(), size.lab["dim"], size.depths[-1], heads, tie_embeddings=tied)
@@ -183,12 +184,12 @@ def new_lab(size: Size, kind: str, data: str) -> Lab:
     return LABS[kind, False](corpus=corpus, vocab_size=shape.vocab_size, **ends, **size.lab, **fields)
 
 
-def checkpoint_lab(size: Size, kind: str, data: str, model: str, device: str) -> Lab:
+def checkpoint_lab(size: Size, kind: str, data: str, read: Callable[..., Any], model: str, device: str) -> Lab:
     """The lab for exits on a checkpoint."""
     shape, settings = shape_of(model), dict(size.tune)
     if shape.max_positions:  # half of them, to leave positions for a completion
         settings["seq"] = min(settings["seq"], shape.max_positions // 2)
-    fields, _, about = READ[kind](size, settings, data, hf.load_tokenizer(model), hf.end_of_text(model))
+    fields, _, about = read(size, settings, tokenizer=hf.load_tokenizer(model), eos=hf.end_of_text(model))
     settings |= {name: getattr(shape, name) for name in ("vocab_size", "dim", "tie_embeddings")}
     # Layers that were not trained with exits keep their quality only where most tokens continue.
     settings |= {"shares": (*SHARES, 0.85, 0.95)}
@@ -202,9 +203,9 @@ def rounded(flops: float) -> float:
     return float(f"{flops:.3g}")
 
 
-def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
+def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, **options: Any) -> Any:
     load = load_classification if kind_of(data) == "labels" else load_completion
-    task = load(data, tokenizer, eos=eos, seq_len=settings["seq"])
+    task = load(data, tokenizer, seq_len=settings["seq"], **options)
     about = f"texts with {len(task.labels)} labels" if task.labels else "prompts with completions"
     text = {"train": task.train, "val": task.val, "test": task.test}
     found = {"text": text, "task": task, "labels": len(task.labels) or None}
@@ -212,15 +213,16 @@ def read_examples(size: Size, settings: Mapping[str, Any], data: str, tokenizer:
     return found, task.tokenizer, f"{about} ({counts})"
 
 
-def read_stream(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
-    options = {"seq_len": settings["seq"], "batch_size": settings["batch"], "held_out": size.held_out, "eos": eos}
-    stream = load_stream(data, tokenizer, **options, epoch_batches=settings["epoch_batches"], buffer=size.buffer)
+def read_stream(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, **options: Any) -> Any:
+    sizes = {"seq_len": settings["seq"], "batch_size": settings["batch"], "held_out": size.held_out}
+    sizes |= {"epoch_batches": settings["epoch_batches"], "buffer": size.buffer}
+    stream = load_stream(data, tokenizer, **sizes, **options)
     found = {"text": {"val": stream.val, "test": stream.test}, "stream": stream.train, "buffer": size.buffer}
     return found, stream.tokenizer, "a stream of documents"
 
 
-def read_text(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, eos: int | None) -> Any:
-    corpus = ease.load_corpus(data, tokenizer, eos=eos)
+def read_text(size: Size, settings: Mapping[str, Any], data: str, tokenizer: Any, **options: Any) -> Any:
+    corpus = ease.load_corpus(data, tokenizer, **options)
     return {"text": {"train": corpus.train, "val": corpus.val, "test": corpus.test}}, tokenizer, "text"
 
 
@@ -275,10 +277,12 @@ def checkpoint_lines(layers: int) -> dict[str, Line]:
 # Running
 
 
-def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequence[int]) -> Experiment:
+def experiment(
+    name: str, data: str, model: str | None, device: str, seeds: Sequence[int], allow_overlap: bool = False
+) -> Experiment:
     """Tier 3's experiment at a size of `SIZES`."""
     size, kind = SIZES[name], kind_of(data)
-    task_metrics, options = TASK_METRICS.get(kind, ()), f"--data {called(data)}"
+    task_metrics, options = TASK_METRICS.get(kind, ()), f"--data {called(data)}{' --allow-overlap' * allow_overlap}"
     if model is None:
         title, lines = f"{called(data)} at scale {name}", new_lines(size, kind)
         base, standard, compared_with = BASE, standard_names(size.depths), (CONTINUED,)
@@ -294,10 +298,12 @@ def experiment(name: str, data: str, model: str | None, device: str, seeds: Sequ
     report = Report(title, base, standard, compared_with, command=command, task_metrics=task_metrics)
     parts = ([] if model is None else [Path(model).resolve().name]) + [called(data).removeprefix("hf:"), name]
     folder = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
-    return Experiment(folder, partial(make_lab, name, data, model, device), lines, report)
+    return Experiment(folder, partial(make_lab, name, data, model, device, allow_overlap), lines, report)
 
 
-def reproduce(data: str | None, model: str | None, scales: Sequence[str], settings: Settings) -> list[str]:
+def reproduce(
+    data: str | None, model: str | None, scales: Sequence[str], settings: Settings, allow_overlap: bool = False
+) -> list[str]:
     """Train what is missing, and write tables and figures.
 
     Args:
@@ -305,6 +311,7 @@ def reproduce(data: str | None, model: str | None, scales: Sequence[str], settin
         model: a checkpoint, or None for new models.
         scales: names of `SIZES`; s by default.
         settings: output folder, seeds, parallel jobs and time budget.
+        allow_overlap: accept data whose splits share most of their text, or records.
 
     Returns:
         The lines that are not trained yet.
@@ -326,5 +333,5 @@ def reproduce(data: str | None, model: str | None, scales: Sequence[str], settin
         require("rouge_score.rouge_scorer", "eval")
     settings.check()
     device = choose_device(settings.device)
-    experiments = [experiment(name, data, model, device, settings.seeds) for name in scales or ("s",)]
+    experiments = [experiment(name, data, model, device, settings.seeds, allow_overlap) for name in scales or ("s",)]
     return run(experiments, settings._replace(out=settings.out / "3"), write).missing

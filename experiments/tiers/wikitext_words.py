@@ -29,9 +29,9 @@ VARIANTS = {
 }
 
 
-def lab(data: str | None, **settings: object) -> Lab:
+def lab(data: str | None, *, allow_overlap: bool = False, **settings: object) -> Lab:
     """The text, vocabulary and sizes of the original recipe, unless `settings` replace them."""
-    words, vocab = load_wikitext_words(data)
+    words, vocab = load_wikitext_words(data, allow_overlap=allow_overlap)
     text = {"train": words["train"][:TRAIN_TOKENS], "val": words["val"][:VAL_TOKENS], "test": words["test"]}
     sizes = {
         "brick": 2,

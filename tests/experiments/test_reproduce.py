@@ -139,6 +139,19 @@ def test_a_spent_time_budget_starts_nothing_and_lists_what_is_missing(
     assert not list(tmp_path.rglob("rows.jsonl"))
 
 
+@pytest.mark.parametrize("scale", ["tiny", "words"])
+def test_splits_that_overlap_are_accepted_on_request(
+    scale: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    settings = Settings(tmp_path / "out", (0,), minutes=1e-9, log=lambda _: None)
+    with pytest.raises(ease.EaseError, match="--allow-overlap"):
+        reproduce.reproduce("1", str(tmp_path), (scale,), settings)
+    assert reproduce.reproduce("1", str(tmp_path), (scale,), settings, allow_overlap=True)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -147,6 +160,7 @@ def test_a_spent_time_budget_starts_nothing_and_lists_what_is_missing(
         (["1", "--seeds", "1,1"], "each once"),
         (["1", "--budget", "0"], "more than 0"),
         (["1", "--jobs", "0"], "at least one"),
+        (["1", "--allow-overlap"], "--allow-overlap is for --data"),
         (["1", "--scales", "huge"], "unknown scale 'huge'"),
         (["1", "--scales", "tiny", "--data", "no/such/folder"], "no data"),
         (["smoke", "--device", "abacus"], "no device"),

@@ -27,6 +27,8 @@ def main(args: list[str]) -> None:
         hf:NAME/CONFIG. For tier 3: a folder with train.jsonl (texts with labels, or prompts with completions); .jsonl,
         .json, .csv, .tsv or .parquet files or hf:NAME/CONFIG, read as a stream of documents; or, with --model, any
         text."""
+        allow_overlap: bool = False
+        """Accept --data whose splits share most of their text."""
         model: str | None = None
         """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
         scales: str = ""
@@ -43,7 +45,7 @@ def main(args: list[str]) -> None:
         """Folder of all results. Trained lines are stored in OUT/TIER, and the same command resumes where it was
         stopped; tables name the lines that are missing."""
 
-    given = tyro.cli(Arguments, args=args, prog="ease reproduce")
+    given = tyro.cli(Arguments, args=args, prog="ease reproduce", config=(tyro.conf.FlagCreatePairsOff,))
     root = Path(__file__).resolve().parents[3]
     if not (root / "experiments" / "reproduce.py").is_file():
         raise EaseError("the experiments are not part of the package: clone the repository and run ease from there")
@@ -58,7 +60,9 @@ def main(args: list[str]) -> None:
     try:
         settings = running.Settings(given.out, seeds, given.jobs, given.budget, given.device)
         scales = tuple(filter(None, given.scales.split(",")))
-        missing = reproduce.reproduce(given.tier, given.data, scales, settings, given.model)
+        missing = reproduce.reproduce(
+            given.tier, given.data, scales, settings, given.model, allow_overlap=given.allow_overlap
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("trained lines are stored, and the same command resumes") from None
     if missing:

@@ -52,7 +52,7 @@ def learn_agreement(
 ) -> dict[int, float]:
     """Trains a classifier at each exit by logistic regression; nothing else in the model changes.
 
-    Call it again after any training other than by `ease.train`, which alone marks classifiers as stale.
+    Call it again after training in any other way than with `ease.train` or `Trainer`, which mark classifiers as stale.
 
     Args:
         model: the model.

@@ -293,6 +293,21 @@ def test_a_key_depends_on_the_data_and_not_on_its_path(kind: str, place: Path, t
     assert lab_in(other).identity() != before.identity()
 
 
+@pytest.mark.parametrize("kind", ["labels", "completions", "text on a checkpoint", "completions on a checkpoint"])
+def test_records_and_texts_that_overlap_are_accepted_on_request(kind: str, place: Path, tmp_path: Path) -> None:
+    data, model = KINDS[kind]
+    folder = tmp_path / "overlapping"
+    folder.mkdir()
+    records = (place / data).is_dir()
+    source = place / data / "train.jsonl" if records else place / data
+    for split in ("train", "valid", "test"):
+        shutil.copy(source, folder / f"{split}{source.suffix}")
+    where = "tiny", str(folder), model and str(place / model), "cpu"
+    with pytest.raises(ease.EaseError, match="allow_overlap"):
+        tier3.make_lab(*where)
+    assert len(tier3.make_lab(*where, allow_overlap=True).text["test"]) > 0
+
+
 @pytest.mark.usefixtures("place")
 def test_a_stream_continues_after_the_epochs_that_were_read() -> None:
     lab = lab_of("documents", epoch_batches=2)
