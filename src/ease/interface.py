@@ -65,7 +65,6 @@ class Layout:
     def visible(self, rows: Tensor | None = None, cols: Tensor | None = None, window: int | None = None) -> Tensor:
         """(B, T, T) true for the tokens of its row that a token attends to; (N, T) for tokens at (rows[i], cols[i]).
 
-
         Args:
             window: tokens that a token attends to, itself included; None: all before it.
         """
@@ -239,7 +238,11 @@ class ExitModel(nn.Module, ABC):
 
     def logits(self, state: Tensor, exit: int) -> Tensor:
         """State (..., D) -> logits (..., V) of the exit after layer `exit`: its own norm, then the shared head."""
-        logits: Tensor = self.output_head(self.exit_norm(state, exit))
+        return self.head_logits(self.exit_norm(state, exit))
+
+    def head_logits(self, normed: Tensor) -> Tensor:
+        """Normalized state (..., D), as from `exit_norm`, -> logits (..., V) of the shared head with its soft cap."""
+        logits: Tensor = self.output_head(normed)
         return capped(logits, self.config.logit_softcap)
 
     def new_logits(self, *shape: int) -> Tensor:

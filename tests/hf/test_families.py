@@ -197,7 +197,9 @@ def test_a_family_trains(case: str, tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path)
     model = ease.from_pretrained(tmp_path)
     ids = torch.randint(0, SHAPE["vocab_size"], (2, T))
-    stock(ids, labels=ids).loss.backward()
+    expected = stock(ids, labels=ids).loss
+    torch.testing.assert_close(EaseForCausalLM.wrap(model)(ids, labels=ids).loss, expected)
+    expected.backward()
     batch = ease.Batch(ids[:, :-1], ids[:, 1:])
     config = ease.TrainingConfig(layer_weights={model.num_layers: 1.0})
     step_loss(model, config, batch).backward()

@@ -106,7 +106,7 @@ def full_pass(
         state = model.run(state, 1, last, layout=layout, cache=prefix)
     normed = model.exit_norm(state, last)
     rows = torch.arange(len(kept), device=kept.device)[:, None]
-    logits = model.output_head(normed[rows, kept])
+    logits = model.head_logits(normed[rows, kept])
     return Pass(logits, hidden_states=(*states[:-1], normed) if hidden_states else None)
 
 
