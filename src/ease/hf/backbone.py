@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ease.hf.cache import Prefix
+from ease.hf.forward import as_asked
 
 if TYPE_CHECKING:
     from ease.hf.model import EasePreTrainedModel
@@ -53,14 +53,23 @@ class Backbone(nn.Module):
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
-        model, config = self._model[0], self._model[0].config
-        cache = model._choose_cache(past_key_values, use_cache, input_ids if inputs_embeds is None else inputs_embeds)
-        inputs = (input_ids, inputs_embeds, attention_mask, position_ids, cache)
-        states = model._run(*inputs, lambda ids, _: ids[:, :0], True, output_attentions).hidden_states
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        model = self._model[0]
+        result, cache = model._run(
+            lambda ids, _: ids[:, :0],
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            True,
+            output_attentions,
+        )
+        states = result.hidden_states
+        wanted = model.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=None if states is None else states[-1],
-            past_key_values=None if isinstance(cache, Prefix) else cache,
+            past_key_values=cache,
             hidden_states=states if wanted else None,
         )
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return as_asked(output, return_dict, model.config)

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ease.errors import EaseError
 from ease.hf.configuration import EaseConfig
 from ease.hf.folder import NATIVE
-from ease.hf.forward import loss_options, read_tokens
+from ease.hf.forward import as_asked, loss_options
 from ease.hf.model import EasePreTrainedModel
-from ease.inputs import IGNORE, as_tensor, is_integral
+from ease.inputs import IGNORE, as_ids, as_tensor, is_integral
 from ease.interface import Layout
 from ease.models import DeepSupervisionTransformer
 
@@ -94,10 +94,8 @@ class EaseForSequenceClassification(EasePreTrainedModel):
             EaseError: an argument is missing, not supported, or does not fit the ids.
         """
         options = loss_options(kwargs)
-        input_ids, inputs_embeds, attention_mask, position_ids = read_tokens(
-            input_ids, inputs_embeds, attention_mask, position_ids, self.model.config.dim
-        )
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            input_ids = as_ids("input_ids", input_ids)
             attention_mask = input_ids != self.config.pad_token_id
 
         def last_token(ids: Tensor, layout: Layout | None) -> Tensor:
@@ -106,13 +104,14 @@ class EaseForSequenceClassification(EasePreTrainedModel):
                 return torch.full((len(ids), 1), T - 1, device=ids.device)
             return (layout.real * torch.arange(T, device=ids.device)).amax(1, keepdim=True)
 
-        result = self._run(
+        result, _ = self._run(
+            last_token,
             input_ids,
-            inputs_embeds,
             attention_mask,
             position_ids,
             None,
-            last_token,
+            inputs_embeds,
+            False,
             output_hidden_states,
             output_attentions,
         )
@@ -126,7 +125,7 @@ class EaseForSequenceClassification(EasePreTrainedModel):
             hidden_states=result.hidden_states,
             exits=None if result.exits is None else result.exits.amax(1),
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return as_asked(output, return_dict, self.config)
 
     def _read_labels(self, given: Any, logits: Tensor) -> Tensor:
         """Labels (B,) or (B, num_labels) as a tensor; refuses other shapes, and classes that there are not."""

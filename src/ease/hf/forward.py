@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import ModelOutput
 
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache, Prefix
@@ -25,6 +27,8 @@ def expects_rows(model: nn.Module) -> bool:
     """
     return any(module._forward_pre_hooks for module in model.modules())
 
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -53,6 +57,11 @@ def read_tokens(ids: Any, embeds: Any, attention_mask: Any, position_ids: Any, d
         got = tuple(embeds.shape) if isinstance(embeds, Tensor) else reprlib.repr(embeds)
         raise EaseError(f"inputs_embeds must be a floating-point tensor (B, T, {dim}), got {got}")
     return ids, embeds, mask, positions
+
+
+def as_asked(output: Output, return_dict: bool | None, config: PreTrainedConfig) -> Output | tuple[Any, ...]:
+    """The output of a call as an object or, where `return_dict` or else the configuration says so, as a tuple."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class LayerRun(GradientCheckpointingLayer):
@@ -175,7 +184,7 @@ def _normed_at_exits(model: DeepSupervisionTransformer, states: list[Tensor], ex
     return (*states[:-1], normed)
 
 
-def without_prefix(
+def after_prefix(
     places: int, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mask and positions of the tokens after a prefix, counted from its end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +19,7 @@ class EaseGenerationMixin(GenerationMixin):
 
     model: DeepSupervisionTransformer
     training: bool
-
-    def _new_cache(self, rows: int, capacity: int) -> EaseCache | None:
-        """A cache for `rows` rows. None in training mode, where dropout gives a token other keys in every pass."""
-        return None if self.training else EaseCache(self.model.new_cache(rows, capacity, key=self.model.policy))
+    _new_cache: Callable[[int, int], EaseCache]  # (rows, capacity), of the class that has the model
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

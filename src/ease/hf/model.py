@@ -44,13 +44,14 @@ try:
     from ease.hf.forward import (
         LayerRun,
         Pass,
+        after_prefix,
+        as_asked,
         expects_rows,
         full_pass,
         loss_options,
         make_layout,
         read_tokens,
         routed_pass,
-        without_prefix,
     )
     from ease.hf.generation import EaseGenerationMixin
 except ImportError:
@@ -71,19 +72,7 @@ class EaseOutput(CausalLMOutputWithPast):
 
 
 class EasePreTrainedModel(PreTrainedModel):
-    """What the classes for different tasks share: a native model behind the interface of transformers.
-
-    In evaluation mode tokens leave as the policy allows (`set_routing`); in training mode the model runs at full depth,
-    with the loss of the final exit.
-
-    Args:
-        config: shape, policy and special tokens.
-        model: a native model to use instead of a new one of that shape.
-
-    Attributes:
-        model: the native model.
-        policy: where tokens leave in evaluation mode.
-    """
+    """What the classes for different tasks share: a native model behind the interface of transformers."""
 
     config_class = EaseConfig
     base_model_prefix = "model"
@@ -266,6 +255,10 @@ class EasePreTrainedModel(PreTrainedModel):
         """The model without its head, as trainers call it that compute the logits themselves."""
         return Backbone(self)
 
+    def _new_cache(self, rows: int, capacity: int) -> EaseCache:
+        """An empty cache with room for `capacity` tokens in each of `rows` rows, under the model's present policy."""
+        return EaseCache(self.model.new_cache(rows, capacity, key=self.policy))
+
     def _choose_cache(self, cache: Cache | None, use_cache: bool | None, given: Tensor | None) -> Cache | Prefix | None:
         """The cache of a call whose ids or embeddings are `given`; None for a call without one."""
         stock = cache if isinstance(cache, Cache) and not isinstance(cache, EaseCache) else None
@@ -280,31 +273,36 @@ class EasePreTrainedModel(PreTrainedModel):
         # In training mode dropout gives a token other keys in every pass.
         if cache is not None or given is None or not use_cache or self.training or expects_rows(self.model):
             return cache
-        return EaseCache(self.model.new_cache(len(given), given.shape[1], key=self.policy))
+        return self._new_cache(len(given), given.shape[1])
 
     def _run(
         self,
+        kept: Callable[[Tensor, Layout | None], Tensor],
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: Cache | Prefix | None,
-        kept: Callable[[Tensor, Layout | None], Tensor],
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
-    ) -> Pass:
-        """Runs the tokens of a call.
+    ) -> tuple[Pass, Cache | None]:
+        """Runs the tokens of a call, and returns what it gives and the cache that holds them.
 
         Args:
-            input_ids: (B, T) ids.
-            inputs_embeds: (B, T, D) embeddings instead of ids.
-            attention_mask, position_ids, cache, output_hidden_states: as in `EaseForCausalLM.forward`.
             kept: ids (B, T) and their layout -> (B, K) columns whose logits are computed.
             output_attentions: refused if true.
+
+        The other arguments are those of `EaseForCausalLM.forward`.
 
         Raises:
             EaseError: an argument is missing, not supported, or does not fit the others or the cache.
         """
+        input_ids, inputs_embeds, attention_mask, position_ids = read_tokens(
+            input_ids, inputs_embeds, attention_mask, position_ids, self.model.config.dim
+        )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        cache = self._choose_cache(past_key_values, use_cache, given)
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise EaseError(
                 "output_attentions is not supported, since no layer stores its attention weights: leave it out"
@@ -327,7 +325,7 @@ class EasePreTrainedModel(PreTrainedModel):
         cache = None if isinstance(cache, Prefix) else cache
         if cache is None:
             places = 0 if prefix is None else len(prefix)
-            layout = make_layout(ids, *without_prefix(places, attention_mask, position_ids))
+            layout = make_layout(ids, *after_prefix(places, attention_mask, position_ids))
         elif self.training or not isinstance(cache, EaseCache):
             raise EaseError(
                 f"past_key_values must be an EaseCache that this model created, in evaluation mode, got "
@@ -335,9 +333,10 @@ class EasePreTrainedModel(PreTrainedModel):
             )
         else:
             layout = cache.admit(ids, attention_mask, position_ids)
+        columns, model = kept(ids, layout), self.model
         if prefix is not None or (cache is None and (self.training or not self.policy.exits)):
-            return full_pass(self.model, self.layer_run, state, layout, kept(ids, layout), output_hidden_states, prefix)
-        return routed_pass(self.model, ids, state, layout, kept(ids, layout), output_hidden_states, cache)
+            return full_pass(model, self.layer_run, state, layout, columns, output_hidden_states, prefix), None
+        return routed_pass(model, ids, state, layout, columns, output_hidden_states, cache), cache
 
 
 class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
@@ -408,11 +407,6 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             EaseError: an argument is missing, not supported, or does not fit the ids or the cache.
         """
         options = loss_options(kwargs)
-        input_ids, inputs_embeds, attention_mask, position_ids = read_tokens(
-            input_ids, inputs_embeds, attention_mask, position_ids, self.model.config.dim
-        )
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        cache = self._choose_cache(past_key_values, use_cache, given)
 
         def kept(ids: Tensor, layout: Layout | None) -> Tensor:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -423,13 +417,14 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
             # Where a row is padded on the right, its last token predicts what comes next.
             return (layout.real * columns).cummax(1).values.gather(1, chosen)
 
-        result = self._run(
+        result, cache = self._run(
+            kept,
             input_ids,
-            inputs_embeds,
             attention_mask,
             position_ids,
-            cache,
-            kept,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
             output_hidden_states,
             output_attentions,
         )
@@ -447,11 +442,11 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         output = EaseOutput(
             loss=loss,
             logits=result.logits,
-            past_key_values=None if isinstance(cache, Prefix) else cache,
+            past_key_values=cache,
             hidden_states=result.hidden_states,
             exits=result.exits,
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return as_asked(output, return_dict, self.config)
 
 
 # transformers decides by these names how labels are shifted (label smoothing) and what a pipeline accepts.
