@@ -221,7 +221,9 @@ def encode(
         chunks = list(_chunks(text))
         for i in range(0, len(chunks), 256):  # not all at once: an encoding takes some 100 bytes a token
             encode_some = partial(tokenizer.encode_batch_fast, chunks[i : i + 256], add_special_tokens=False)
-            parts += [np.array(encoding.ids, np.int32) for encoding in interruptible(encode_some)]
+            # A document of a stream is encoded sooner than a thread for it is started.
+            encodings = encode_some() if len(text) <= CHUNK_CHARS else interruptible(encode_some)
+            parts += [np.array(encoding.ids, np.int32) for encoding in encodings]
         parts.append(end)
     return np.concatenate(parts)
 
