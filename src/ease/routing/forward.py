@@ -23,9 +23,7 @@ from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
 from ease.routing.confidence import Evidence, Kind, Measure, max_probability, measure_named
 
 HEAD_CHUNK = 512  # tokens whose logits exist at a time on a CPU: few enough for its cache, enough for the product
-DEVICE_LOGITS = (
-    2**27
-)  # numbers in the logits that exist at a time elsewhere: every chunk there costs a wait and launches
+DEVICE_LOGITS = 2**27  # numbers in the logits at a time elsewhere, where every chunk costs a wait and launches
 
 
 def head_chunk(model: ExitModel) -> int:

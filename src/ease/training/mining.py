@@ -89,10 +89,8 @@ def lowest(
     below = [confidence < threshold for confidence in confidences]
     values = torch.cat([confidence[mask] for confidence, mask in zip(confidences, counted, strict=True)])
     wanted = max(1, math.ceil(share * (len(values) - 1)))
-    if (
-        share * len(values) < 0.5
-        or sum(int((low & mask).sum()) for low, mask in zip(below, counted, strict=True)) == wanted
-    ):
+    found = sum(int((low & mask).sum()) for low, mask in zip(below, counted, strict=True))
+    if found == wanted or share * len(values) < 0.5:  # the share of a few tokens may round to none
         return below
     highest = values.kthvalue(wanted).values
     missing, ties, seen = wanted - int((values < highest).sum()), int((values == highest).sum()), 0
@@ -248,12 +246,8 @@ class MinedBatches:
         quantile = Quantile()
         found: list[tuple[Batch, Tensor]] = []
         view = evaluation_view(model)
-        for item in itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs)):
-            batch = Batch.of(item).to(
-                "cpu"
-            )  # so that a training step reads ids and masks without waiting for the device
-            if not bool(batch.running.any()):
-                continue
+        passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
+        for batch in running_batches(passes, "cpu"):  # on the host, where a training step reads masks without a wait
             step, flops = self._mine(view, batch)
             self.flops += flops
             confidence = spread(step).cpu()
