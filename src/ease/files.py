@@ -126,7 +126,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 def write_checksums(folder: Path, names: Sequence[str], without: Sequence[str] = ()) -> None:
     """Writes the SHA-256 of the files `names` of a folder into its SHA256SUMS; entries of others stay but `without`."""
     sums = {name: value for name, value in read_checksums(folder).items() if name not in without}
-    sums |= {name: _checksum(folder / name) for name in names}
+    sums |= {name: checksum(folder / name) for name in names}
     write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
 
 
@@ -138,14 +138,15 @@ def check_checksums(folder: Path, names: Sequence[str], fix: str) -> None:
     sums = read_checksums(folder)
     for name in names:
         file = folder / name
-        if name in sums and file.is_file() and _checksum(file) != sums[name]:
+        if name in sums and file.is_file() and checksum(file) != sums[name]:
             raise EaseError(
                 f"{file} is damaged (its checksum is not the one in {CHECKSUMS}, which you may remove if you changed "
                 f"the file on purpose): {fix}"
             )
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 
 from ease.errors import EaseError, first_line, require
-from ease.files import cache_folder
+from ease.files import cache_folder, checksum
 from ease.storage import output_folder
 
 
 def dequantized(path: Path) -> Path:
     """The checkpoint folder with the weights of a GGUF file in float32, its configuration and its tokenizer.
 
-    The first call takes a minute per gigabyte or so and says where the folder is; later calls find it there.
+    The first call warns where the folder is; later calls find it there.
 
     Raises:
         EaseError: the file is damaged, of a family that transformers does not read, or there is no space.
     """
     transformers = require("transformers", "hf")
     require("gguf", "gguf")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{checksum(path)[:16]}"
     if folder.is_dir():
         return folder
     warnings.warn(f"{path} is dequantized to float32 into {folder}, which ease reads from now on", stacklevel=3)
