@@ -14,6 +14,8 @@ from ease.errors import (
     EaseError,
     check_boolean,
     check_choice,
+    check_counts,
+    check_fields,
     check_integer,
     check_layers,
     check_list,
@@ -103,28 +105,6 @@ class ModelConfig:
     """The gate's activation: SiLU, or the tanh approximation of GELU."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_positions", "window", "rotary_dim"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
-        check_integer("adapter_dim", self.adapter_dim)
-        if self.num_labels is not None:
-            check_integer("num_labels", self.num_labels)
-        for field in fields(self):
-            if field.type == "bool":
-                check_boolean(field.name, getattr(self, field.name))
-        check_choice("activation", self.activation, ("silu", "gelu_tanh"))
-        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0)
-        for name in ("embedding_scale", "residual_scale", "logit_divisor"):
-            check_number(name, getattr(self, name))
-        if self.local_rope_theta is not None:
-            check_number("local_rope_theta", self.local_rope_theta, 1)
-        check_number("rope_theta", self.rope_theta, 1)  # smaller bases overflow the fast angles
-        check_number("norm_eps", self.norm_eps, 0)
-        check_number("dropout", self.dropout)
         scaling: object = self.rope_scaling
         if isinstance(scaling, dict):  # what JSON makes of it
             names = [field.name for field in fields(RopeScaling)]
@@ -135,6 +115,23 @@ class ModelConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         elif not isinstance(scaling, RopeScaling | None):
             raise EaseError(f"rope_scaling must be an object, got {reprlib.repr(scaling)}")
+        check_fields(self)
+        positive = (
+            *("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim"),
+            *("max_positions", "window", "rotary_dim"),
+        )
+        check_counts(1, **{name: getattr(self, name) for name in positive})
+        check_counts(0, adapter_dim=self.adapter_dim, num_labels=self.num_labels)
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+        for name in ("embedding_scale", "residual_scale", "logit_divisor"):
+            check_number(name, getattr(self, name))
+        if self.local_rope_theta is not None:
+            check_number("local_rope_theta", self.local_rope_theta, 1)
+        check_number("rope_theta", self.rope_theta, 1)  # smaller bases overflow the fast angles
+        check_number("norm_eps", self.norm_eps, 0)
+        check_number("dropout", self.dropout)
         for name in ("adapter_exits", "classifier_exits", "unrotated_layers", "windowed_layers"):
             layers = getattr(self, name)
             if layers is not None or name != "windowed_layers":
