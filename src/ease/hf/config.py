@@ -98,7 +98,6 @@ HARMLESS = {
     "finetuning_task",
     "forced_bos_token_id",
     "forced_eos_token_id",
-    "head_dim_original",
     "id2label",
     "initializer_range",
     "is_llama_config",

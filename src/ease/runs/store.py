@@ -50,14 +50,8 @@ FORMAT = 1
 
 WEIGHTS, POLICY, TOKENIZER, START = "model.safetensors", "policy.json", "tokenizer.json", "start"
 
-FILES = (
-    CONFIG,
-    WEIGHTS,
-    TOKENIZER,
-    "metrics.jsonl",
-    "summary.json",
-    "explorer.json",
-)  # of a finished run, without its report
+# The files of a finished run, without its report.
+FILES = (CONFIG, WEIGHTS, TOKENIZER, "metrics.jsonl", "summary.json", "explorer.json")
 
 FIX, RECALIBRATE = "run again, or restore it", "remove it and calibrate again"
 
