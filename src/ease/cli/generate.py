@@ -32,7 +32,7 @@ def main(args: list[str]) -> None:
         """Continue a text and show at which exit each token was predicted."""
 
         model: tyro.conf.Positional[str]
-        """Run folder, or Llama-family checkpoint (a folder, or a name on the Hugging Face hub)."""
+        """Run folder, or Llama-family checkpoint (a folder, a name on the Hugging Face hub, or a GGUF file)."""
         prompt: str
         """The text to continue."""
         chat: bool = False

@@ -30,7 +30,8 @@ def main(args: list[str]) -> None:
         allow_overlap: bool = False
         """Accept --data whose splits share most of their text."""
         model: str | None = None
-        """For tier 3: a Llama-family checkpoint to put exits on (a folder, or a name on the Hugging Face hub)."""
+        """For tier 3: a Llama-family checkpoint to put exits on (a folder, a name on the Hugging Face hub, or a GGUF
+        file)."""
         scales: str = ""
         """Sizes of model and data, separated by commas (those of the tier by default; for tier 3 tiny, s or l)."""
         seeds: str = "0,1,2"

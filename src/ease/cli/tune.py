@@ -10,8 +10,8 @@ HELP = "add exits to a trained model; its backbone does not change"
 OPTIONS = """\
 usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
 
-  CHECKPOINT    Llama-family checkpoint (a folder, or a name on the Hugging Face
-                hub), or a run folder
+  CHECKPOINT    Llama-family checkpoint (a folder, a name on the Hugging Face
+                hub, or a GGUF file), or a run folder
   --exits       layers after which a token may exit (by default at a third and
                 at two thirds of the depth)
   --data        training text: a folder with train.txt and valid.txt, a text

@@ -62,13 +62,14 @@ def from_pretrained(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> DeepSupervisionTransformer:
-    """Loads a checkpoint of the Llama family (Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM) into the native model.
+    """Loads a checkpoint of the Llama family into the native model; `ease.hf.families.FAMILIES` lists the model types.
 
     Every exit's norm starts as a copy of the final norm, and `trained_exits` holds the last exit alone. From a folder
     that ease wrote, exits and policy come back as they were saved.
 
     Args:
-        name_or_path: a folder with config.json and safetensors, in one file or in shards, or a name on the hub.
+        name_or_path: a folder with config.json and safetensors, in one file or in shards, a name on the hub, or a GGUF
+            file, which is dequantized to float32.
         dtype: dtype of the weights, as a torch dtype or its name; by default (and with "auto") as they are stored.
         device: device of the weights; the CPU by default.
         options: options of transformers' `from_pretrained`. `revision`, `subfolder`, `token`, `cache_dir`,

@@ -1,5 +1,7 @@
 """Parts of a transformer layer, one idea per file."""
 
+from torch.nn import RMSNorm
+
 from ease.modules.adapter import Adapter
 from ease.modules.attention import Attention
 from ease.modules.block import TransformerBlock
@@ -20,6 +22,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixPlan",
+    "RMSNorm",
     "TransformerBlock",
     "decoding_layer",
     "new_norm",
