@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def handle(signum: int, frame: FrameType | None) -> None:
     """Raises `KeyboardInterrupt`, or ends the process with one line while a module is imported.
 
-    Libraries turn an exception in the middle of their import into others, or print and forget it.
+    An exception that is raised while a library is imported may be replaced or suppressed by the library.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -241,14 +241,14 @@ class RopeScaling:
     """How rotary positions are stretched to a longer context (`rope_type` of a config.json).
 
     - linear: all frequencies are divided by `factor`.
-    - dynamic: frequencies change beyond `original_max_position` only, which the native model does not reach.
+    - dynamic: frequencies change beyond `original_max_position` only; longer sequences are refused.
     - llama3: a pair of dimensions that turns more than `high_freq_factor` times within `original_max_position` tokens
       keeps its frequency, one that turns less than `low_freq_factor` times turns `factor` times slower, and between
       the two the frequency moves linearly in the number of turns.
     - yarn (Peng et al. 2023, arXiv:2309.00071): the same between `beta_slow` and `beta_fast` turns, linearly in the
       index of the pair; queries and keys are multiplied by `attention_factor`.
     - longrope (Ding et al. 2024, arXiv:2402.13753): the frequency of each pair is divided by its `short_factor`.
-      `long_factor` applies beyond `original_max_position`, which the native model does not reach.
+      `long_factor` would apply beyond `original_max_position`; longer sequences are refused.
     """
 
     factor: float

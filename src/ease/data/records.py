@@ -151,7 +151,7 @@ class Skipped:
 
     def __init__(self, seen: int = 0, skipped: int = 0) -> None:
         self.seen, self.skipped = seen, skipped
-        self.note = ""  # what is not told yet: where no record has a text, the refusal says it all
+        self.note = ""  # a warning that is issued with the next text; without one, an error follows and says the same
         self.finished = False
 
     def skip(self, name: str, where: str, problem: str) -> None:
@@ -168,7 +168,7 @@ class Skipped:
             self.note = f"{where} {problem} and is skipped ({self.skipped} of {self.seen} records of {name} so far)"
 
     def tell(self) -> None:
-        """Warns of what was noted."""
+        """Issues the pending warning."""
         if self.note:
             note, self.note = self.note, ""
             warnings.warn(note, stacklevel=3)
@@ -196,8 +196,8 @@ def texts(name: str, rows: Iterable[Mapping[str, Any]], counts: Skipped | None =
 
     Args:
         name: what messages call the source.
-        rows: the records; their place is told by number where `read_records` does not name it.
-        counts: continued by this call.
+        rows: the records. Messages name the place that `read_records` adds to a record, or else its number.
+        counts: counts to continue, for a source that is read in parts.
 
     Warns:
         UserWarning: a record has no text; it is skipped.

@@ -92,7 +92,7 @@ class Request:
     def choose(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits (n, V) -> ids (n,), and the probabilities (n, V) they were drawn from; None when greedy.
 
-        When greedy, the id is -1 where a logit is NaN, and whoever reads the ids refuses it.
+        When greedy, the id is -1 where a logit is NaN; the caller raises the error once the ids are on the host.
         """
         if self.sampling.greedy:
             return self.sampling.most_likely(logits, seen), None
@@ -113,7 +113,7 @@ class Request:
         B, T = ids.shape
         last = real if T == 1 else real & (real.flip(1).cumsum(1).flip(1) == 1)
         read_rows = last.any(1)
-        # The row of the batch whose next token a token predicts. All others share row B, which nobody reads.
+        # The row of the batch whose next token a token predicts. All others share row B, which is not read.
         row_of = to_device(torch.where(last, torch.arange(B)[:, None], B).flatten(), ids.device)
         logits = self.model.new_logits(B + 1)
         exits = torch.zeros(B + 1, dtype=torch.long, device=ids.device)

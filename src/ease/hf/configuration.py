@@ -72,7 +72,7 @@ class EaseConfig(PreTrainedConfig):
         fields: dict[str, Any] = super().to_dict()
         try:
             return fields | stock_sizes(ModelConfig(**(self.model or {})))
-        except (EaseError, TypeError):  # a configuration of no model has no sizes, and `build` refuses it
+        except (EaseError, TypeError):  # the fields describe no model; `build` raises the error
             return fields
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -74,17 +74,20 @@ class Quantile:
 def lowest(
     confidences: Sequence[Tensor], counted: Sequence[Tensor], threshold: float, share: float, *, by_row: bool
 ) -> list[Tensor]:
-    """(B, T) of each batch: true for the tokens with the lowest confidence, a share of those that are counted.
+    """Selects the tokens with the lowest confidence, a share of the counted tokens.
 
-    They are those below the threshold unless confidences are tied there. Of tied tokens as many are taken as are
-    missing, at equal distances in the order of the text, whatever the size of a batch.
+    These are the tokens below the threshold, unless several tokens have the confidence at which the share ends. Of
+    those, the missing number is selected at equal distances in the order of the text, independently of the batch size.
 
     Args:
-        confidences: (B, T) of each batch.
-        counted: (B, T) of each batch, the tokens that the share is of.
+        confidences: (B, T) per batch.
+        counted: (B, T) per batch, true for the tokens that the share refers to.
         threshold: the quantile of the counted confidences.
-        share: in (0, 1].
-        by_row: whether a row is taken as a whole.
+        share: a number in (0, 1].
+        by_row: whether all tokens of a row are selected if one of them is.
+
+    Returns:
+        A mask (B, T) per batch, true for the selected tokens.
     """
     below = [confidence < threshold for confidence in confidences]
     values = torch.cat([confidence[mask] for confidence, mask in zip(confidences, counted, strict=True)])
