@@ -22,6 +22,8 @@ from ease.errors import (
     check_number,
 )
 
+DRAFT_VOCABULARY = 16_384  # tokens that a draft brick can draft by default, of a vocabulary of more than twice as many
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -61,6 +63,10 @@ class ModelConfig:
     """Units of an adapter."""
     classifier_exits: tuple[int, ...] = ()
     """Exits below the last one that have a classifier, which gives a confidence without the head."""
+    draft_brick: bool = False
+    """A layer above the last that drafts for exact decoding."""
+    draft_vocabulary: int | None = None
+    """Number of tokens that the draft brick can draft (all by default, and 16,384 of more than 32,768)."""
     num_labels: int | None = None
     """Number of classes of a sequence classifier, which makes one decision per sequence (None: a language model)."""
     max_positions: int | None = None
@@ -118,7 +124,7 @@ class ModelConfig:
         check_fields(self)
         positive = (
             *("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim"),
-            *("max_positions", "window", "rotary_dim"),
+            *("max_positions", "window", "rotary_dim", "draft_vocabulary"),
         )
         check_counts(1, **{name: getattr(self, name) for name in positive})
         check_counts(0, adapter_dim=self.adapter_dim, num_labels=self.num_labels)
@@ -162,6 +168,16 @@ class ModelConfig:
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
                 "a classifier needs at least 2 labels and a head of its own"
             )
+        if self.draft_brick and self.num_labels is not None:
+            raise EaseError("a classifier generates no text: leave out draft_brick, or num_labels")
+        if self.draft_vocabulary is not None and not (self.draft_brick and self.draft_vocabulary <= self.vocab_size):
+            raise EaseError(
+                f"draft_vocabulary {self.draft_vocabulary}: it needs a draft_brick, and the model has "
+                f"{self.vocab_size} tokens"
+            )
+        if self.draft_brick and self.draft_vocabulary is None:
+            tokens = self.vocab_size if self.vocab_size <= 2 * DRAFT_VOCABULARY else DRAFT_VOCABULARY
+            object.__setattr__(self, "draft_vocabulary", tokens)
         if self.head_dim is None and self.dim % self.num_heads:
             raise EaseError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads}), or set head_dim")
         if self.head_size % 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -28,6 +29,7 @@ from ease.modules import (
     Adapter,
     Cache,
     CachedPlan,
+    DraftBrick,
     Plan,
     Prefix,
     PrefixPlan,
@@ -63,6 +65,7 @@ class StandardTransformer(ExitModel):
         self.exit_norms = nn.ModuleList(new_norm(c, dim) for _ in range(num_layers))
         self.exit_classifiers = nn.ModuleDict({str(e): nn.Linear(dim, 1) for e in c.classifier_exits})
         self.exit_adapters = nn.ModuleDict({str(e): Adapter(dim, c.adapter_dim) for e in c.adapter_exits})
+        self.draft_brick = self._new_draft_brick() if c.draft_brick else None
         self.output_head = nn.Linear(dim, c.outputs, bias=False)
         if c.tie_embeddings:
             self.output_head.weight = self.embedding.weight
@@ -195,8 +198,66 @@ class StandardTransformer(ExitModel):
         for exit in exits:
             self.exit_adapters[str(exit)] = Adapter(self.config.dim, dim).to(self.embedding.weight).train(self.training)
 
+    def add_draft_brick(self, vocabulary: Tensor) -> None:
+        """Adds a draft brick, in place of one that the model has; its block starts as a copy of the last layer.
+
+        Args:
+            vocabulary: (N,) distinct ids of the tokens that it can draft.
+        """
+        self.check_ids(vocabulary, self.config.vocab_size)
+        self.config = replace(self.config, draft_brick=True, draft_vocabulary=len(vocabulary))
+        brick = self._new_draft_brick().to(self.embedding.weight)
+        brick.block.load_state_dict(self.layers[-1].state_dict())
+        brick.norm.load_state_dict(self.exit_norms[-1].state_dict())
+        brick.vocabulary = vocabulary.to(self.embedding.weight.device, torch.long)
+        self.draft_brick = brick.requires_grad_(False).train(self.training)
+
+    def draft(self, states: Tensor, ids: Tensor, *, layout: Layout | None = None, cache: Cache | None = None) -> Tensor:
+        """The draft brick, over whole rows or, with a cache from `new_draft_cache`, after what the cache holds.
+
+        Args:
+            states: (B, T, D) states h_t of the last layer, or what this method gave for the token before.
+            ids: (B, T) the tokens x_{t+1} that follow.
+            layout: positions and segments; with a cache only its segments are read, -1 where a row has no token.
+            cache: keys and values of the tokens before. It appends the tokens; `Cache.cut` removes them.
+
+        Returns:
+            g (B, T, D), from which `draft_tokens` predicts x_{t+2}.
+
+        Raises:
+            EaseError: the model has no draft brick.
+        """
+        brick = self._brick()
+        if cache is not None:
+            return self._run_cached(brick.fused(states, self.embed(ids)), 1, 1, layout, None, cache)
+        out: Tensor = brick(states, self.embed(ids), Plan.make(states, self.config.rotary_size, layout, None))
+        return out
+
+    def draft_logits(self, drafts: Tensor) -> Tensor:
+        """g (..., D) from `draft` -> logits (..., N) over `draft_brick.vocabulary`."""
+        return self._brick().logits(drafts, self.output_head.weight)
+
+    def draft_tokens(self, drafts: Tensor) -> tuple[Tensor, Tensor]:
+        """g (..., D) from `draft` -> the most likely ids (...), and their probabilities (...) among the N tokens."""
+        logits = self.draft_logits(drafts)
+        best, at = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).max(-1)
+        return self._brick().vocabulary[at], best.exp()
+
+    def new_draft_cache(self, rows: int, capacity: int) -> Cache:
+        """A cache of the draft brick for `capacity` tokens in each of `rows` rows."""
+        c = self.config
+        block = decoding_layer(self._brick().block)
+        return Cache([block], rows, capacity, c.kv_heads, c.head_size, c.rotary_size, self.embedding.weight)
+
+    def _brick(self) -> DraftBrick:
+        if self.draft_brick is None:
+            raise EaseError("the model has no draft brick: train one (ease tune --adapter brick)")
+        return self.draft_brick
+
     def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
         """Adds layers on top, in place, up to `num_layers`; existing exits keep their output bit for bit.
+
+        A draft brick is dropped with a warning, since it reads the states of the layer that was the last.
 
         Args:
             init: "identity": new layers start as the identity, so that the new last exit equals the old one. "copy":
@@ -224,7 +285,14 @@ class StandardTransformer(ExitModel):
                 raise EaseError(f"init must be identity or copy, got {init!r}")
             self.layers.append(layer.to(weight).requires_grad_().train(self.training))
             self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
-        self.config = replace(self.config, num_layers=num_layers)
+        if self.draft_brick is not None:
+            warnings.warn(
+                f"the draft brick reads the states of layer {old} and is dropped: train another for the new last layer "
+                "(ease tune --adapter brick)",
+                stacklevel=2,
+            )
+            self.draft_brick = None
+        self.config = replace(self.config, num_layers=num_layers, draft_brick=False, draft_vocabulary=None)
         return self
 
     def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
@@ -242,6 +310,8 @@ class StandardTransformer(ExitModel):
                 "use tie_embeddings=False, or freeze the head"
             )
         self.requires_grad_(True)
+        if self.draft_brick is not None:  # a trainer of its own trains it
+            self.draft_brick.requires_grad_(False)
         for name, classifier in self.exit_classifiers.items():
             classifier.requires_grad_(int(name) in classifiers)
         if first > 1:
@@ -253,9 +323,18 @@ class StandardTransformer(ExitModel):
                 self.exit_norms[exit - 1].requires_grad_(True)
             self.output_head.requires_grad_(not head)
 
+    def _new_draft_brick(self) -> DraftBrick:
+        brick = DraftBrick(self.config)
+        self._initialize(brick.block)
+        nn.init.normal_(brick.fuse.weight, std=brick.fuse.in_features**-0.5)
+        return brick
+
     def _new_layer(self, number: int) -> TransformerBlock:
-        c = self.config
-        layer = TransformerBlock(c, number)
+        layer = TransformerBlock(self.config, number)
+        self._initialize(layer)
+        return layer
+
+    def _initialize(self, layer: TransformerBlock) -> None:
         for module in layer.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -263,8 +342,7 @@ class StandardTransformer(ExitModel):
                     nn.init.zeros_(module.bias)
         # Each branch adds to the residual stream; this scale keeps the sum from growing with depth (GPT-2).
         for end in (layer.attention.o_proj, layer.ffn.down_proj):
-            nn.init.normal_(end.weight, std=(2 * c.num_layers * end.in_features) ** -0.5)
-        return layer
+            nn.init.normal_(end.weight, std=(2 * self.config.num_layers * end.in_features) ** -0.5)
 
 
 class DeepSupervisionTransformer(StandardTransformer):
@@ -337,6 +415,7 @@ def check_sizes(
         ("layers.0.attention.k_proj.weight", 0, kv_heads, c.kv_heads * c.head_size),
         ("layers.0.ffn.gate_proj.weight", 0, names["hidden_dim"], c.ffn_size),
         *adapters,
+        ("draft_brick.vocabulary", 0, "draft_vocabulary", c.draft_vocabulary),
     ]:
         shape = shapes.get(stored_name(native), ())
         if axis < len(shape) and shape[axis] != size:

@@ -315,6 +315,33 @@ def test_parameters_of_exits_are_saved_by_their_prefix(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "exit" in name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_brick_is_kept_beside_a_stock_checkpoint_and_in_a_native_one(tmp_path: Path, dtype: Any) -> None:
+    from ease.hf.model import EaseForCausalLM
+
+    model, x = own_model(tie_embeddings=True).to(dtype), ids()
+    model.add_draft_brick(torch.randperm(97)[:50])
+    ease.save_pretrained(model, tmp_path / "out")
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "draft" in name]
+    EaseForCausalLM.wrap(model).save_pretrained(tmp_path / "native")
+    with torch.no_grad():
+        if dtype == torch.float32:
+            close(stock_logits(tmp_path / "out", x), model(x))
+        states = model.forward_to_layer(x, 3)
+        for back in (
+            ease.from_pretrained(tmp_path / "out"),
+            ease.from_pretrained(tmp_path / "native"),
+            EaseForCausalLM.from_pretrained(tmp_path / "native").model,
+        ):
+            assert back.config == model.config
+            assert back.draft_brick.vocabulary.equal(model.draft_brick.vocabulary)
+            assert torch.equal(back.draft_logits(back.draft(states, x)), model.draft_logits(model.draft(states, x)))
+    stored = load_file(tmp_path / "out/ease/exits.safetensors")
+    save_file(stored | {"draft_brick.vocabulary": torch.rand(50)}, tmp_path / "out/ease/exits.safetensors")
+    with pytest.raises(EaseError, match=r"draft_brick.vocabulary in .* is stored as F32"):
+        ease.from_pretrained(tmp_path / "out")
+
+
 def test_no_stock_family_has_both_biases_and_norms(tmp_path: Path) -> None:
     with pytest.raises(EaseError, match="qwen2, the closest, differs in qk_norm"):
         ease.save_pretrained(own_model(qkv_bias=True, qk_norm=True), tmp_path / "out")

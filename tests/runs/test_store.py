@@ -30,7 +30,11 @@ def model() -> StandardTransformer:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True, "rope_scaling": RopeScaling(8, 1, 4, 16)}]
+    "options",
+    [
+        {"tie_embeddings": True, "draft_brick": True, "draft_vocabulary": 7},
+        {"qkv_bias": True, "qk_norm": True, "rope_scaling": RopeScaling(8, 1, 4, 16)},
+    ],
 )
 def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, options: dict[str, Any]) -> None:
     model = StandardTransformer(40, 16, 3, 2, num_kv_heads=1, hidden_dim=24, **options).eval()
@@ -39,6 +43,9 @@ def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, option
     back, config = load_model(tmp_path)
     ids = torch.randint(0, 40, (2, 9))
     assert torch.equal(model(ids), back(ids))
+    if model.draft_brick is not None:
+        states = torch.randn(2, 9, 16)
+        assert torch.equal(model.draft_logits(model.draft(states, ids)), back.draft_logits(back.draft(states, ids)))
     assert back.config == model.config
     assert back.policy == Policy((1,), (0.03,))
     assert torch.equal(route(model, ids, 1, 0.03).exits, route(back, ids).exits)

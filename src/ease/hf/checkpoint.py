@@ -2,8 +2,8 @@
 
 - What the native model cannot hold exactly is refused by name: every key of config.json is known or refused, and so
   is every tensor. No code of a checkpoint is run, and no pickle is opened.
-- A folder that ease writes is a stock checkpoint. What only ease uses (parameters of the exits below the last, and the
-  policy) is in its subfolder `ease/`, which stock tools ignore.
+- A folder that ease writes is a stock checkpoint. What only ease uses (parameters of the exits below the last, the
+  draft brick, and the policy) is in its subfolder `ease/`, which stock tools ignore.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ease.hf.weights import (
     split_parameters,
     stock_name,
     stored_dtype,
+    tensors_of,
     weight_files,
     without_copies,
     without_prefix,
@@ -127,7 +128,7 @@ def from_pretrained(
 def _parts(model: DeepSupervisionTransformer, family: str) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """The parameters in the weights of a checkpoint, by their names there, and those in its subfolder `ease/`."""
     if family == NATIVE:
-        return {f"model.{name}": [parameter] for name, parameter in model.named_parameters()}, {}
+        return {f"model.{name}": [tensor] for name, tensor in tensors_of(model).items()}, {}
     return split_parameters(model, family)
 
 

@@ -394,6 +394,8 @@ def _explicit(config: ModelConfig) -> ModelConfig:
         adapter_exits=(),
         adapter_dim=0,
         classifier_exits=(),
+        draft_brick=False,
+        draft_vocabulary=None,
         max_positions=None,
     )
 

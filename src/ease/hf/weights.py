@@ -20,6 +20,7 @@ from ease.models import StandardTransformer
 from ease.storage import check_finite, read_shapes
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64}  # of the ids that a draft brick can draft
 
 # ---------------------------------------------------------------------------------------------------------
 # Names
@@ -61,16 +62,21 @@ FUSED = {  # model type -> part of a stock name -> the name of the tensor that i
 
 
 def stock_name(name: str, config: ModelConfig) -> str | None:
-    """The name of a native parameter in a stock checkpoint; None for parameters of an exit below the last."""
+    """The name of a native parameter in a stock checkpoint; None for what only ease has."""
     if name == f"exit_norms.{config.num_layers - 1}.weight":
         return NORM
-    if name.startswith("exit_"):
+    if name.startswith(("exit_", "draft_brick.")):
         return None
     present = tuple(kind for kind in ("pre_norms", "post_norms") if getattr(config, kind))
     norms = {f".{native}.": f".{stock}." for native, stock in NORM_NAMES[present].items()}
     for native, stock in (norms | STOCK_NAMES).items():
         name = name.replace(native, stock)
     return name
+
+
+def tensors_of(model: StandardTransformer) -> dict[str, Tensor]:
+    """The parameters of a model, a tied one once, and its buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def stock_parts(model: StandardTransformer, model_type: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -80,12 +86,12 @@ def stock_parts(model: StandardTransformer, model_type: str) -> tuple[dict[str, 
         model_type: the family of the stock model.
 
     Returns:
-        Name of a stored tensor -> the native parameters that are its rows, and the parameters of exits, which stock
-        models do not have.
+        Name of a stored tensor -> the native parameters that are its rows, and the tensors of exits and of the draft
+        brick, which stock models do not have.
     """
     stock: dict[str, list[str]] = {}
     exits: list[str] = []
-    for name, _ in model.named_parameters():
+    for name in tensors_of(model):
         in_stock = stock_name(name, model.config)
         if in_stock is None:
             exits.append(name)
@@ -99,8 +105,8 @@ def stock_parts(model: StandardTransformer, model_type: str) -> tuple[dict[str, 
 def split_parameters(
     model: StandardTransformer, model_type: str
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """The parameters of `stock_parts` by the names of stored tensors: those of a stock model, and those of exits."""
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The parameters of `stock_parts` by the names of stored tensors: those of a stock model, and the others."""
+    own = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     stock, exits = stock_parts(model, model_type)
     return {name: [own[part] for part in parts] for name, parts in stock.items()}, {name: [own[name]] for name in exits}
 
@@ -212,7 +218,7 @@ def _check_file(opened: Any, file: Path, targets: Mapping[str, Sequence[Tensor]]
         required = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         if (shape := tuple(view.get_shape())) != required:
             raise EaseError(f"{name} in {file} has shape {shape}, but config.json requires {required}: {FIX}")
-        if view.get_dtype() not in DTYPES:
+        if view.get_dtype() not in (DTYPES if parts[0].is_floating_point() else INTEGERS):
             raise EaseError(f"{name} in {file} is stored as {view.get_dtype()}: use a checkpoint in floats")
 
 

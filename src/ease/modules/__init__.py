@@ -8,6 +8,7 @@ from ease.modules.block import TransformerBlock
 from ease.modules.cache import Cache
 from ease.modules.cached_plan import CachedPlan
 from ease.modules.decoding import decoding_layer
+from ease.modules.draft_brick import DraftBrick
 from ease.modules.ffn import FFN
 from ease.modules.norm import new_norm
 from ease.modules.plan import Plan
@@ -19,6 +20,7 @@ __all__ = [
     "Attention",
     "Cache",
     "CachedPlan",
+    "DraftBrick",
     "Plan",
     "Prefix",
     "PrefixPlan",

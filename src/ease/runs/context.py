@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,5 +92,7 @@ class RunContext:
         if self.start is None:
             shape = {"vocab_size": self.corpus.vocab_size, **asdict(self.config.model)}
         else:
-            shape = asdict(replace(self.start.config, adapter_exits=(), adapter_dim=0, classifier_exits=()))
+            shape = asdict(self.start.config)
+            shape |= {"adapter_exits": (), "adapter_dim": 0, "classifier_exits": ()}
+            shape |= {"draft_brick": False, "draft_vocabulary": None}
         return StandardTransformer(**{**shape, "num_layers": num_layers}).to(self.device)

@@ -164,8 +164,8 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
     options = {field.name: getattr(shape, field.name) for field in fields(shape)}
     try:
         with torch.device("meta"):  # names and shapes of all tensors, before memory is allocated for any
-            for name, parameter in DeepSupervisionTransformer(**options).named_parameters():
-                if stored.get(_stored(name, stored, shape)) != tuple(parameter.shape):
+            for name, tensor in DeepSupervisionTransformer(**options).state_dict().items():
+                if stored.get(_stored(name, stored, shape)) != tuple(tensor.shape):
                     raise EaseError(f"{name} is missing or has another shape than {CONFIG} requires")
         model = DeepSupervisionTransformer(**options).to(dtype)
         load(model, str(weights))
