@@ -11,6 +11,7 @@ from . import training as training
 from .data.batches import TokenBatches as TokenBatches
 from .data.corpus import Corpus as Corpus
 from .data.corpus import load_corpus as load_corpus
+from .data.counts import CountTable as CountTable
 from .errors import EaseError as EaseError
 from .evaluation.calibration import Calibration as Calibration
 from .evaluation.calibration import Target as Target

@@ -1,0 +1,93 @@
+"""Prompt lookup: what followed the last tokens when they occurred before in the same text is drafted again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LENGTHS = (4, 3, 2)  # tokens of a match that are looked up, the longest first
+
+# Share of the drafts that were right after a match of n tokens, n = 2..16, in held-out files of the standard library in
+# 2,048 byte pairs (660 thousand tokens). The text of a model repeats itself more, which a row learns.
+PRIOR = (0.45, 0.55, 0.61, 0.66, 0.7, 0.73, 0.76, 0.77, 0.77, 0.79, 0.8, 0.83, 0.81, 0.82, 0.9)
+
+LONGEST = len(PRIOR) + 1  # tokens of a match; longer ones are not told apart
+
+PRIOR_WEIGHT = 8.0  # drafts that the prior counts as
+
+DECAY = 0.98  # of the counts of earlier drafts, with each draft after a match of the same length
+
+
+class PromptLookup:
+    """The tokens of one row, prompt and answer, with an index from their n-grams to the place after the last of them.
+
+    The method is `prompt_lookup_num_tokens` of transformers (Saxena 2023, "Prompt Lookup Decoding"). Each token takes
+    one entry per length in the index.
+
+    Args:
+        tokens: the prompt.
+        lengths: the numbers of tokens by which a match is found. The longest that matches decides.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), lengths: Iterable[int] = LENGTHS) -> None:
+        self.tokens: list[int] = []
+        self.lengths = sorted(set(lengths), reverse=True)
+        self._after: dict[tuple[int, ...], int] = {}
+        self._match = 0
+        self._accepted = [0.0] * len(PRIOR)
+        self._verified = [0.0] * len(PRIOR)
+        self.append(tokens)
+
+    def append(self, tokens: Iterable[int]) -> None:
+        """Adds tokens to the row."""
+        for token in tokens:
+            # What ends the row is indexed with the token after it only, so that it never matches itself.
+            place = len(self.tokens)
+            for n in self.lengths:
+                if n <= place:
+                    self._after[tuple(self.tokens[place - n :])] = place
+            self.tokens.append(int(token))
+
+    def propose(self, length: int) -> tuple[list[int], list[float]]:
+        """What followed the latest earlier occurrence of the last tokens.
+
+        Args:
+            length: number of tokens at most. They are fewer only if there is no such occurrence. One that reaches the
+                end of the row goes on with the proposed tokens themselves: the row's last tokens repeat.
+
+        Returns:
+            The tokens, and for each the probability that it is accepted, given that the ones before it are.
+        """
+        tokens, size = self.tokens, len(self.tokens)
+        for n in self.lengths:
+            place = self._after.get(tuple(tokens[size - n :]), 0) if n <= size else 0
+            if place:
+                break
+        else:
+            return [], []
+        while n < LONGEST and n < place and tokens[place - n - 1] == tokens[size - n - 1]:
+            n += 1
+        self._match = n
+        period = size - place
+        proposed = [tokens[place + i % period] for i in range(length)]
+        return proposed, [self._confidence(n + i) for i in range(length)]
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Counts what became of the last proposal.
+
+        Args:
+            proposed: how many of its tokens were verified.
+            accepted: how many of these, from the first, were accepted.
+        """
+        for i in range(min(proposed, accepted + 1)):
+            n = _bucket(self._match + i)
+            self._accepted[n] = DECAY * self._accepted[n] + (i < accepted)
+            self._verified[n] = DECAY * self._verified[n] + 1
+
+    def _confidence(self, match: int) -> float:
+        n = _bucket(match)
+        return (self._accepted[n] + PRIOR_WEIGHT * PRIOR[n]) / (self._verified[n] + PRIOR_WEIGHT)
+
+
+def _bucket(match: int) -> int:
+    """The index into PRIOR for a match of `match` tokens."""
+    return min(max(match - 2, 0), len(PRIOR) - 1)
