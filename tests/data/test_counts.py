@@ -89,6 +89,17 @@ def test_a_proposal_ends_where_no_context_is_known() -> None:
     assert table.propose([3], 4) == table.propose([], 4) == table.propose([0], 0) == ([], [])
 
 
+@pytest.mark.parametrize("max_ngrams", [100, 1000, 10**6])
+def test_on_real_text_the_prediction_is_the_most_probable_token(max_ngrams: int, text: torch.Tensor) -> None:
+    table = CountTable.of(text[2000:], 256, max_ngrams=max_ngrams)
+    distributions = table.distribution(text[:600].unfold(0, 8, 1))
+    found = table.predict(text[:601])
+    places = np.arange(len(distributions))
+    np.testing.assert_allclose(found.confidences[7:], distributions.max(1), rtol=1e-5)
+    np.testing.assert_allclose(distributions[places, found.tokens[7:]], distributions.max(1), rtol=1e-5)
+    np.testing.assert_allclose(found.probabilities[7:], distributions[places, text[8:601]], rtol=1e-9)
+
+
 def test_longer_contexts_foretell_held_out_text_better(text: torch.Tensor) -> None:
     train, held_out = text[:-2000], text[-2000:]
     table = CountTable.of(train, 256)
