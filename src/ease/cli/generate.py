@@ -20,11 +20,11 @@ def main(args: list[str]) -> None:
     from tokenizers.decoders import DecodeStream
 
     from ease.cli.console import error_console, output_console
+    from ease.cli.decoding import check_threshold, choose_mode, default_sampling, statistics
     from ease.devices import choose_device
     from ease.generation.decode import generate
     from ease.generation.request import Token
-    from ease.hf.prompting import chat_prompt, sampling_defaults
-    from ease.policy import Policy
+    from ease.hf.prompting import chat_prompt
     from ease.runs.reopen import load_start
 
     @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def main(args: list[str]) -> None:
 
     given = tyro.cli(Arguments, args=args, prog="ease generate", config=(tyro.conf.FlagCreatePairsOff,))
     check_text("the prompt", given.prompt)
-    if given.threshold is not None and given.mode in ("full", "exact"):
-        raise EaseError(f"--threshold applies to mode routed, not {given.mode}: leave it out")
+    check_threshold(given.mode, given.threshold)
     if given.chat and given.split_special_tokens:
         raise EaseError("--split-special-tokens True would also split the tokens of the chat template: leave one out")
     model, tokenizer, _, stop, checkpoint = load_start(given.model, split_special_tokens=given.split_special_tokens)
@@ -77,25 +76,13 @@ def main(args: list[str]) -> None:
         if checkpoint is None:
             raise EaseError(f"{given.model} did not start from a checkpoint with a chat template: leave out --chat")
         prompt = chat_prompt(checkpoint, given.prompt)
-    defaults, others = ({}, []) if checkpoint is None else sampling_defaults(checkpoint)
+    defaults = default_sampling(checkpoint)
     options = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
     stated = {name: value for name, value in options.items() if value is not None}
     if stated.get("temperature") == 0:
         defaults = {name: value for name, value in defaults.items() if name == "repetition_penalty"}
-    if others:
-        error_console().print(
-            f"ease: generation_config.json sets {', '.join(others)}, which ease does not apply", soft_wrap=True
-        )
     model.to(choose_device(given.device))
-    if given.threshold is not None:
-        exits = model.policy.exits or model.early_exits
-        if not exits:
-            raise EaseError(f"{given.model} has no exits to route at: leave out --threshold, or tune it first")
-        model.policy = Policy.of(exits, (given.threshold,) * len(exits), **model.policy.options)
-    routes = bool(model.policy.exits)
-    if given.mode == "routed" and not routes:
-        raise EaseError(f"{given.model} has no policy to route with: add --threshold, or use --mode full")
-    mode = given.mode or ("routed" if routes else "full")
+    mode = choose_mode(given.model, model, given.mode, given.threshold)
     ids = tokenizer.encode(prompt, add_special_tokens=not given.chat).ids  # the template has written its own
     if not ids:
         raise EaseError("the prompt is empty: give it a few words")
@@ -124,12 +111,4 @@ def main(args: list[str]) -> None:
         draft_exit="auto" if given.draft_exit is None else given.draft_exit,
     )
     console.print()
-    shares = [(exit, answer.exits.eq(exit).double().mean().item()) for exit in sorted(colors)]
-    where = ", ".join(f"[{colors[exit]}]layer {exit}: {share:.0%}[/]" for exit, share in shares)
-    stats = answer.stats
-    error_console().print(
-        f"{stats['tokens']} token{'' if stats['tokens'] == 1 else 's'}, {stats['tokens_per_second']:.1f} per second; "
-        f"predicted at {where}; {stats['layers_per_token']:.1f} of {model.num_layers} layers run per token"
-        + (f"; {stats['acceptance']:.0%} of the drafts accepted" if stats.get("acceptance") is not None else ""),
-        soft_wrap=True,
-    )
+    error_console().print(statistics(answer.stats, answer.exits[0].tolist(), model.num_layers, colors), soft_wrap=True)

@@ -179,14 +179,29 @@ def sampling_defaults(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The sampling settings of a checkpoint's generation_config.json, with which transformers would generate.
 
     Returns:
-        Keyword arguments of `ease.generate`, and the names of settings that it does not have.
+        As `sampling_settings`.
     """
-    raw = _read_generation(folder)
+    return sampling_settings(_read_generation(folder), str(folder / GENERATION))
+
+
+def sampling_settings(raw: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """Sampling settings in transformers' names, as keyword arguments of `ease.generate`.
+
+    Args:
+        raw: fields of a `GenerationConfig`.
+        source: where they come from, for errors.
+
+    Returns:
+        Keyword arguments of `ease.generate`, and the names of settings that it does not have.
+
+    Raises:
+        EaseError: a setting is not a number, or is negative.
+    """
     others = [name for name, neutral in OTHER_SETTINGS.items() if raw.get(name) not in neutral]
 
     def number(name: str, default: float) -> Any:
         value = default if raw.get(name) is None else raw[name]
-        check_number(f"{name} in {folder / GENERATION}", value, 0)
+        check_number(f"{name} in {source}", value, 0)
         return value
 
     settings: dict[str, Any] = {"repetition_penalty": number("repetition_penalty", 1.0)}

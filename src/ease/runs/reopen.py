@@ -22,7 +22,7 @@ from ease.hf.checkpoint import from_pretrained, save_pretrained
 from ease.hf.folder import checkpoint_folder
 from ease.hf.prompting import end_of_text, end_tokens
 from ease.hf.prompting import load_tokenizer as load_checkpoint_tokenizer
-from ease.models import StandardTransformer
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.progress import Progress, ProgressBatches
 from ease.runs.config import DataConfig
@@ -44,7 +44,7 @@ class Start(NamedTuple):
             generation_config.json); None for a run with a tokenizer of its own.
     """
 
-    model: StandardTransformer
+    model: DeepSupervisionTransformer
     tokenizer: Tokenizer
     eos: int | None
     stop: tuple[int, ...]
