@@ -207,7 +207,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
 
 
 def test_the_commands_are_found() -> None:
-    shown = {"run", "tune", "generate", "eval", "calibrate", "report", "export", "reproduce"}
+    shown = {"run", "tune", "generate", "serve", "eval", "calibrate", "report", "export", "reproduce"}
     assert {args[0] for args in commands()} == shown
 
 

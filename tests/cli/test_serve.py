@@ -27,9 +27,10 @@ for package in PACKAGES:
     pytest.importorskip(package, reason=f"the extra serve is not installed: it needs {package}")
 
 import openai  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from ease.hf.prompting import chat_prompt  # noqa: E402
-from ease.hf.serving import server  # noqa: E402
+from ease.hf.serving import ServedModel, server  # noqa: E402
 
 PROMPT, LENGTH = "def wrap(self", 24
 STARTED = re.compile(r"ease: serving (.+) in mode (\w+) at (http://127\.0\.0\.1:(\d+)/v1)\n")
@@ -144,6 +145,13 @@ def test_without_a_chat_template_a_chat_is_refused(checkpoint: Path) -> None:
         assert answer.choices[0].text == expected(checkpoint, "full")[0]
         with pytest.raises(openai.BadRequestError, match="checkpoint has no chat template: use /v1/completions"):
             client.chat.completions.create(model="checkpoint", messages=messages)
+
+
+def test_an_answer_ends_when_the_server_stops(checkpoint: Path) -> None:
+    model, config = ServedModel.wrap(load_start(str(checkpoint)).model), GenerationConfig(max_new_tokens=LENGTH)
+    model.mode, model.report, model.stopping = "full", lambda answer, stats: None, lambda: True
+    ids = model.generate(input_ids=torch.tensor([[5, 6, 7]]), generation_config=config, tokenizer=None)
+    assert (ids.shape, config.max_new_tokens) == ((1, 4), 1), "by length, as the server will say"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal as POSIX does")
