@@ -33,10 +33,8 @@ from ease.hf.prompting import chat_prompt  # noqa: E402
 from ease.hf.serving import ServedModel, server  # noqa: E402
 
 PROMPT, LENGTH = "def wrap(self", 24
+LISTEN = ("--host", "127.0.0.1", "--port")
 STARTED = re.compile(r"ease: serving (.+) in mode (\w+) at (http://127\.0\.0\.1:(\d+)/v1)\n")
-ANSWERED = (
-    r"ease: {} tokens, \d+\.\d per second; predicted at layer 2: \d+%, layer 3: \d+%; .*of 3 layers run per token"
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def command(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
     """`ease serve` in a process of its own, which starts while other tests run."""
-    args = [sys.executable, "-m", "ease", "serve", str(checkpoint), "--port", "0"]
+    args = [sys.executable, "-m", "ease", "serve", str(checkpoint), *LISTEN, "0", "--dtype", "bfloat16"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
@@ -81,10 +79,10 @@ def served(name: Path, mode: Any, **options: Any) -> Iterator[tuple[openai.OpenA
 
 
 def expected(
-    name: Path, mode: Any, prompt: str = PROMPT, *, special: bool = True, **sampling: Any
+    name: Path, mode: Any, prompt: str = PROMPT, *, special: bool = True, dtype: str = "float32", **sampling: Any
 ) -> tuple[str, torch.Tensor]:
     """The text that `ease.generate` continues a prompt with, and the exits."""
-    start = load_start(str(name))
+    start = load_start(str(name), dtype)
     ids = torch.tensor([start.tokenizer.encode(prompt, add_special_tokens=special).ids])
     answer = ease.generate(start.model, ids, LENGTH, mode, stop=start.stop, **sampling)
     return start.tokenizer.decode(answer.tokens[0].tolist()), answer.exits
@@ -164,14 +162,17 @@ def test_the_command_logs_requests_and_ends_in_one_line(
     assert found.groups()[:2] == (str(checkpoint), "routed"), "as the checkpoint's policy says"
     with openai.OpenAI(base_url=found[3], api_key="none") as client:
         answer = client.completions.create(model=found[1], prompt=PROMPT, max_tokens=LENGTH)
-    assert answer.choices[0].text == expected(checkpoint, "routed")[0]
-    assert main(["serve", str(checkpoint), "--port", found[4]]) == 2
-    assert capsys.readouterr().err.startswith(f"ease: port {found[4]} of localhost cannot be listened at (Address")
+    text, exits = expected(checkpoint, "routed", dtype="bfloat16")
+    assert answer.choices[0].text == text
+    assert main(["serve", str(checkpoint), *LISTEN, found[4]]) == 2
+    assert capsys.readouterr().err.startswith(f"ease: port {found[4]} of 127.0.0.1 cannot be listened at (Address")
     command.send_signal(signal.SIGINT)
     out, log = command.communicate(timeout=60)
     assert (command.returncode, out) == (130, "")
     line, end = log.splitlines()
-    assert re.fullmatch(ANSWERED.format(answer.usage.completion_tokens), line)
+    shares = ", ".join(f"layer {exit}: {exits.eq(exit).double().mean():.0%}" for exit in exits.unique())
+    speed, layers = r"24 tokens, \d+\.\d per second", r"\d\.\d of 3 layers run per token"
+    assert re.fullmatch(f"ease: {speed}; predicted at {shares}; {layers}", line)
     assert end == "ease: interrupted; the server has stopped"
 
 

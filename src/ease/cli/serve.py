@@ -37,6 +37,8 @@ def main(args: list[str]) -> None:
         """Address to listen at; 0.0.0.0 for requests from other machines. The server asks for no key."""
         port: int = 8000
         """Port to listen at; 0 for a free one."""
+        dtype: Literal["float32", "bfloat16"] = "float32"
+        """dtype of the weights of a checkpoint; a run has its own."""
         device: str = "auto"
         """auto, cpu, cuda or mps."""
 
@@ -64,7 +66,7 @@ def main(args: list[str]) -> None:
         say(statistics(stats, [token.exit for token in answer], model.num_layers))
 
     with _bound(given.host, given.port) as listening:  # before the model is loaded, which may take minutes
-        model, tokenizer, _, stop, checkpoint = load_start(given.model)
+        model, tokenizer, _, stop, checkpoint = load_start(given.model, given.dtype)
         mode = choose_mode(given.model, model, given.mode, given.threshold)
         model.to(choose_device(given.device))
         serving = server(

@@ -16,6 +16,7 @@
     cache          its cache
     adapters       PEFT adapters merged into a model
     lm_eval        lm-evaluation-harness
+    serving        the model behind transformers' OpenAI-compatible server
 
 Importing this package does not import transformers; `configuration` and the files after it do,
 except `peft`, and so does the reading of tokenizers.
