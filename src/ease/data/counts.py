@@ -143,41 +143,45 @@ class CountTable:
             raise EaseError("a table of counts needs a text of at least 2 tokens, in one piece")
         levels: list[_Level] = []
         # The longest context so far that ends at each token, and its n-gram with the token after it.
-        context_at, ngram_at = np.full((2, len(text)), -1)
+        context_at, ngram_at = np.full((2, len(text)), -1, np.int32)
         contexts = ngrams = 0
         for n, hashes in _hashes(text, place, (0, *orders)):
             at = at[place[at] >= n - 1]
             at = at[np.argsort(hashes[at])]
-            context = _numbered(hashes[at])
+            new = _starts(hashes[at])
             # A context that occurs once is left out, and so are the longer ones that end with it.
-            at = at[(np.bincount(context) > 1)[context]] if len(at) else at
+            frequent = ~(new & np.append(new[1:], True)) if len(at) else new
+            at, new = at[frequent], new[frequent]
             if not len(at):
                 break
-            context = _numbered(hashes[at])
-            order = np.argsort(context * vocab_size + text[at + 1])
-            at, context = at[order], context[order]
-            first = _starts(context * vocab_size + text[at + 1])
+            pairs = (np.cumsum(new) - 1) * vocab_size + text[at + 1]
+            order = np.argsort(pairs)
+            at, pairs = at[order], pairs[order]
+            first = _starts(pairs)
+            context, token = np.divmod(pairs[first], vocab_size)
             ngram = np.cumsum(first) - 1
             count = occurrences = np.bincount(ngram)
             if n < orders[-1]:  # nothing backs off to the longest, which are counted as they are
-                before = np.where(place[at] >= n, text[at - n], vocab_size)
-                different = np.sort(ngram * (vocab_size + 1) + before)
+                before = np.full(len(text), vocab_size)
+                before[n:] = np.where(place[n:] >= n, text[: len(text) - n], vocab_size)
+                different = np.sort(ngram * (vocab_size + 1) + before[at])
                 count = np.bincount(different[_starts(different)] // (vocab_size + 1))
-            weights = (count - _discount(count)) / np.bincount(context[first], count)[context[first]]
-            weights /= np.maximum(1, np.bincount(context[first], weights) / SUREST)[context[first]]
-            example = at[_starts(context)]
+            weights = (count - _discount(count)) / np.bincount(context, count)[context]
+            weights /= np.maximum(1, np.bincount(context, weights) / SUREST)[context]
+            place_of = at[first]  # one place of each n-gram
+            example = place_of[_starts(context)]
             levels.append(
                 _Level(
                     hashes[example],
                     context_at[example],
-                    contexts + context[first],
-                    text[at[first] + 1],
+                    contexts + context,
+                    token,
                     weights.astype(np.float32),
                     occurrences,
-                    ngram_at[at[first]],
+                    ngram_at[place_of],
                 )
             )
-            context_at[at], ngram_at[at] = contexts + context, ngrams + ngram
+            context_at[at], ngram_at[at] = contexts + context[ngram], ngrams + ngram
             contexts, ngrams = contexts + len(example), ngrams + len(count)
         return cls(vocab_size, orders, *_table(levels, vocab_size, max_ngrams))
 
@@ -461,11 +465,6 @@ def _hashes(text: Array, place: Array, orders: Sequence[int]) -> Iterator[tuple[
         tail ^= tail >> np.uint64(32)
         if n in orders:
             yield n, hashes
-
-
-def _numbered(values: Array) -> Array:
-    """(N,) sorted values as the numbers 0, 1, 2, ... of the different ones."""
-    return np.cumsum(_starts(values)) - 1
 
 
 def _starts(values: Array) -> Array:
