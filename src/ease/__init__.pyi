@@ -36,6 +36,7 @@ from .routing.forward import route as route
 from .strategies import STRATEGIES as STRATEGIES
 from .strategies.ashem import ASHEMConfig as ASHEMConfig
 from .strategies.discriminative import DiscriminativeConfig as DiscriminativeConfig
+from .strategies.draft_brick import BrickConfig as BrickConfig
 from .strategies.early_exit import EarlyExitConfig as EarlyExitConfig
 from .strategies.exit_tuning import TuneConfig as TuneConfig
 from .strategies.gated import GatedConfig as GatedConfig

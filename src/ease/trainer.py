@@ -218,8 +218,7 @@ class Trainer:
         Args:
             checkpoint: file for the checkpoints of the phase; if it exists, the phase resumes from it.
         """
-        classifiers = phase.config.selection.classifiers
-        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
+        self.freeze(model, phase)
         try:
             optimizer = self.create_optimizer(
                 model.to(self.device_of(model)), phase.options.lr, phase.options.weight_decay
@@ -227,6 +226,11 @@ class Trainer:
             return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
         finally:
             model.freeze_below(1)
+
+    def freeze(self, model: ExitModel, phase: Phase) -> None:
+        """Freezes what a phase does not train."""
+        classifiers = phase.config.selection.classifiers
+        model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
 
     def fit(
         self,
@@ -457,7 +461,7 @@ def _phases(
     start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
         preparing = time.perf_counter() - start  # mining is part of a phase's wall-clock time, as of its FLOPs
-        trainer = Trainer(phase.config, model.output_head.weight.shape[0], device)
+        trainer = (phase.trainer or Trainer)(phase.config, model.output_head.weight.shape[0], device)
         number += 1
         checkpoint = None if checkpoints is None else Path(checkpoints) / f"phase-{number}.safetensors"
         history = trainer.run(model, phase, progress(phase) if progress else None, checkpoint)

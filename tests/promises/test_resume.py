@@ -149,6 +149,7 @@ STRATEGIES: dict[str, Any] = {
     "discriminative": ease.DiscriminativeConfig(**SHORT),
     "growth": ease.GrowthConfig(**SHORT | {"max_epochs": 6}),
     "tune": ease.TuneConfig(exits=(1, 2), adapter="mlp", tokens="hard", objective="both", **SHORT),
+    "brick": ease.BrickConfig(**SHORT),
 }
 
 

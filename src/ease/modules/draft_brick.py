@@ -80,7 +80,11 @@ class DraftBrick(nn.Module):
 
     def logits(self, drafts: Tensor, head: Tensor) -> Tensor:
         """g (..., D) -> logits (..., N) over `vocabulary`, given the rows of the model's head (V, D)."""
-        return capped(F.linear(self.normed(drafts), self.head_rows(head)), self.softcap)
+        return self.capped(F.linear(self.normed(drafts), self.head_rows(head)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap of the model."""
+        return capped(logits, self.softcap)
 
     def normed(self, drafts: Tensor) -> Tensor:
         """g (..., D), normalized as the head expects it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ease.strategies.ashem import ASHEMConfig as ASHEMConfig
 from ease.strategies.discriminative import DiscriminativeConfig as DiscriminativeConfig
+from ease.strategies.draft_brick import BrickConfig as BrickConfig
 from ease.strategies.early_exit import EarlyExitConfig as EarlyExitConfig
 from ease.strategies.exit_tuning import TuneConfig as TuneConfig
 from ease.strategies.gated import GatedConfig as GatedConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ease.errors import EaseError
 from ease.interface import Batches, ExitModel
@@ -52,6 +52,8 @@ class Phase:
         spent: FLOPs of preparing the phase, by kind.
         curriculum: the step to take, from the number of steps taken and the share of the phase that is done. By default
             every step follows `config`. Loss curricula and progressive layer dropping are written this way.
+        trainer: makes the trainer of the phase from a configuration, the number of outputs, and a device, if what
+            learns is not trained by losses at exits; `config` then only gives the policy.
         route: the validation policy of the model as it is now, and the FLOPs of finding it; by default the policy of
             `config`.
 
@@ -71,8 +73,11 @@ class Phase:
     spent: Mapping[str, float] = field(default_factory=dict)
     curriculum: Callable[[int, float], Step] | None = None
     route: Callable[[ExitModel], tuple[Policy, float]] | None = None
+    trainer: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.trainer is not None:
+            return
         dead = [layer for layer in self.config.weights if layer < self.first and layer not in self.exits]
         if dead:
             raise EaseError(

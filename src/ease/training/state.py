@@ -115,6 +115,7 @@ class PhaseState:
             "flops": sum(history.flops.values()),
             "seconds": history.seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
+            **{f"val_{name}": value for name, value in metrics.items() if name.startswith("agreement")},
         }
         history.rows.append(row)
         return row
