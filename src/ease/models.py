@@ -209,7 +209,7 @@ class StandardTransformer(ExitModel):
         brick = self._new_draft_brick().to(self.embedding.weight)
         brick.block.load_state_dict(self.layers[-1].state_dict())
         brick.norm.load_state_dict(self.exit_norms[-1].state_dict())
-        brick.vocabulary = vocabulary.to(self.embedding.weight.device, torch.long)
+        brick.vocabulary = vocabulary.to(self.embedding.weight.device, torch.long, copy=True)
         self.draft_brick = brick.requires_grad_(False).train(self.training)
 
     def draft(self, states: Tensor, ids: Tensor, *, layout: Layout | None = None, cache: Cache | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from ease.runs.store import load_model
 
 RECIPES = [
     *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
-    *("discriminative", "early-exit", "open-growth", "growth", "gated"),
+    *("brick", "discriminative", "early-exit", "open-growth", "growth", "gated"),
 ]
 
 
@@ -96,6 +96,25 @@ def test_tune_gives_exits_to_a_checkpoint_and_leaves_its_backbone(
     assert main(["tune", str(out), "--exits=2", *again, "--max-epochs", "1"]) == 0
     assert main(["export", str(tmp_path / "again"), str(tmp_path / "back")]) == 0
     assert ease.from_pretrained(tmp_path / "back").policy.exits == (2,)
+
+
+def test_tune_gives_a_draft_brick_to_a_run_and_leaves_the_rest(
+    made: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "brick"
+    options = ["--adapter=brick", "--max-epochs", "1", "--vocabulary", "100", "--data", str(text_file), *SHORT]
+    assert main(["tune", str(made), *options, "--out", str(out)]) == 0
+    assert "The draft brick predicts the full model's token at" in capsys.readouterr().out
+    (came, before), (tuned, config) = load_model(made), load_model(out)
+    assert all(torch.equal(value, tuned.state_dict()[name]) for name, value in came.state_dict().items())
+    assert tuned.config == replace(came.config, draft_brick=True, draft_vocabulary=100)
+    assert config["policy"]["exits"] == before["policy"]["exits"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 < summary["drafts"]["agreement_3"] <= summary["drafts"]["agreement_2"] <= summary["drafts"]["agreement"]
+    assert summary["lines"][-1]["curve"][-1]["val_agreement"] > 0
+    assert main(["export", str(out), str(tmp_path / "exported")]) == 0
+    assert ease.from_pretrained(tmp_path / "exported").config.draft_vocabulary == 100
 
 
 @pytest.mark.parametrize("mode", ["full", "routed", "exact"])

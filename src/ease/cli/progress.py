@@ -103,6 +103,8 @@ class ProgressDisplay:
 
 
 def _metrics(row: Mapping[str, float]) -> str:
+    if "val_agreement" in row:
+        return f"agreement {row['val_agreement']:.1%}, next 2 {row['val_agreement_2']:.1%}"
     return f"val PPL {row['val_ppl']:.2f}, acc {row['val_acc']:.1%}"
 
 

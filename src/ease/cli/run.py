@@ -23,7 +23,7 @@ def main(args: list[str]) -> None:
 
     from ease.cli.console import error_console, output_console
     from ease.cli.progress import ProgressDisplay
-    from ease.report.tables import decoding_sentence, decoding_table, text_table
+    from ease.report.tables import decoding_sentence, decoding_table, drafts_sentence, text_table
     from ease.report.verdict import verdict
     from ease.runs import runner
     from ease.runs.config import RunConfig
@@ -60,6 +60,8 @@ def main(args: list[str]) -> None:
     if speeds := decoding_table(summary):
         shown.print(speeds)
         shown.print(decoding_sentence(summary), markup=False)
+    if drafts := drafts_sentence(summary):
+        shown.print(drafts, markup=False)
     if summary["note"]:
         shown.print(summary["note"], markup=False)
     shown.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)

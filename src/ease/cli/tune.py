@@ -1,10 +1,10 @@
-"""`ease tune`: add exits to a trained model; its backbone does not change."""
+"""`ease tune`: add exits or a draft brick to a trained model; its backbone does not change."""
 
 from ease.cli import run
 from ease.errors import EaseError
 
 USAGE = "CHECKPOINT --exits 8,16 [--data D] [--out DIR]"
-HELP = "add exits to a trained model; its backbone does not change"
+HELP = "add exits or a draft brick to a trained model; its backbone does not change"
 
 
 OPTIONS = """\
@@ -17,20 +17,26 @@ usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
   --data        training text: a folder with train.txt and valid.txt, a text
                 file, a .jsonl, .json, .csv, .tsv or .parquet file with a column
                 "text", stdlib, hf:NAME/CONFIG
-  --adapter     none or mlp: what is trained in addition to each exit's norm
+  --adapter     none or mlp: what is trained in addition to each exit's norm.
+                brick: a draft brick instead of exits, which drafts for
+                `ease generate --mode exact`
   --objective   cross-entropy, distillation or both
   --tokens      all, hard or kept: the tokens that the exits are trained on
 
 The backbone does not change by a single bit. `ease run tune --help` shows every
-option; the options of the strategy may be given without their prefix here. A
-tuning that was interrupted resumes with the same command.
+option, and `ease run brick --help` those with --adapter brick; the options of
+the strategy may be given without their prefix here. A tuning that was
+interrupted resumes with the same command.
 """
+
+SPLIT = ("--exits=", "--adapter=")  # options whose value is read here
 
 
 def main(args: list[str]) -> None:
-    """Execute `ease run tune` with a checkpoint to start from and short names for the strategy's options."""
+    """Execute `ease run tune`, or `ease run brick`, on a checkpoint, with short names for the strategy's options."""
     from dataclasses import fields
 
+    from ease.strategies.draft_brick import BrickConfig
     from ease.strategies.exit_tuning import TuneConfig
 
     if args[:1] in ([], ["-h"], ["--help"]):
@@ -38,11 +44,14 @@ def main(args: list[str]) -> None:
         return
     if args[0].startswith("-"):
         raise EaseError("name the checkpoint first: ease tune CHECKPOINT --exits 8,16")
-    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith("--exits=") else [arg])]
-    rest = run.expand_options(
-        rest, {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(TuneConfig)}
-    )
+    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith(SPLIT) else [arg])]
+    config: type[BrickConfig | TuneConfig] = TuneConfig
+    at = rest.index("--adapter") if "--adapter" in rest else len(rest)
+    if rest[at + 1 : at + 2] == ["brick"]:
+        config, rest = BrickConfig, rest[:at] + rest[at + 2 :]
+    short = {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(config)}
+    rest = run.expand_options(rest, short)
     if "--strategy.exits" in rest:
         at = rest.index("--strategy.exits") + 1
         rest[at : at + 1] = rest[at].split(",") if at < len(rest) else []
-    run.main(["tune", "--start", args[0], *rest])
+    run.main([config.name, "--start", args[0], *rest])

@@ -146,6 +146,18 @@ def decoding_sentence(summary: dict[str, Any]) -> str | None:
     return f"Speed compared with full decoding: {'; '.join(batches)}." if batches else None
 
 
+def drafts_sentence(summary: dict[str, Any]) -> str | None:
+    """How often the draft brick of a run agrees with the full model; None without one."""
+    found = summary.get("drafts")
+    if not isinstance(found, dict):
+        return None
+    one, two, three = (format_share(number(found, name)) for name in ("agreement", "agreement_2", "agreement_3"))
+    return (
+        f"The draft brick predicts the full model's token at {one} of the places of the test split, "
+        f"the next 2 at {two}, and the next 3 at {three}."
+    )
+
+
 def _table(title: str, caption: str, first: str) -> Table:
     """An empty table that fits 80 columns: no frame, and only the first column wraps."""
     from rich.box import SIMPLE_HEAD

@@ -117,7 +117,6 @@ def train_strategy(context: RunContext) -> StrategyLines:
     if context.start is None and getattr(config.strategy, "pretrained", False):
         raise EaseError("pretrained means that phase 1 is already trained: name its model with --start")
     model = context.start.to(context.device) if context.start is not None else context.new_model(depth or 0)
-    model.policy = Policy()  # the strategy determines the policy
     torch.manual_seed(config.seed)
     strategy = config.strategy.strategy()
     data = Data(context.batches("train"), context.batches("val"), context.progress)

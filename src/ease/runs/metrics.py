@@ -16,9 +16,11 @@ from torch import Tensor
 from ease.data.batches import TokenBatches
 from ease.evaluation.bounds import auroc
 from ease.evaluation.decoding_speed import side_by_side, ways
+from ease.evaluation.drafts import score_drafts
 from ease.evaluation.scoring import score
 from ease.evaluation.sequences import Sequences
 from ease.evaluation.shares import threshold_continuing
+from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.runs.lines import TrainedLine
 
@@ -143,6 +145,20 @@ def _reliability(final: TrainedLine, test: TokenBatches) -> list[dict[str, Any]]
         }
         for exit in (*exits, final.model.num_layers)
     ]
+
+
+def draft_metrics(model: StandardTransformer, test: TokenBatches) -> dict[str, Any] | None:
+    """How often a draft brick predicts what the full model does.
+
+    Returns:
+        The part "drafts" of summary.json: tokens scored, the size of the draft vocabulary, and the shares of places
+        where the first 1, 2, and 3 drafts of a round agree; None for a model without a brick.
+    """
+    if model.draft_brick is None:
+        return None
+    metrics = score_drafts(model, test).metrics()
+    shares = {name: value for name, value in metrics.items() if name.startswith("agreement")}
+    return {"split": "test", "tokens": metrics["tokens"], "vocabulary": model.config.draft_vocabulary, **shares}
 
 
 def decoding_metrics(

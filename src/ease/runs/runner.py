@@ -28,7 +28,7 @@ from ease.runs.config import RunConfig
 from ease.runs.context import RunContext
 from ease.runs.explorer import explorer_data
 from ease.runs.lines import train_strategy
-from ease.runs.metrics import decoding_metrics, run_metrics
+from ease.runs.metrics import decoding_metrics, draft_metrics, run_metrics
 from ease.runs.reopen import load_start
 from ease.runs.store import FILES, START, can_resume, save_model, start_files
 from ease.storage import fingerprint, output_folder, write_json
@@ -96,6 +96,7 @@ def run(
         scoring = context.progress("scoring")
         summary |= run_metrics(lines, trained.base, final, val, test, mined, context.in_sample, scoring)
         summary["generation"] = decoding_metrics(final, test, progress)
+        summary["drafts"] = draft_metrics(final.model, test)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}

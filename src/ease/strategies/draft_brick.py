@@ -24,7 +24,7 @@ from ease.progress import ProgressBatches
 from ease.trainer import Trainer
 from ease.training.config import PhaseOptions, create_standard_config
 from ease.training.drafts import draft_loss, draft_step_flops
-from ease.training.phases import Data, Phase, SinglePhase, Step
+from ease.training.phases import Data, Phase, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,8 @@ class BrickConfig(PhaseOptions):
     def num_layers(self) -> None:
         """None: the strategy needs a finished model."""
 
-    def strategy(self) -> SinglePhase:
-        return SinglePhase(self)
-
-    def policy(self) -> Policy:
-        """No exits: the brick drafts for exact decoding."""
-        return Policy()
+    def strategy(self) -> Brick:
+        return Brick(self)
 
     def phase(self, model: ExitModel, data: Data) -> Phase:
         assert isinstance(model, StandardTransformer)
@@ -75,6 +71,23 @@ class BrickConfig(PhaseOptions):
         config = create_standard_config(last)
         trainer = partial(BrickTrainer, self)
         return Phase("draft brick", config, data.train, data.val, self, first=last + 1, trainer=trainer)
+
+
+@dataclass
+class Brick:
+    """The strategy: one phase, after which the model's policy is what it was."""
+
+    config: BrickConfig
+    kept: Policy | None = None
+
+    def policy(self) -> Policy:
+        return self.kept or Policy()
+
+    def next_phase(self, model: ExitModel, data: Data) -> Phase | None:
+        if self.kept is not None:
+            return None
+        self.kept = model.policy
+        return self.config.phase(model, data)
 
 
 class BrickTrainer(Trainer):
