@@ -50,16 +50,17 @@ def classifier_flops(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * config.dim
 
 
-def draft_flops(config: ModelConfig, running: Tensor, length: int) -> tuple[int, int]:
-    """The draft brick at every place of (B, T) tokens that run, for the 1st to `length`-th drafts of a round.
-
-    Returns:
-        FLOPs of the brick, and of the rows of the head that it evaluates.
-    """
-    tokens, pairs, brick = int(running.sum()), real_pairs(running), 0
+def draft_flops(config: ModelConfig, running: Tensor, length: int) -> int:
+    """The draft brick at every place of running tokens (B, T), for the 1st to `length`-th drafts, without the head."""
+    tokens, pairs, total = int(running.sum()), real_pairs(running), 0
     for k in range(1, length + 1):  # keys and values of the drafts before are computed again
-        brick += 4 * tokens * config.dim**2 + layer_flops(config, k * tokens, tokens, pairs)
-    return brick, 2 * length * tokens * config.dim * (config.draft_vocabulary or 0)
+        total += 4 * tokens * config.dim**2 + layer_flops(config, k * tokens, tokens, pairs)
+    return total
+
+
+def draft_head_flops(config: ModelConfig, tokens: int) -> int:
+    """The head's rows for the draft vocabulary, evaluated for `tokens` tokens."""
+    return 2 * tokens * config.dim * (config.draft_vocabulary or 0)
 
 
 def full_depth_flops(config: ModelConfig, seq_len: int) -> float:

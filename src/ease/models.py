@@ -198,17 +198,17 @@ class StandardTransformer(ExitModel):
         for exit in exits:
             self.exit_adapters[str(exit)] = Adapter(self.config.dim, dim).to(self.embedding.weight).train(self.training)
 
-    def add_draft_brick(self, vocabulary: Tensor) -> None:
-        """Adds a draft brick, in place of one that the model has; its block starts as a copy of the last layer.
+    def add_draft_brick(self, vocabulary: Tensor, states: Tensor) -> None:
+        """Adds a new draft brick, in place of one that the model has.
 
         Args:
             vocabulary: (N,) distinct ids of the tokens that it can draft.
+            states: (..., D) states of the last layer, which the weights of its norms are made for.
         """
         self.check_ids(vocabulary, self.config.vocab_size)
         self.config = replace(self.config, draft_brick=True, draft_vocabulary=len(vocabulary))
         brick = self._new_draft_brick().to(self.embedding.weight)
-        brick.block.load_state_dict(self.layers[-1].state_dict())
-        brick.norm.load_state_dict(self.exit_norms[-1].state_dict())
+        brick.start_at(states.flatten(0, -2), self.exit_norms[-1])
         brick.vocabulary = vocabulary.to(self.embedding.weight.device, torch.long, copy=True)
         self.draft_brick = brick.requires_grad_(False).train(self.training)
 
@@ -229,7 +229,9 @@ class StandardTransformer(ExitModel):
         """
         brick = self._brick()
         if cache is not None:
-            return self._run_cached(brick.fused(states, self.embed(ids)), 1, 1, layout, None, cache)
+            drafts = self._run_cached(brick.fused(states, self.embed(ids)), 1, 1, layout, None, cache)
+            normed: Tensor = brick.norm(drafts)
+            return normed
         out: Tensor = brick(states, self.embed(ids), Plan.make(states, self.config.rotary_size, layout, None))
         return out
 

@@ -320,7 +320,7 @@ def test_a_draft_brick_is_kept_beside_a_stock_checkpoint_and_in_a_native_one(tmp
     from ease.hf.model import EaseForCausalLM
 
     model, x = own_model(tie_embeddings=True).to(dtype), ids()
-    model.add_draft_brick(torch.randperm(97)[:50])
+    model.add_draft_brick(torch.randperm(97)[:50], torch.randn(9, 32))
     ease.save_pretrained(model, tmp_path / "out")
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "draft" in name]
     EaseForCausalLM.wrap(model).save_pretrained(tmp_path / "native")

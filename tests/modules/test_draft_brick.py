@@ -79,7 +79,7 @@ def test_packed_documents_do_not_see_each_other_in_a_chain(model: StandardTransf
 @torch.no_grad()
 def test_tokens_come_from_the_trimmed_vocabulary(model: StandardTransformer) -> None:
     chosen = torch.randperm(256)[:40]
-    model.add_draft_brick(chosen)
+    model.add_draft_brick(chosen, torch.randn(9, 32).double())
     assert model.config.draft_vocabulary == 40
     g = model.draft(*states_and_next(model))
     tokens, confidences = model.draft_tokens(g)
@@ -101,13 +101,22 @@ def test_the_brick_is_ignored_by_all_that_does_not_ask_for_it(tiny: Make) -> Non
         assert not any(p.requires_grad for p in model.draft_brick.parameters())
 
 
-def test_a_brick_starts_from_the_last_layer_and_growth_drops_it(tiny: Make) -> None:
+@torch.no_grad()
+def test_a_new_brick_sees_every_dimension_of_the_states_in_equal_size(model: StandardTransformer) -> None:
+    states = torch.randn(400, 32).double() * torch.logspace(-1, 1, 32)
+    model.add_draft_brick(torch.arange(10), states)
+    brick = model.draft_brick
+    assert brick.state_norm(states).square().mean(0).tolist() == pytest.approx([1.0] * 32, rel=1e-3)
+    normed = brick.normed(brick.norm(torch.ones(32).double()))  # and gives it back in the size that the head expects
+    expected = model.exit_norm(states, 2).square().mean(0).sqrt()
+    torch.testing.assert_close(normed.abs(), expected, rtol=1e-3, atol=0)
+
+
+def test_growth_drops_the_brick(tiny: Make) -> None:
     model = tiny(2)
     with pytest.raises(EaseError, match="has no draft brick: train one"):
         model.draft_tokens(torch.zeros(1, 32))
-    model.add_draft_brick(torch.arange(10))
-    weights = model.draft_brick.block.state_dict()
-    assert all(value.equal(weights[name]) for name, value in model.layers[1].state_dict().items())
+    model.add_draft_brick(torch.arange(10), torch.randn(5, 32))
     with pytest.warns(UserWarning, match="reads the states of layer 2 and is dropped"):
         model.grow(3)
     assert model.draft_brick is None

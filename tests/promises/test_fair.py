@@ -38,6 +38,7 @@ from ease import (
 )
 from ease.flops import full_depth_flops, head_flops, layer_flops, real_pairs, run_flops
 from ease.training import losses
+from ease.training.drafts import draft_loss, draft_step_flops
 from ease.training.selection import LearnedGate, LeastConfident
 
 Make = Callable[..., StandardTransformer]
@@ -140,6 +141,22 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
     assert work == expected["training"] + expected["trunk"]
     assert bool(expected["trunk"]) != stored
     model.freeze_below(1)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_a_step_of_a_draft_brick_costs_what_torch_counts(drafts: int, shape: dict[str, Any], tiny: Make) -> None:
+    B, T, model = 2, 9, tiny(3, **shape)
+    model.add_draft_brick(torch.arange(100), torch.randn(9, 32))
+    model.requires_grad_(False).draft_brick.requires_grad_(True)
+    x = torch.randint(256, (B, T))
+    y = x.roll(-1, 1)
+    y[:, -2:] = -100
+    expected = sum(draft_step_flops(model, Batch(x, y), drafts).values())
+    # The second draft's queries are multiplied with twice as many keys, of which the mask leaves as many as before.
+    expected += 3 * (drafts - 1) * layer_flops(model.config, 0, 0, B * (T - 1) ** 2)
+    assert counted(lambda: draft_loss(model, Batch(x, y), drafts, 0.1).backward()) == expected
 
 
 @pytest.mark.usefixtures("plain")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.evaluation.scoring import Scores
-from ease.flops import draft_flops, head_flops, run_flops
+from ease.flops import draft_flops, draft_head_flops, head_flops, run_flops
 from ease.interface import evaluation_view, running_batches
 from ease.models import StandardTransformer
 from ease.routing.confidence import at_least_float32
@@ -74,7 +74,8 @@ def score_drafts(model: StandardTransformer, batches: Iterable[Any]) -> DraftSco
             losses.append(_divergence(model, part, state))
             confidences.append(model.draft_tokens(part)[1])
         flops += run_flops(config, last, running, batch.layout) + head_flops(config, len(states))
-        flops += sum(draft_flops(config, running, LONGEST_CHAIN))
+        flops += draft_flops(config, running[:, 1:], LONGEST_CHAIN)
+        flops += draft_head_flops(config, sum(int(part.sum()) for part in found.valid))
         processed += int(running.sum())
     if not sum(map(len, losses)):
         raise EaseError("there is no token to score: give at least one batch of two tokens per row")

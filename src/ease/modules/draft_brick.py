@@ -3,9 +3,13 @@
 It has the form of EAGLE (Li et al. 2024, arXiv:2401.15077) and of the multi-token prediction module of DeepSeek-V3
 (arXiv:2412.19437, section 2.2): from the last layer's state h_t and the embedding of the token x_{t+1} that follows,
 
-    g_t = block(fuse([norm(h_t); norm(embed(x_{t+1}))])),
+    g_t = norm(block(fuse([norm(h_t); norm(embed(x_{t+1}))]))),
 
-which stands for h_{t+1}: head(norm(g_t)) predicts x_{t+2}, and for the next draft g_t takes the place of h_{t+1}.
+which stands for h_{t+1} at a mean square of 1: head(scale * g_t), with a factor per dimension, predicts x_{t+2}, and for
+the next draft g_t takes the place of h_{t+1}.
+
+The norms start with weights from data, so that every dimension of a state enters the layer with a mean square of 1 and
+leaves it with its own: in trained models a few dimensions hold most of it (88% in one of 640 in Gemma 3 270M).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 from ease.interface import Layout, capped
 from ease.model_config import AttentionKind, ModelConfig
 from ease.modules.block import TransformerBlock
-from ease.modules.norm import new_norm
+from ease.modules.norm import factor_of, new_norm, set_factor
 from ease.modules.plan import Plan, View, check_length, rotary_of
 
 
@@ -40,6 +44,7 @@ class DraftBrick(nn.Module):
         c = config
         self.state_norm, self.token_norm, self.norm = (new_norm(c, c.dim) for _ in range(3))
         self.fuse = nn.Linear(2 * c.dim, c.dim, bias=False)
+        self.scale = nn.Parameter(torch.ones(c.dim))
         shape = replace(c, window=None, windowed_layers=None, local_rope_theta=None, unrotated_layers=())
         self.block = TransformerBlock(shape)
         self.register_buffer("vocabulary", torch.arange(c.draft_vocabulary or c.vocab_size))
@@ -53,8 +58,17 @@ class DraftBrick(nn.Module):
 
     def forward(self, states: Tensor, next_embeddings: Tensor, plan: Plan) -> Tensor:
         """States h_t and embeddings of x_{t+1}, both (B, T, D), -> g_t (B, T, D)."""
-        out: Tensor = self.block(self.fused(states, next_embeddings), plan)
+        out: Tensor = self.norm(self.block(self.fused(states, next_embeddings), plan))
         return out
+
+    @torch.no_grad()
+    def start_at(self, states: Tensor, exit_norm: nn.RMSNorm) -> None:
+        """Gives the norms the weights that fit states (N, D) of the last layer and the norm of its exit."""
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        spread = F.rms_norm(states, states.shape[-1:]).square().mean(0).sqrt().clamp(min=1e-4)
+        set_factor(self.state_norm, 1 / spread)
+        set_factor(self.norm, spread)
+        self.scale.copy_(factor_of(exit_norm) / self.divisor)
 
     def chain(self, states: Tensor, next_embeddings: Tensor, length: int, layout: Layout | None = None) -> list[Tensor]:
         """What the 1st to `length`-th draft of a round compute, at every place of a text at once.
@@ -72,10 +86,11 @@ class DraftBrick(nn.Module):
             t = k - 1 on, and what is before it is without meaning.
         """
         inputs = [self.fused(states, next_embeddings)]
-        drafts = [self.block(inputs[0], Plan.make(states, self.rotary_dim, layout, None))]
+        drafts = [self.norm(self.block(inputs[0], Plan.make(states, self.rotary_dim, layout, None)))]
         for _ in range(1, length):
             inputs.append(self.fused(F.pad(drafts[-1], (0, 0, 1, -1)), next_embeddings))
-            drafts.append(self.block(torch.cat(inputs, 1), ChainPlan.of(inputs, self.rotary_dim, layout)))
+            plan = ChainPlan.of(inputs, self.rotary_dim, layout)
+            drafts.append(self.norm(self.block(torch.cat(inputs, 1), plan)))
         return drafts
 
     def logits(self, drafts: Tensor, head: Tensor) -> Tensor:
@@ -87,9 +102,8 @@ class DraftBrick(nn.Module):
         return capped(logits, self.softcap)
 
     def normed(self, drafts: Tensor) -> Tensor:
-        """g (..., D), normalized as the head expects it."""
-        normed: Tensor = self.norm(drafts)
-        return normed if self.divisor == 1 else normed / self.divisor
+        """g (..., D), scaled as the head expects it."""
+        return drafts * self.scale
 
     def head_rows(self, head: Tensor) -> Tensor:
         """The rows (N, D) of a head (V, D) for `vocabulary`, copied once as long as neither changes."""

@@ -22,3 +22,13 @@ class OffsetRMSNorm(nn.RMSNorm):
 def new_norm(config: ModelConfig, width: int) -> nn.RMSNorm:
     """The model's kind of norm over vectors of `width` dimensions."""
     return (OffsetRMSNorm if config.norm_offset else nn.RMSNorm)(width, config.norm_eps)
+
+
+def factor_of(norm: nn.RMSNorm) -> Tensor:
+    """The factor per dimension that a norm multiplies with."""
+    return 1 + norm.weight if isinstance(norm, OffsetRMSNorm) else norm.weight
+
+
+def set_factor(norm: nn.RMSNorm, factor: Tensor) -> None:
+    """Gives a norm the weight with which it multiplies by `factor`."""
+    norm.weight.copy_(factor - 1 if isinstance(norm, OffsetRMSNorm) else factor)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ease.errors import EaseError, check_counts, check_number
 from ease.evaluation.drafts import DraftScores, score_drafts
-from ease.interface import Batch, Batches, ExitModel, Layout
+from ease.interface import Batch, Batches, ExitModel, Layout, evaluation_view, running_batches
 from ease.model_config import DRAFT_VOCABULARY
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -61,7 +61,12 @@ class BrickConfig(PhaseOptions):
             if tokens > size:
                 raise EaseError(f"vocabulary is {tokens} and the model has {size} tokens: give at most that")
             batches = ProgressBatches(data.train, data.progress("counting tokens"), 1)
-            model.add_draft_brick(most_frequent(batches, size)[:tokens])
+            frequent = most_frequent(batches, size)
+            batch = next(running_batches(data.val, next(model.parameters()).device))
+            with torch.no_grad():
+                view = evaluation_view(model)
+                states = view.run(view.embed(batch.x), 1, model.num_layers, layout=batch.layout)
+            model.add_draft_brick(frequent[:tokens], states[batch.running])
         elif self.vocabulary not in (None, model.config.draft_vocabulary):
             raise EaseError(
                 f"the model's draft brick has {model.config.draft_vocabulary} tokens and is trained further: leave out "

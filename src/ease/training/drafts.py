@@ -1,7 +1,6 @@
 """The loss of a draft brick: distillation from the frozen model over the draft vocabulary, and regression of states.
 
-The pass over a batch and the FLOPs are here as well, since the evaluation of a brick (`ease.evaluation.drafts`) takes the
-same pass.
+The pass over a batch is here as well; the evaluation of a brick (`ease.evaluation.drafts`) takes the same one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
-from ease.flops import draft_flops, run_flops
+from ease.flops import draft_flops, draft_head_flops, run_flops
 from ease.interface import Batch, Layout
 from ease.models import StandardTransformer
 from ease.training.losses import Distillation, Term, exit_loss
@@ -61,8 +60,8 @@ def draft_pass(model: StandardTransformer, batch: Batch, length: int) -> DraftPa
 def draft_loss(model: StandardTransformer, batch: Batch, length: int, regression: float) -> Tensor:
     """KL(model || brick) over the draft vocabulary, plus `regression` times the distance of states; a scalar, in nats.
 
-    States are compared after the frozen norm of the last exit, by smooth L1 (as in EAGLE, arXiv:2401.15077, section
-    3.2). The loss is the mean over the 1st to `length`-th drafts.
+    States are compared as the head reads them, by smooth L1 (as in EAGLE, arXiv:2401.15077, section 3.2). The loss is
+    the mean over the 1st to `length`-th drafts.
     """
     found, brick, last = draft_pass(model, batch, length), model.draft_brick, model.num_layers
     assert brick is not None
@@ -75,7 +74,7 @@ def draft_loss(model: StandardTransformer, batch: Batch, length: int, regression
         terms.append(
             Term(brick.normed(drafts), scored, 1 / length, Distillation(), goal, brick.softcap, num_scored=len(goal))
         )
-        distance = F.smooth_l1_loss(model.exit_norm(drafts, last).float(), goal.float(), reduction="sum")
+        distance = F.smooth_l1_loss(brick.normed(drafts).float(), goal.float(), reduction="sum")
         apart.append(distance / max(1, goal.numel()))
     loss = exit_loss(brick.head_rows(model.output_head.weight), terms)
     return loss + regression * torch.stack(apart).mean()
@@ -84,9 +83,10 @@ def draft_loss(model: StandardTransformer, batch: Batch, length: int, regression
 def draft_step_flops(model: StandardTransformer, batch: Batch, length: int) -> dict[str, float]:
     """FLOPs of one training step by kind: the frozen model once, the brick three times its forward."""
     config, running = model.config, batch._replace(active=None).running
-    brick, head = draft_flops(config, running, length)
+    scored = sum(int(batch.scored[:, k:].sum()) for k in range(1, length + 1))
     # Both distributions are over the same rows of the head, which need no gradient of their own.
+    head = (2 + 1) * draft_head_flops(config, scored)
     return {
-        "training": 3 * brick + (2 + 1) * head,
+        "training": 3 * draft_flops(config, running[:, 1:], length) + head,
         "trunk": run_flops(config, config.num_layers, running, batch.layout),
     }

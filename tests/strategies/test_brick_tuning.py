@@ -86,7 +86,7 @@ def test_agreement_is_that_of_rounds_of_drafts(finished: Any) -> None:
 
 def test_the_loss_is_the_divergence_over_the_trimmed_vocabulary_and_the_distance(finished: Any) -> None:
     model, data = finished
-    model.add_draft_brick(torch.arange(0, 256, 3))
+    model.add_draft_brick(torch.arange(0, 256, 3), torch.randn(9, 32))
     x, y = data.train[0]
     y = y.clone()
     y[:, :5] = -100  # not scored: the predictions after the first five tokens
@@ -95,13 +95,13 @@ def test_the_loss_is_the_divergence_over_the_trimmed_vocabulary_and_the_distance
     g = model.draft(states[:, :-1], x[:, 1:])[:, 4:]
     goal = model.logits(states[:, 5:], 3)[..., ::3].log_softmax(-1)
     apart = F.kl_div(model.draft_logits(g).log_softmax(-1), goal, log_target=True, reduction="none").sum(-1).mean()
-    distance = F.smooth_l1_loss(model.exit_norm(g, 3), model.exit_norm(states[:, 5:], 3))
+    distance = F.smooth_l1_loss(model.draft_brick.normed(g), model.exit_norm(states[:, 5:], 3))
     torch.testing.assert_close(loss, apart + 0.5 * distance)
 
 
 def test_packed_documents_are_learned_as_if_each_were_alone(finished: Any) -> None:
     model, data = finished
-    model.add_draft_brick(torch.arange(256))
+    model.add_draft_brick(torch.arange(256), torch.randn(9, 32))
     x, y = (part[:1] for part in data.train[0])
     layout = Layout(torch.cat([torch.arange(12), torch.arange(20)])[None], torch.tensor([[0] * 12 + [1] * 20]))
     packed = score_drafts(model, [Batch(x, y, layout=layout)])
