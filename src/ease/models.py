@@ -208,7 +208,7 @@ class StandardTransformer(ExitModel):
         self.check_ids(vocabulary, self.config.vocab_size)
         self.config = replace(self.config, draft_brick=True, draft_vocabulary=len(vocabulary))
         brick = self._new_draft_brick().to(self.embedding.weight)
-        brick.start_at(states.flatten(0, -2), self.exit_norms[-1])
+        brick.start_at(states.flatten(0, -2), cast(nn.RMSNorm, self.exit_norms[-1]))
         brick.vocabulary = vocabulary.to(self.embedding.weight.device, torch.long, copy=True)
         self.draft_brick = brick.requires_grad_(False).train(self.training)
 

@@ -5,8 +5,8 @@ It has the form of EAGLE (Li et al. 2024, arXiv:2401.15077) and of the multi-tok
 
     g_t = norm(block(fuse([norm(h_t); norm(embed(x_{t+1}))]))),
 
-which stands for h_{t+1} at a mean square of 1: head(scale * g_t), with a factor per dimension, predicts x_{t+2}, and for
-the next draft g_t takes the place of h_{t+1}.
+which stands for h_{t+1} at a mean square of 1: head(scale * g_t), with a factor per dimension, predicts x_{t+2}, and
+for the next draft g_t takes the place of h_{t+1}.
 
 The norms start with weights from data, so that every dimension of a state enters the layer with a mean square of 1 and
 leaves it with its own: in trained models a few dimensions hold most of it (88% in one of 640 in Gemma 3 270M).
