@@ -38,7 +38,7 @@ class CachedView(View):
 
     active: Tensor | None = None  # as in `CachedPlan`
     groups: Sequence[QueryGroup] = ()
-    first: int = 0  # the first place that `SingleTokenPlan` attends to
+    start: int = 0  # the first place that `AlignedPlan` attends to
     in_order: bool = False  # the queries of a row are its first tokens, all of them, so attention is plainly causal
 
     @cached_property
@@ -62,6 +62,7 @@ class CachedPlan(Plan):
 
     cache: Cache
     active: Tensor | None = None  # (N,) index of each active token among the M; None: all
+    incoming: Tensor | None = None  # (N,) index of each active token in the flattened (B, T) of the run; None: all
 
     @classmethod
     def of(cls, cache: Cache, first: int, active: Bools) -> CachedPlan:
@@ -70,8 +71,7 @@ class CachedPlan(Plan):
         state = (active, cache.slots, cache.length, cache.filled[first - 1])
         key = (active.shape, *(part.tobytes() for part in state))
         if cache.planned is None or cache.planned[0] != key:
-            single = SingleTokenPlan.applies(cache, first, active)
-            plan = SingleTokenPlan.of_cache(cache) if single else RaggedPlan.of_cache(cache, first, active)
+            plan = AlignedPlan.of_cache(cache, first, active) or RaggedPlan.of_cache(cache, first, active)
             cache.planned = key, plan
         planned: CachedPlan = cache.planned[1]
         return planned
@@ -80,6 +80,18 @@ class CachedPlan(Plan):
         view = super().view(kind)
         assert isinstance(view, CachedView)
         return view
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x[0] if self.active is None else x[0, self.active]
+
+    def scatter(self, x: Tensor, active: Tensor) -> Tensor:
+        return active[None] if self.active is None else x.index_copy(1, self.active, active[None])
+
+    def returned(self, result: Tensor, state: Tensor) -> Tensor:
+        """state (B, T, D) with the result (N, D) of its active tokens in place."""
+        if self.incoming is None:
+            return result.view_as(state)
+        return state.flatten(0, 1).index_copy(0, self.incoming, result).view_as(state)
 
     def start(self) -> Tensor:
         """The states (1, M, D) of the tokens of x."""
@@ -91,63 +103,84 @@ class CachedPlan(Plan):
 
 
 @dataclass(kw_only=True)
-class SingleTokenPlan(CachedPlan):
-    """The most frequent case of decoding: each row reads one token, all at the same place, and all are active."""
+class AlignedPlan(CachedPlan):
+    """The most frequent case of decoding: all rows lack the same places, and the last n of these are active in each.
 
-    place: int
+    It covers a step of one token, the check of a draft, and tokens that left early below a token that did not. Keys and
+    values are stored and read through views of the cache.
+    """
+
+    batch: int  # B
+    filled: int  # places of each row that have keys and values
+    length: int
 
     @classmethod
-    def applies(cls, cache: Cache, first: int, active: Bools) -> bool:
-        last_place = cache.length - 1
-        return bool(
-            active.size == len(cache.length)
-            and active.all()
+    def of_cache(cls, cache: Cache, first: int, active: Bools) -> AlignedPlan | None:
+        """The plan, or None if the rows differ in what they read."""
+        B, n = len(active), int(active[0].sum())
+        length, filled = int(cache.length[0]), int(cache.filled[first - 1, 0])
+        if not (
+            0 < n <= QUERY_BLOCK
+            and active.sum() == B * n
             and all_equal(cache.length)
-            and (cache.slots[:, 0] == last_place).all()
-            and (cache.filled[first - 1] == last_place).all()
-        )
-
-    @classmethod
-    def of_cache(cls, cache: Cache) -> SingleTokenPlan:
-        place = int(cache.length[0]) - 1
+            and all_equal(cache.filled[first - 1])
+            and (cache.slots[active].reshape(B, n) == np.arange(length - n, length)).all()
+        ):
+            return None
+        m = length - filled
 
         def view(kind: AttentionKind) -> CachedView:
-            check_length(kind, place + 1)
-            rope = cache.rope(kind)
+            check_length(kind, length)
+            rope = query_rope = cache.rope(kind)
             if rope is not None:
-                rope = rope[0][:, :, place : place + 1], rope[1][:, :, place : place + 1]
-            first = 0 if kind.window is None else max(0, place + 1 - kind.window)
-            return CachedView(rope=rope, query_rope=rope, first=first)
+                rows = B if m > 1 else 1  # a single place is the same for all rows
+                rope = rope[0][:, :, filled:length].repeat(1, 1, rows, 1), rope[1][:, :, filled:length].repeat(1, 1, rows, 1)
+                query_rope = query_rope[0][:, :, length - n : length], query_rope[1][:, :, length - n : length]
+            reach = length if kind.window is None else kind.window
+            start = max(0, length - n + 1 - reach)
+            causal, mask = n == length and reach >= n, None
+            if n > 1 and not causal:
+                seen, at = np.arange(start, length), np.arange(length - n, length)[:, None]
+                mask = cache.tensor((seen <= at) & (seen > at - reach))
+            return CachedView(rope=rope, query_rope=query_rope, active=index, start=start, mask=mask, in_order=causal)
 
-        return cls(make_view=view, cache=cache, place=place)
+        index = None
+        if n < m:
+            index = cache.tensor((np.arange(B)[:, None] * m + np.arange(m - n, m)).ravel())
+        return cls(
+            make_view=view,
+            width=n,
+            cache=cache,
+            active=index,
+            batch=B,
+            filled=filled,
+            length=length,
+            incoming=None if active.all() else cache.tensor(np.flatnonzero(active)),
+        )
 
     def start(self) -> Tensor:
-        return self.cache.states[None, :, self.place]
+        return self.cache.states[:, self.filled : self.length].reshape(1, -1, self.cache.states.shape[-1])
 
     def finish(self, x: Tensor, state: Tensor, first: int, last: int) -> Tensor:
-        self.cache.filled[first - 1 : last] = self.cache.length
-        self.cache.states[:, self.place] = x[0]
-        return x[0].view_as(state)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x[0]
-
-    def scatter(self, x: Tensor, active: Tensor) -> Tensor:
-        return active[None]
+        result = self.gather(x)
+        self.cache.filled[first - 1 : last] = self.length
+        self.cache.states[:, self.length - self.width : self.length] = self.pad(result)
+        return self.returned(result, state)
 
     def pad(self, active: Tensor) -> Tensor:
-        return active[:, None]
+        return active.view(self.batch, self.width, -1)
 
     def unpad(self, padded: Tensor) -> Tensor:
         return padded.flatten(0, 1)
 
     def attend(self, kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores keys and values (1, H_kv, B, head_dim) and attends to everything that the rows have read."""
+        """Stores keys and values (1, H_kv, M, head_dim) and attends to everything that the rows have read."""
         keys, values = self.cache.keys[self.layer - 1], self.cache.values[self.layer - 1]
-        keys[:, :, self.place] = k[0].transpose(0, 1)
-        values[:, :, self.place] = v[0].transpose(0, 1)
-        seen = slice(self.view(kind).first, self.place + 1)
-        return mix(kind, q, keys[:, :, seen], values[:, :, seen], None)
+        keys[:, :, self.filled : self.length] = k[0].unflatten(1, (self.batch, -1)).transpose(0, 1)
+        values[:, :, self.filled : self.length] = v[0].unflatten(1, (self.batch, -1)).transpose(0, 1)
+        view = self.view(kind)
+        seen = slice(view.start, self.length)
+        return mix(kind, q, keys[:, :, seen], values[:, :, seen], view.mask, view.in_order)
 
 
 @dataclass(kw_only=True)
@@ -159,7 +192,6 @@ class RaggedPlan(CachedPlan):
 
     token_places: tuple[Tensor, Tensor]  # (M,) row and place in the cache of each token of x
     rows_in_use: Ints | slice  # (R,) rows of the cache with an active token
-    incoming: Tensor | None  # (N,) index of each active token in the flattened (B, T) of the run's tokens; None: all
     query_slots: Tensor | None  # (N,) index of each active token in the flattened (R, width) queries; None: all
     num_rows: int  # R
 
@@ -219,15 +251,7 @@ class RaggedPlan(CachedPlan):
         if self.active is not None:
             rows, places = rows[self.active], places[self.active]
         self.cache.states[rows, places] = result
-        if self.incoming is None:
-            return result.view_as(state)
-        return state.flatten(0, 1).index_copy(0, self.incoming, result).view_as(state)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x[0] if self.active is None else x[0, self.active]
-
-    def scatter(self, x: Tensor, active: Tensor) -> Tensor:
-        return active[None] if self.active is None else x.index_copy(1, self.active, active[None])
+        return self.returned(result, state)
 
     def pad(self, active: Tensor) -> Tensor:
         if self.query_slots is None:
