@@ -5,6 +5,7 @@ A time means nothing without the machine it was measured on, so reports show bot
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
@@ -53,6 +54,20 @@ def choose_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise EaseError(f"no dtype {name!r} for weights: use auto, float32, bfloat16, float16 or float64")
     return dtype
+
+
+def free_memory(device: torch.device) -> float:
+    """Free bytes of a device; infinite where the system does not report them."""
+    if device.type == "cuda":
+        # The system does not count what torch's allocator has reserved and not given out.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + reserved)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    # MemAvailable and not MemFree, which leaves out the caches that the system would give up.
+    available = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")), "")
+    return float(available.split()[1]) * 1024 if available else math.inf
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ease import EaseError, Policy, StandardTransformer, generate
-from ease.generation.decode import bytes_per_token, free_memory
+from ease.devices import free_memory
+from ease.generation.decode import bytes_per_token
 from ease.generation.request import Token
 
 Make = Callable[..., StandardTransformer]

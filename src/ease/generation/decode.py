@@ -12,23 +12,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ease.devices import free_memory
 from ease.errors import EaseError, check_choice, check_integer, check_list, check_number
 from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
 from ease.inputs import read_prompt
-from ease.interface import evaluation_view, to_device
+from ease.interface import to_device
 from ease.models import StandardTransformer
 from ease.policy import Policy
 
@@ -118,7 +117,7 @@ def generate(
     capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
     _check_memory(model, len(ids), capacity, max_memory)
     model.check_ids(ids, model.config.vocab_size)
-    model, real = evaluation_view(model), real.cpu()
+    model, real = model.decoding_view(), real.cpu()
     ids = to_device(ids, next(model.parameters()).device)
 
     start = time.perf_counter()  # allocating the cache counts as prefill
@@ -209,20 +208,6 @@ def bytes_per_token(model: StandardTransformer) -> int:
     """Bytes that a cache holds per token: keys and values of every layer, and the state that the token left with."""
     c = model.config
     return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes of a device; infinite where the system does not report them."""
-    if device.type == "cuda":
-        # The system does not count what torch's allocator has reserved and not given out.
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + reserved)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return math.inf
-    # MemAvailable and not MemFree, which leaves out the caches that the system would give up.
-    available = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")), "")
-    return float(available.split()[1]) * 1024 if available else math.inf
 
 
 def _padded(answers: list[list[Token]]) -> tuple[Tensor, Tensor, Tensor]:

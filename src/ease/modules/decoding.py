@@ -2,7 +2,7 @@
 
 `decoding_layer` chooses one of three forms of a layer; all use the weights that the layer has at that moment.
 
-- Packed: a copy of the weights, transposed, with queries, keys and values in one matrix and gate and up in another.
+- Packed: a copy of the weights (`products.py`) with queries, keys and values in one matrix and gate and up in another.
   On a CPU a product with a few rows then takes half the time, and a step at small widths is mostly small products.
   It applies to layers of at most `MAX_PACKED_PARAMETERS` in float32 or float64 on a CPU, without biases, head norms,
   hooks or replaced parts, and to calls of at most `MAX_PACKED_TOKENS` tokens without gradients or autocast.
@@ -25,6 +25,7 @@ from ease.modules.cached_plan import CachedPlan
 from ease.modules.ffn import FFN
 from ease.modules.functional import functional, is_altered, rms_norm
 from ease.modules.plan import Plan
+from ease.modules.products import packed_product
 from ease.modules.rope import rotate
 
 MAX_PACKED_PARAMETERS = 1_000_000  # of a layer: above, the products dominate, and the copy takes much memory
@@ -65,18 +66,7 @@ def packed_layer(layer: Any) -> Callable[[Tensor, CachedPlan], Tensor]:
     q_size, kv_size = attention.q_proj.out_features, attention.k_proj.out_features
     q_heads, rotated_heads = q_size // d, (q_size + kv_size) // d
 
-    def pack(*parts: nn.Linear) -> Tensor:
-        return torch.cat([part.weight.detach() for part in parts]).t().contiguous()
-
-    @cache
-    def weights() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            pack(attention.q_proj, attention.k_proj, attention.v_proj),
-            pack(attention.o_proj),
-            pack(ffn.gate_proj, ffn.up_proj),
-            pack(ffn.down_proj),
-        )
-
+    product = cache(packed_product)
     kind, activation = attention.kind, ffn.activation
     attention_norm, ffn_norm = rms_norm(layer.attention_norm), rms_norm(layer.ffn_norm)
 
@@ -84,23 +74,22 @@ def packed_layer(layer: Any) -> Callable[[Tensor, CachedPlan], Tensor]:
         # A gradient would end at the copy, and autocast must not apply to the sums that follow a product.
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.shape[1] > MAX_PACKED_TOKENS:
             return unpacked(x, plan)
-        qkv, out, gate_up, down = weights()
         h, view = attention_norm(x[0]), plan.view(kind)
         if plan.active is None:
             a = x[0]
-            projected = (h @ qkv).view(len(h), -1, d)
+            projected = product(attention.q_proj, attention.k_proj, attention.v_proj)(h).view(len(h), -1, d)
             rotated = rotate(projected[:, :rotated_heads], view.token_rope)
             q, k, v = rotated[:, :q_heads], rotated[:, q_heads:], projected[:, rotated_heads:]
         else:
             a = x[0, plan.active]
-            projected = (h @ qkv[:, q_size:]).view(len(h), -1, d)
+            projected = product(attention.k_proj, attention.v_proj)(h).view(len(h), -1, d)
             k, v = rotate(projected[:, : kv_size // d], view.token_rope), projected[:, kv_size // d :]
-            q = rotate((h[plan.active] @ qkv[:, :q_size]).view(len(a), -1, d), view.active_rope)
+            q = rotate(product(attention.q_proj)(h[plan.active]).view(len(a), -1, d), view.active_rope)
         mixed = plan.attend(
             kind, split_heads(plan.pad(q.flatten(1)), d), k.transpose(0, 1)[None], v.transpose(0, 1)[None]
         )
-        a = a + plan.unpad(mixed.transpose(1, 2).flatten(2)) @ out
-        gate, up = (ffn_norm(a) @ gate_up).chunk(2, 1)
-        return plan.scatter(x, a + activation(gate).mul_(up) @ down)
+        a = a + product(attention.o_proj)(plan.unpad(mixed.transpose(1, 2).flatten(2)))
+        gate, up = product(ffn.gate_proj, ffn.up_proj)(ffn_norm(a)).chunk(2, 1)
+        return plan.scatter(x, a + product(ffn.down_proj)(activation(gate).mul_(up)))
 
     return run

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ease.modules.norm import OffsetRMSNorm
+from ease.modules.products import inference_product
 
 
 def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callable[..., Any]:
@@ -34,7 +35,7 @@ def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callabl
     if is_altered(module):
         return module
     if kind is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)  # type: ignore[arg-type]
+        return inference_product(module)  # type: ignore[arg-type]
     if kind is nn.Identity:
         return lambda x: x
     if kind in (nn.RMSNorm, OffsetRMSNorm):
