@@ -102,8 +102,11 @@ def test_a_step_on_mined_tokens_waits_twice(models: Any, fake_device: FakeDevice
         ("full", {}, 2),
         ("full", {"temperature": 1.0, "top_p": 0.9}, 3),
         ("routed", {}, 4),
-        ("exact", {"draft_exit": 2}, 4),
-        ("exact", {"draft_exit": 2, "repetition_penalty": 1.2}, 4),
+        ("exact", {"draft_exit": 2, "draft_confidence": 0.2}, 4),
+        ("exact", {"draft_exit": 2, "draft_confidence": 0.2, "repetition_penalty": 1.2}, 4),
+        ("exact", {"draft_exit": 2, "draft_confidence": 0.2, "temperature": 1.0}, 4),
+        ("exact", {"draft_source": "lookup", "draft_confidence": 0.2}, 2),
+        ("exact", {"draft_source": "lookup", "draft_confidence": 0.2, "temperature": 1.0}, 4),
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])

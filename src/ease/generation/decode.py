@@ -3,11 +3,11 @@
 - full runs every layer for every token.
 - routed lets each token leave at the first exit that is confident enough; only the remaining rows of the batch run the
   deeper layers.
-- exact gives the same tokens as full in less time: an exit drafts, then the remaining layers run once over the drafted
-  states and keep the tokens that they agree with (self-speculative decoding, Zhang et al. 2023, arXiv:2309.08168; the
-  early layers' states are shared as in LayerSkip, arXiv:2404.16710). No layer runs twice for a token, and rows accept
-  independently. The two modes compute the same numbers in other shapes, and so with other rounding: where the two best
-  logits are closer than that, which is frequent in half precision only, either may be chosen.
+- exact gives the same tokens as full in less time: a source drafts, and one pass checks several drafts at once and
+  keeps those that full decoding would have chosen (speculative decoding, Leviathan et al. 2023, arXiv:2211.17192). An
+  exit as the source shares its layers with the check (self-speculative decoding, LayerSkip, arXiv:2404.16710). Rows
+  accept independently. The two modes compute the same numbers in other shapes, and so with other rounding: where the
+  two best logits are closer than that, which is frequent in half precision only, either may be chosen.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ease.data.counts import CountTable
 from ease.devices import free_memory
 from ease.errors import EaseError, check_choice, check_integer, check_list, check_number
-from ease.generation.drafting import DRAFT_CONFIDENCE, LONGEST_DRAFT, DraftCounts, decode_exactly
+from ease.generation.exact import DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
+from ease.generation.sources import LONGEST_DRAFT, BrickSource, ExitSource, MixedSource, NoDrafts, Source, TextSource
 from ease.inputs import read_prompt
 from ease.interface import to_device
 from ease.models import StandardTransformer
 from ease.policy import Policy
 
 Mode = Literal["full", "routed", "exact"]
+
+DraftSource = Literal["auto", "none", "lookup", "brick", "exit"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,14 @@ class Generation:
     tokens: Tensor
     """(B, N) ids; 0 after the end of a row."""
     exits: Tensor
-    """(B, N) the exit that predicted each token; 0 after the end of a row. In exact mode the exit that drafted, also
-    where full decoding replaced the draft."""
+    """(B, N) the exit that predicted each token; 0 after the end of a row. In exact mode the exit that drafted it, and
+    the last one for tokens that no exit drafted or that replaced a draft."""
     confidences: Tensor
     """(B, N) the confidence of that exit."""
     stats: dict[str, Any]
     """tokens, seconds, prefill_seconds, tokens_per_second, and layers_per_token (rejected drafts count); in exact mode
-    also drafted, accepted, acceptance, and draft_exit."""
+    also draft_source, drafted, accepted, acceptance, rounds (passes over the model after the prompt), and
+    tokens_per_round, over the rows that were running."""
 
 
 @torch.no_grad()
@@ -65,8 +70,10 @@ def generate(
     stop: int | Sequence[int] = (),
     seed: int | None = None,
     stream: Callable[[Token], None] | None = None,
+    draft_source: DraftSource = "auto",
     draft_exit: int | Literal["auto"] = "auto",
     draft_confidence: float | None = None,
+    count_table: CountTable | None = None,
     max_memory: float | None = None,
 ) -> Generation:
     """Continues each of B prompts by up to `max_new_tokens` tokens.
@@ -76,15 +83,20 @@ def generate(
         ids: (B, T) integers, the prompts, or the dictionary that a tokenizer of transformers gives.
         max_new_tokens: the largest number of tokens generated per row.
         mode: "full", "routed" (by `model.policy`), or "exact" (the tokens of full decoding up to rounding,
-            drafted at an exit).
+            of which several are checked at once).
         attention_mask: (B, T), true (or 1) for real tokens; padding may be on either side.
-        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode with `draft_exit="auto"`
-            the number of draws depends on measured times, so a seed does not reproduce a sample: set `draft_exit`.
+        temperature, top_k, top_p, repetition_penalty, seed: as in `Sampling`. In exact mode without `draft_confidence`
+            the number of draws depends on measured times, so a seed does not reproduce a sample: set both
+            `draft_source` (or `draft_exit`) and `draft_confidence`.
         stop: ids that end a row; the generated tokens include them.
         stream: called with each `Token` as it is generated.
-        draft_exit: in exact mode, the exit that drafts; "auto" measures the exits on this request and uses the fastest,
-            or full decoding where that is faster.
-        draft_confidence: in exact mode, a row stops drafting after a token less confident than this (0.15 by default).
+        draft_source: in exact mode, what drafts: "lookup" (what followed the same tokens earlier in the row, or in the
+            text of `count_table`), "brick" (the model's draft brick), "exit", or "none"; "auto" measures them on this
+            request and uses the fastest.
+        draft_exit: in exact mode, the exit that drafts; "auto" measures the exits of the policy, or those trained.
+        draft_confidence: in exact mode, a row drafts as long as the probability that all of its drafts are right is at
+            least this; by default, as long as another draft gains more than it costs, which is measured.
+        count_table: in exact mode, counts of a training text to draft from.
         max_memory: bytes that the cache may occupy (by default, the free memory of the device).
 
     Returns:
@@ -113,11 +125,12 @@ def generate(
     ids, attention_mask = read_prompt(ids, attention_mask)
     real = _real_tokens(ids, attention_mask)
     policy = _routing_policy(model) if mode == "routed" else Policy()
-    _check_drafting(mode, draft_exit, draft_confidence, model.num_layers)
+    _check_drafting(model, mode, draft_source, draft_exit, draft_confidence, count_table)
     capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
     _check_memory(model, len(ids), capacity, max_memory)
     model.check_ids(ids, model.config.vocab_size)
     model, real = model.decoding_view(), real.cpu()
+    texts = [row[keep].tolist() for row, keep in zip(ids.cpu(), real, strict=True)]
     ids = to_device(ids, next(model.parameters()).device)
 
     start = time.perf_counter()  # allocating the cache counts as prefill
@@ -125,23 +138,26 @@ def generate(
         model,
         ids,
         real,
+        texts,
         sampling,
         max_new_tokens=max_new_tokens,
         stop=frozenset(map(int, stops)),
         cache=model.new_cache(len(ids), capacity, key=policy),
         stream=stream,
     )
-    drafts = DraftCounts()
     request.step(ids, real, policy)
     prefilled = time.perf_counter()
-    if mode == "exact":
-        drafts = decode_exactly(request, draft_exit, DRAFT_CONFIDENCE if draft_confidence is None else draft_confidence)
-    while request.unfinished:
-        request.step(request.current[:, None], request.running[:, None], policy)
+    drafts = None
+    if mode == "routed":
+        while request.unfinished:
+            request.step(request.current[:, None], request.running[:, None], policy)
+    else:
+        names = ["none"] if mode == "full" else _source_names(model, draft_source, draft_exit)
+        drafts = decode_exactly(request, [_source(request, n, count_table) for n in names], draft_confidence)
     end = time.perf_counter()
     stats = _timing(request, start, prefilled, end)
     if mode == "exact":
-        stats |= _draft_stats(drafts)
+        stats |= _draft_stats(drafts, request.num_generated - len(ids))
     return Generation(*_padded(request.answers), stats)
 
 
@@ -165,21 +181,73 @@ def _routing_policy(model: StandardTransformer) -> Policy:
 
 
 def _check_drafting(
-    mode: Mode, draft_exit: int | Literal["auto"], draft_confidence: float | None, num_layers: int
+    model: StandardTransformer,
+    mode: Mode,
+    draft_source: DraftSource,
+    draft_exit: int | Literal["auto"],
+    draft_confidence: float | None,
+    count_table: CountTable | None,
 ) -> None:
-    """Refuses drafting options out of range, or given in a mode that does not draft."""
-    if mode != "exact" and draft_exit != "auto":
-        raise EaseError(f'draft_exit has no effect in mode "{mode}": omit it, or use mode "exact"')
-    if mode != "exact" and draft_confidence is not None:
-        raise EaseError(f'draft_confidence has no effect in mode "{mode}": omit it, or use mode "exact"')
+    """Refuses drafting options out of range, or without effect."""
+    check_choice("draft_source", draft_source, ("auto", "none", "lookup", "brick", "exit"))
+    if mode != "exact":
+        for name, value, default in (
+            ("draft_source", draft_source, "auto"),
+            ("draft_exit", draft_exit, "auto"),
+            ("draft_confidence", draft_confidence, None),
+            ("count_table", count_table, None),
+        ):
+            if value != default:
+                raise EaseError(f'{name} has no effect in mode "{mode}": omit it, or use mode "exact"')
     if draft_confidence is not None:
         check_number("draft_confidence", draft_confidence)
-    if draft_confidence is not None and not 0 <= draft_confidence <= 1:
-        raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
+        if not 0 <= draft_confidence <= 1:
+            raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
     if draft_exit != "auto":
         check_integer("draft_exit", draft_exit)
-    if draft_exit != "auto" and not 1 <= draft_exit < num_layers:
-        raise EaseError(f"draft_exit must lie in 1..{num_layers - 1}, got {draft_exit}")
+        if not 1 <= draft_exit < model.num_layers:
+            raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
+        if draft_source not in ("auto", "exit"):
+            raise EaseError(f'draft_exit has no effect with draft_source "{draft_source}": omit one of them')
+    if count_table is not None:
+        count_table.check_vocab_size(model.config.vocab_size)
+        if draft_source not in ("auto", "lookup") or draft_exit != "auto":
+            raise EaseError('count_table has an effect with draft_source "lookup" or "auto" only: omit it')
+    if draft_source == "brick" and model.draft_brick is None:
+        raise EaseError("the model has no draft brick: train one (ease tune --adapter brick), or use another source")
+    if draft_source == "exit" and draft_exit == "auto" and not _exits(model):
+        raise EaseError("the model has no trained exits: train some (ease tune), or set draft_exit")
+
+
+def _exits(model: StandardTransformer) -> tuple[int, ...]:
+    """The exits that may draft."""
+    return model.policy.exits or model.early_exits
+
+
+def _source_names(
+    model: StandardTransformer, draft_source: DraftSource, draft_exit: int | Literal["auto"]
+) -> list[str | int]:
+    """The sources to choose from, the cheapest first; an exit is named by its number."""
+    if draft_exit != "auto":
+        return [draft_exit]
+    if draft_source == "exit":
+        return list(_exits(model))
+    if draft_source != "auto":
+        return [draft_source]
+    # Lookup takes no time where it finds nothing, so that it stands for full decoding as well.
+    bricks = [] if model.draft_brick is None else ["lookup, brick"]
+    return ["lookup", *bricks, *_exits(model)]
+
+
+def _source(request: Request, name: str | int, count_table: CountTable | None) -> Source:
+    if isinstance(name, int):
+        return ExitSource(request, name)
+    if name == "none":
+        return NoDrafts(request)
+    if name == "lookup":
+        return TextSource(request, count_table)
+    brick = BrickSource(request)
+    return brick if name == "brick" else MixedSource(TextSource(request, count_table), brick)
 
 
 def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_tokens: int, mode: Mode) -> int:
@@ -233,10 +301,12 @@ def _timing(request: Request, start: float, prefilled: float, end: float) -> dic
     }
 
 
-def _draft_stats(drafts: DraftCounts) -> dict[str, Any]:
+def _draft_stats(drafts: DraftCounts, tokens: int) -> dict[str, Any]:
     return {
-        "draft_exit": drafts.exit,
+        "draft_source": drafts.source,
         "drafted": drafts.drafted,
         "accepted": drafts.accepted,
         "acceptance": drafts.accepted / drafts.drafted if drafts.drafted else None,
+        "rounds": drafts.rounds,
+        "tokens_per_round": tokens / drafts.rows if drafts.rounds else None,
     }

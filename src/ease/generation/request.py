@@ -1,7 +1,7 @@
 """The state of one `generate` call, and the step that reads tokens and appends the next one to each row.
 
 The rows of a batch advance independently: each has its own length, its own exits and its own end. Exact decoding
-(`drafting.py`) appends several tokens at a time to the same state.
+(`exact.py`) appends several tokens at a time to the same state.
 
 Which rows run, and which tokens are real, is known on the host. A step reads the appended tokens with their confidences
 from the device, and at each early exit which tokens leave; nothing else waits for the device.
@@ -39,6 +39,7 @@ class Request:
     Args:
         ids: (B, T) prompts, on the model's device.
         real: (B, T) true for tokens that are not padding, on the host.
+        texts: the ids of each prompt, on the host.
         max_new_tokens: the largest number of tokens appended to a row.
         stop: ids that end a row.
         cache: an empty cache of the model, which the steps fill.
@@ -46,6 +47,7 @@ class Request:
 
     Attributes:
         answers: the tokens appended to each row so far.
+        texts: the ids of each row, prompt and answer, on the host.
         current: (B,) the last token of each row, which the model has not read yet.
         running: (B,) true for rows that are not finished, on the host.
         seen: (B, V) tokens of prompt and answer so far, for the repetition penalty; None without one.
@@ -57,6 +59,7 @@ class Request:
         model: StandardTransformer,
         ids: Tensor,
         real: Tensor,
+        texts: list[list[int]],
         sampling: Sampling,
         *,
         max_new_tokens: int,
@@ -75,6 +78,7 @@ class Request:
             rows, cols = to_device(real.nonzero(), ids.device).unbind(1)
             self.seen[rows, ids[rows, cols]] = True
         self.answers: list[list[Token]] = [[] for _ in ids]
+        self.texts = texts
         self.current = ids[:, -1]
         self.running = torch.ones(len(ids), dtype=torch.bool)
         self.layers_run = 0
@@ -133,42 +137,40 @@ class Request:
         rows = self.index(read_rows)
         tokens = torch.zeros_like(exits[:B])
         tokens[rows], _ = self.choose(logits[:B][rows], None if self.seen is None else self.seen[rows])
-        self.append(tokens[:, None], exits[:B, None], confidences[:B, None], read_rows.long())
+        tokens, exits = torch.stack((tokens, exits[:B])).cpu()
+        self.append(tokens[:, None], exits[:, None], confidences[:B, None].cpu(), read_rows.long())
 
     def index(self, rows: Tensor) -> Any:
         """An index of the rows that are true in `rows` (B,), on the host; a slice for all, since it copies nothing."""
         return slice(None) if bool(rows.all()) else to_device(rows.nonzero().squeeze(1), self.current.device)
 
-    def full_step(self) -> None:
-        """Reads the current token of each running row at full depth and appends the next one."""
-        self.step(self.current[:, None], self.running[:, None], Policy())
-
     def append(self, tokens: Tensor, exits: Tensor, confidences: Tensor, counts: Tensor) -> None:
         """Appends the first counts[b] of tokens[b] to each running row b, up to its stop or length limit.
 
         Args:
-            tokens, exits, confidences: (B, K), on the model's device.
+            tokens, exits, confidences: (B, K), on the host.
             counts: (B,) integers, on the host.
         """
-        running = self.running.tolist()
-        read = (*torch.stack((tokens, exits)).cpu(), confidences.cpu(), counts)
-        if bool((read[0] < 0).any()):
+        if bool((tokens < 0).any()):
             raise EaseError(NAN_LOGITS)
-        columns = (t.tolist() for t in read)
+        running = self.running.tolist()
+        columns = (t.tolist() for t in (tokens, exits, confidences, counts))
         for row, (row_tokens, row_exits, row_confidences, count) in enumerate(zip(*columns, strict=True)):
             for values in list(zip(row_tokens, row_exits, row_confidences, strict=True))[:count]:
                 if not running[row]:
                     break
                 token = Token(row, *values)
                 self.answers[row].append(token)
+                self.texts[row].append(token.token)
                 if self.stream is not None:
                     self.stream(token)
                 running[row] = token.token not in self.stop and len(self.answers[row]) < self.max_new_tokens
         self.running = torch.tensor(running)
         longer = counts.nonzero().squeeze(1)
-        rows, last = to_device(torch.stack((longer, counts[longer] - 1)), tokens.device)
-        self.current = self.current.index_copy(0, rows, tokens[rows, last])
+        changed = to_device(torch.stack((longer, tokens[longer, counts[longer] - 1])), self.current.device)
+        self.current = self.current.index_copy(0, *changed)
         if self.seen is not None:
             appended = torch.arange(tokens.shape[1]) < counts[:, None]
-            rows, cols = to_device(appended.nonzero(), tokens.device).unbind(1)
-            self.seen[rows, tokens[rows, cols]] = True
+            rows = appended.nonzero()[:, 0]
+            rows, new = to_device(torch.stack((rows, tokens[appended])), self.current.device)
+            self.seen[rows, new] = True

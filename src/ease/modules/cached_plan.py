@@ -134,7 +134,10 @@ class AlignedPlan(CachedPlan):
             rope = query_rope = cache.rope(kind)
             if rope is not None:
                 rows = B if m > 1 else 1  # a single place is the same for all rows
-                rope = rope[0][:, :, filled:length].repeat(1, 1, rows, 1), rope[1][:, :, filled:length].repeat(1, 1, rows, 1)
+                rope = (
+                    rope[0][:, :, filled:length].repeat(1, 1, rows, 1),
+                    rope[1][:, :, filled:length].repeat(1, 1, rows, 1),
+                )
                 query_rope = query_rope[0][:, :, length - n : length], query_rope[1][:, :, length - n : length]
             reach = length if kind.window is None else kind.window
             start = max(0, length - n + 1 - reach)

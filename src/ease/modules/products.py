@@ -9,7 +9,7 @@ enough, kept as long as the weight exists, and made again when the weight has ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,156 @@
+"""Draft sources: what offers tokens for exact decoding to check, and how many of them pay.
+
+A source offers each row a chain of tokens with confidences. One pass of the model checks all of them, so that another
+draft costs a small part of a step, its price, and gains a token with the probability that the whole chain up to it is
+right. A chain ends where this probability falls below the price.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ease.generation.request import Request
+from ease.interface import to_device
+
+LONGEST_DRAFT = 16  # tokens that a source offers a row at most
+
+MEMORY = 0.9  # weight of what was known before each round, so that about ten rounds count
+
+
+class Drafts(NamedTuple):
+    """Offered tokens of one round: K places, of which each row uses the first ones."""
+
+    tokens: Tensor
+    """(B, K) ids, on the model's device."""
+    mask: Tensor
+    """(B, K) true where a row has a draft, on the host."""
+    confidences: NDArray[np.float64]
+    """(B, K) what the source said, on the host."""
+    exit: int = 0
+    """The layer up to which current tokens and drafts have run; 0 if the source needed no layer."""
+    states: Tensor | None = None
+    """(B, K + 1, D) states after that layer; None for layer 0."""
+    distributions: Sequence[tuple[Tensor, Tensor]] = ()
+    """Per place, the rows (B,) with a drawn token, on the host, and the probabilities (n, V) that these were drawn
+    from; empty where the source always offers the same token in the same place."""
+
+
+class Reliability:
+    """The share of drafts that were right, by the confidence that a source had in them.
+
+    Each of ten bins of confidence starts with a few imagined drafts that came true as often as the source said.
+    """
+
+    IMAGINED = 4.0
+
+    def __init__(self) -> None:
+        self.right, self.all = np.zeros(10), np.zeros(10)
+
+    def __call__(self, confidences: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Confidences (...) -> the share (...) of such drafts that was right."""
+        bins = np.minimum(confidences * 10, 9).astype(np.int64)
+        share: NDArray[np.float64] = (self.right[bins] + self.IMAGINED * confidences) / (self.all[bins] + self.IMAGINED)
+        return share
+
+    def learn(self, confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> None:
+        """Adds drafts (n,) that were checked."""
+        bins = np.minimum(confidences * 10, 9).astype(np.int64)
+        for counts, weights in ((self.all, None), (self.right, right)):
+            counts *= MEMORY
+            counts += np.bincount(bins, weights, 10)
+
+
+class Pace:
+    """Seconds and tokens of the recent rounds of a source, and the price of another draft.
+
+    The seconds of a round are fitted by a line over its tokens, read and drafted, which starts out as
+    `prior` steps per draft.
+    """
+
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
+        self.sums = np.zeros(6)  # of 1, places, places squared, seconds, places x seconds, tokens
+
+    def record(self, places: int, seconds: float, tokens: int) -> None:
+        """Adds a round that read `places` tokens and appended `tokens`, over all rows."""
+        self.sums *= MEMORY
+        self.sums += (1, places, places**2, seconds, places * seconds, tokens)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return float(self.sums[3] / max(1e-9, self.sums[5]))
+
+    def price(self, rows: int) -> float:
+        """Tokens that the time of another draft gains otherwise.
+
+        Args:
+            rows: running rows, each of which reads at least one token.
+        """
+        n, x, xx, t, xt, tokens = self.sums
+        if not n:
+            return self.prior * rows
+        slope = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
+        # As if two rounds had been seen a place away from the mean, on that line.
+        slope = max(0.0, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
+        return float(slope * tokens / t)
+
+
+class Source(ABC):
+    """One way to draft for a request.
+
+    Attributes:
+        name: as in `Generation.stats`.
+        prior: the cost of another draft, in steps, before it has been measured.
+        reliability: of its confidences in this request.
+    """
+
+    name: str
+    prior: float
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.reliability = request, Reliability()
+
+    @abstractmethod
+    def offer(self, limits: Tensor, least: float) -> Drafts:
+        """Drafts for the running rows.
+
+        Args:
+            limits: (B,) the most tokens that each row can use, on the host; 0 for rows that are finished.
+            least: a chain ends where the probability that all of it is right falls below this.
+        """
+
+    def learn(self, drafts: Drafts, accepted: Tensor) -> None:
+        """Takes note of the leading drafts (B,) of each row that were accepted, on the host.
+
+        Drafts after a rejected one say nothing about the source.
+        """
+        checked = drafts.mask.numpy() & (np.arange(drafts.mask.shape[1]) <= accepted.numpy()[:, None])
+        right = np.arange(drafts.mask.shape[1]) < accepted.numpy()[:, None]
+        self.reliability.learn(drafts.confidences[checked], right[checked])
+
+    def drafts_of(self, chains: Sequence[tuple[Sequence[int], Sequence[float]]], **more: Any) -> Drafts:
+        """Drafts from each row's tokens and confidences."""
+        K = max((len(tokens) for tokens, _ in chains), default=0)
+        ids, confidences = np.zeros((len(chains), K), np.int64), np.zeros((len(chains), K))
+        mask = np.zeros((len(chains), K), np.bool_)
+        for row, (tokens, values) in enumerate(chains):
+            ids[row, : len(tokens)], confidences[row, : len(tokens)] = tokens, values
+            mask[row, : len(tokens)] = True
+        device = self.request.current.device
+        return Drafts(to_device(torch.from_numpy(ids), device), torch.from_numpy(mask), confidences, **more)
+
+
+class NoDrafts(Source):
+    """Nothing is drafted: every round is a step of full decoding."""
+
+    name, prior = "none", 1.0
+
+    def offer(self, limits: Tensor, least: float) -> Drafts:
+        return self.drafts_of([((), ())] * len(limits))

@@ -1,0 +1,73 @@
+"""Drafts of the model's draft brick, which reads the states that the last layer gave to the tokens before."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ease.generation.request import Request
+from ease.generation.sources.base import Drafts, Source
+from ease.interface import Layout, to_device
+
+
+class BrickSource(Source):
+    """Drafts a token per row and step with one layer and the trimmed head.
+
+    The brick has read a place of a row once it has the state of its token and the token after it.
+    """
+
+    name = "brick"
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self.prior = 2 / request.model.num_layers
+        self.cache = request.model.new_draft_cache(len(request.texts), request.cache.capacity)
+
+    def offer(self, limits: Tensor, least: float) -> Drafts:
+        request, model = self.request, self.request.model
+        alive, chain = request.running & (limits > 0), np.ones(len(limits))
+        tokens, confidences, masks = [], [], []
+        if bool(alive.any()):
+            states, ids, real = self._unread(alive)
+            read = self.cache.length + real.sum(1).numpy()
+            last = to_device((real.sum(1) - 1).clamp(min=0), states.device)
+            drafted = model.draft(states, ids, layout=_layout(real), cache=self.cache)
+            drafted = drafted[torch.arange(len(last), device=last.device), last]
+        while bool(alive.any()):
+            chosen, confidence = model.draft_tokens(drafted)
+            said = confidence.double().cpu().numpy()
+            chain *= self.reliability(said)
+            alive = alive & (limits > len(tokens)) & torch.from_numpy(chain >= least)
+            if not bool(alive.any()):
+                break
+            tokens.append(chosen)
+            confidences.append(said)
+            masks.append(alive)
+            alive = alive & (limits > len(tokens))
+            if bool(alive.any()):
+                layout = _layout(alive[:, None])
+                drafted = model.draft(drafted[:, None], chosen[:, None], layout=layout, cache=self.cache)[:, 0]
+        if not tokens:
+            return self.drafts_of([((), ())] * len(limits))
+        self.cache.cut(read)
+        return Drafts(torch.stack(tokens, 1), torch.stack(masks, 1), np.stack(confidences, 1))
+
+    def _unread(self, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States (B, M, D), the tokens (B, M) after them, and what of both is real (B, M), of the places to read."""
+        known, texts = self.cache.length, self.request.texts
+        count = np.where(alive.numpy(), self.request.cache.length - known, 0)
+        places = np.minimum(known[:, None] + np.arange(count.max()), self.request.cache.length[:, None] - 1)
+        # A row that has ended may have read more than its text. What is not real is not read, whatever it is.
+        following = [
+            [text[min(place + 1, len(text) - 1)] for place in row]
+            for text, row in zip(texts, places.tolist(), strict=True)
+        ]
+        ids = to_device(torch.tensor(following), self.request.current.device)
+        rows = np.arange(len(texts))[:, None]
+        states = self.request.cache.states[rows, places]
+        return states, ids, torch.from_numpy(np.arange(count.max()) < count[:, None])
+
+
+def _layout(real: Tensor) -> Layout | None:
+    return None if bool(real.all()) else Layout(torch.zeros_like(real, dtype=torch.long), real.long() - 1)

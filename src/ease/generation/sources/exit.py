@@ -1,0 +1,74 @@
+"""Drafts at an exit: the first layers predict, and the layers above continue from the same states."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ease.errors import EaseError
+from ease.generation.request import Request
+from ease.generation.sampling import NAN_LOGITS
+from ease.generation.sources.base import Drafts, Source
+from ease.interface import Layout
+from ease.routing.confidence import at_least_float32, max_probability
+
+
+class ExitSource(Source):
+    """Drafts one token per row and step with layers 1..exit and the head.
+
+    Args:
+        exit: the exit that drafts, below the last one.
+    """
+
+    def __init__(self, request: Request, exit: int) -> None:
+        super().__init__(request)
+        self.exit, self.name = exit, f"exit {exit}"
+        self.prior = exit / request.model.num_layers
+
+    def offer(self, limits: Tensor, least: float) -> Drafts:
+        request, model = self.request, self.request.model
+        running, current = request.running, request.current
+        seen = None if request.seen is None else request.seen.clone()
+        chain = np.ones(len(limits))
+        states, tokens, confidences, masks, distributions = [], [], [], [], []
+        while True:
+            layout = Layout(torch.zeros(len(running), 1, dtype=torch.long), running.long()[:, None] - 1)
+            state = model.run(model.embed(current[:, None]), 1, self.exit, layout=layout, cache=request.cache)
+            states.append(state)
+            asked = running & (limits > len(tokens))
+            if not bool(asked.any()):
+                break
+            rows = request.index(asked)
+            logits = model.logits(state[rows, 0], self.exit)
+            chosen, distribution = request.choose(logits, None if seen is None else seen[rows])
+            drafted, confidence = current.clone(), at_least_float32(logits.new_zeros(len(running)))
+            drafted[rows], confidence[rows] = chosen, max_probability(logits)
+            said, nan = torch.stack((confidence, drafted < 0)).double().cpu().numpy()
+            if nan.any():
+                raise EaseError(NAN_LOGITS)
+            # The decision depends on the distribution and not on the token drawn from it, or sampling would be biased.
+            chain *= self.reliability(said)
+            running = asked & torch.from_numpy(chain >= least)
+            if not bool(running.any()):
+                break
+            current = drafted
+            tokens.append(drafted)
+            confidences.append(said)
+            masks.append(running)
+            if distribution is not None:
+                distributions.append((asked, distribution))
+            if seen is not None:
+                seen = seen.clone()
+                seen[rows] = seen[rows].scatter(1, chosen[:, None], True)
+        if not tokens:
+            nothing = self.drafts_of([((), ())] * len(limits))
+            return nothing._replace(exit=self.exit, states=states[0])
+        return Drafts(
+            torch.stack(tokens, 1),
+            torch.stack(masks, 1),
+            np.stack(confidences, 1),
+            self.exit,
+            torch.cat(states[: len(tokens) + 1], 1),
+            distributions,
+        )

@@ -1,0 +1,50 @@
+"""Drafts from text alone: the row's own, and a table of counts of other text. They take no time of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ease.data.counts import CountTable
+from ease.generation.lookup import PromptLookup
+from ease.generation.request import Request
+from ease.generation.sources.base import Drafts, Source
+
+Chain = tuple[Sequence[int], Sequence[float]]
+
+
+class TextSource(Source):
+    """Drafts what followed the row's last tokens earlier in the row, or most often in the text behind a table.
+
+    Args:
+        table: counts of a training text; None: the row's own text only.
+    """
+
+    name, prior = "lookup", 0.05
+
+    def __init__(self, request: Request, table: CountTable | None = None) -> None:
+        super().__init__(request)
+        self.table, self.rows = table, [PromptLookup() for _ in request.texts]
+
+    def offer(self, limits: Tensor, least: float) -> Drafts:
+        chains: list[Chain] = []
+        for row, text, limit in zip(self.rows, self.request.texts, limits.tolist(), strict=True):
+            row.append(text[len(row.tokens) :])
+            best, expected = self._paying(row.propose(limit), least)
+            if self.table is not None:
+                other, gain = self._paying(self.table.propose(text, limit), least)
+                best = other if gain > expected else best
+            chains.append(best)
+        return self.drafts_of(chains)
+
+    def _paying(self, chain: Chain, least: float) -> tuple[Chain, float]:
+        """The start of a chain that pays, and the number of its tokens that are expected to be right."""
+        tokens, confidences = chain
+        right, expected, length = 1.0, 0.0, 0
+        for confidence in confidences:
+            right *= self.reliability(confidence)
+            if right < least:
+                break
+            expected, length = expected + right, length + 1
+        return (tokens[:length], confidences[:length]), expected
