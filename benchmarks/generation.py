@@ -215,7 +215,7 @@ def main() -> None:
     print_table(
         found["ways"],
         {
-            "way": lambda r: r["way"] + (f" (took {r['draft_exit'] or 'full'})" if r["way"] == "exact, auto" else ""),
+            "way": lambda r: r["way"] + (f" ({r['draft_source']})" if r["way"] == "exact, auto" else ""),
             "batch": lambda r: str(r["batch"]),
             "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
             "times full (range)": lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ease.generation.lookup import DECAY, LENGTHS, PRIOR, PRIOR_WEIGHT, PromptLookup
+from ease.generation.lookup import ACCEPTANCE, LENGTHS, PromptLookup
 
 rows = st.lists(st.integers(0, 2), max_size=40)
 
@@ -39,20 +39,5 @@ def test_a_longer_match_is_surer() -> None:
     short = PromptLookup([9, 1, 2, 3, 8, 1, 2]).propose(2)
     long = PromptLookup([5, 6, 7, 1, 2, 3, 5, 6, 7, 1, 2]).propose(2)
     assert (short[0], long[0]) == ([3, 8], [3, 5])
-    assert short[1] == [PRIOR[0], PRIOR[1]]
-    assert long[1] == [PRIOR[3], PRIOR[4]]
-
-
-def test_acceptance_is_learned_by_the_length_of_the_match() -> None:
-    lookup = PromptLookup([9, 1, 2, 3, 8, 1, 2])
-    lookup.propose(3)
-    lookup.learn(3, 1)  # matches of 2 and 3 tokens: right, wrong; the third draft says nothing
-    w = PRIOR_WEIGHT
-    assert lookup.propose(3)[1] == [(1 + w * PRIOR[0]) / (1 + w), w * PRIOR[1] / (1 + w), PRIOR[2]]
-    for _ in range(5000):
-        lookup.learn(1, 0)
-    settled = 1 / (1 - DECAY)
-    assert abs(lookup.propose(1)[1][0] - w * PRIOR[0] / (settled + w)) < 1e-6
-    for _ in range(5000):
-        lookup.learn(1, 1)
-    assert 0.9 < lookup.propose(1)[1][0] < 1
+    assert short[1] == [ACCEPTANCE[0], ACCEPTANCE[1]]
+    assert long[1] == [ACCEPTANCE[3], ACCEPTANCE[4]]

@@ -56,7 +56,8 @@ def way(name: str, batch: int, speed: float, ratio: float, layers: float, **extr
         "same_tokens": 1.0,
         "layers_per_token": layers,
         "acceptance": None,
-        "draft_exit": None,
+        "tokens_per_round": None,
+        "draft_source": None,
         **extra,
     }
 
@@ -193,12 +194,12 @@ def synthetic_summary(**changes: Any) -> dict[str, Any]:
             "rows": [
                 way("full", 1, 500.0, 1.0, 6.0),
                 way("routed, own policy", 1, 605.0, 1.21, 4.5, same_tokens=0.4),
-                way("exact, auto", 1, 500.0, 1.01, 6.0, acceptance=0.97),
-                way("exact, exit 3", 1, 450.0, 0.9, 6.0, acceptance=0.91, draft_exit=3),
+                way("exact, auto", 1, 500.0, 1.01, 6.0, acceptance=0.97, tokens_per_round=1.2, draft_source="lookup"),
+                way("exact, exit 3", 1, 450.0, 0.9, 6.0, acceptance=0.91, tokens_per_round=1.4, draft_source="exit 3"),
                 way("full", 8, 3200.0, 1.0, 6.0),
                 way("routed, own policy", 8, 2400.0, 0.75, 4.6, same_tokens=0.7),
-                way("exact, auto", 8, 3600.0, 1.125, 6.0, acceptance=0.93, draft_exit=3),
-                way("exact, exit 3", 8, 3700.0, 1.16, 6.0, acceptance=0.94, draft_exit=3),
+                way("exact, auto", 8, 3600.0, 1.125, 6.0, acceptance=0.93, tokens_per_round=1.4, draft_source="exit 3"),
+                way("exact, exit 3", 8, 3700.0, 1.16, 6.0, acceptance=0.94, tokens_per_round=1.4, draft_source="exit 3"),
             ],
         },
         "reliability": {

@@ -23,6 +23,7 @@ def main(args: list[str]) -> None:
     from ease.cli.decoding import check_threshold, choose_mode, default_sampling, statistics
     from ease.devices import choose_device
     from ease.generation.decode import generate
+    from ease.data.counts import CountTable
     from ease.generation.request import Token
     from ease.hf.prompting import chat_prompt
     from ease.runs.reopen import load_start
@@ -41,16 +42,21 @@ def main(args: list[str]) -> None:
         """Whether a special token that the prompt spells, such as <|im_start|>, stays text (by default as the
         tokenizer of a checkpoint says, and as a run was trained)."""
         mode: Literal["full", "routed", "exact"] | None = None
-        """full runs every layer; routed exits early where the confidence suffices; exact drafts at an exit and checks
-        the drafts, which gives the tokens of full up to rounding (routed by default if the model has a policy, else
+        """full runs every layer; routed exits early where the confidence suffices; exact drafts tokens and checks several
+        at once, which gives the tokens of full up to rounding (routed by default if the model has a policy, else
         full)."""
         max_new_tokens: int | None = None
         """Largest number of new tokens (100 by default, or as many as the model has positions for)."""
         threshold: float | None = None
         """For mode routed: confidence in [0, 1] from which on a token exits, the same at every exit (the model's own
         policy by default)."""
+        draft_source: Literal["auto", "none", "lookup", "brick", "exit"] | None = None
+        """For mode exact: what drafts, see the guide on generation (by default the fastest, measured during
+        decoding)."""
         draft_exit: int | None = None
         """For mode exact: the exit that drafts (by default the fastest, measured during decoding)."""
+        count_table: str | None = None
+        """For mode exact: a file of CountTable.save, to draft from the text that it counted."""
         temperature: float | None = None
         """0 chooses the most likely token; above 0 tokens are sampled. What is not given of this and the next three
         options is that of the checkpoint's generation_config.json, or else 0 and no limit."""
@@ -108,7 +114,9 @@ def main(args: list[str]) -> None:
         stop=stop,
         seed=given.seed,
         stream=show,
+        draft_source=given.draft_source or "auto",
         draft_exit="auto" if given.draft_exit is None else given.draft_exit,
+        count_table=None if given.count_table is None else CountTable.load(given.count_table),
     )
     console.print()
     error_console().print(statistics(answer.stats, answer.exits[0].tolist(), model.num_layers, colors), soft_wrap=True)

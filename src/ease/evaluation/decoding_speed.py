@@ -24,13 +24,17 @@ def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]
     """Calls that continue prompts (B, T) greedily by `steps` tokens, one per decoding mode; full decoding comes first.
 
     Routed decoding uses `model.policy` and is left out if that has no exits. Exact decoding is included with
-    `draft_exit="auto"`, and with each exit of the policy (without one, each trained exit).
+    `draft_source="auto"`, with lookup, with the draft brick if there is one, and with each exit of the policy (without
+    one, each trained exit).
     """
     policy = model.policy
     calls: dict[str, Call] = {"full": lambda: generate(model, ids, steps)}
     if policy.exits:
         calls["routed, own policy"] = lambda: generate(model, ids, steps, "routed")
     calls["exact, auto"] = lambda: generate(model, ids, steps, "exact")
+    calls["exact, lookup"] = lambda: generate(model, ids, steps, "exact", draft_source="lookup")
+    if model.draft_brick is not None:
+        calls["exact, brick"] = lambda: generate(model, ids, steps, "exact", draft_source="brick")
     for exit in policy.exits or model.early_exits:
         calls[f"exact, exit {exit}"] = lambda e=exit: generate(model, ids, steps, "exact", draft_exit=e)  # type: ignore[misc]
     return calls
@@ -81,8 +85,8 @@ def side_by_side(
 
     Returns:
         One row per call with way, batch, tokens_per_second, ratio (the median over the rounds; above 1 is faster than
-        the first call) with low and high (its range), same_tokens, and for a `Generation` layers_per_token, acceptance
-        and draft_exit of its last round.
+        the first call) with low and high (its range), same_tokens, and for a `Generation` layers_per_token, acceptance,
+        tokens_per_round and draft_source of its last round.
     """
     seconds, answers = in_turns(calls, rounds, progress)
     first = next(iter(calls))
@@ -102,7 +106,7 @@ def side_by_side(
                 "low": min(ratios),
                 "high": max(ratios),
                 "same_tokens": (tokens[name] == tokens[first]).float().mean().item(),
-                **{key: stats.get(key) for key in ("layers_per_token", "acceptance", "draft_exit")},
+                **{key: stats.get(key) for key in ("layers_per_token", "acceptance", "tokens_per_round", "draft_source")},
             }
         )
     return rows

@@ -147,7 +147,7 @@ def generate(
     )
     request.step(ids, real, policy)
     prefilled = time.perf_counter()
-    drafts = None
+    drafts = DraftCounts()
     if mode == "routed":
         while request.unfinished:
             request.step(request.current[:, None], request.running[:, None], policy)

@@ -7,14 +7,10 @@ from collections.abc import Iterable
 LENGTHS = (4, 3, 2)  # tokens of a match that are looked up, the longest first
 
 # Share of the drafts that were right after a match of n tokens, n = 2..16, in the standard library in 2,048 byte pairs:
-# the first 4,000 tokens of each file of the splits val and test. A row learns how much its own text differs.
-PRIOR = (0.45, 0.55, 0.61, 0.66, 0.7, 0.73, 0.76, 0.77, 0.77, 0.79, 0.8, 0.83, 0.81, 0.82, 0.9)
+# the first 4,000 tokens of each file of the splits val and test.
+ACCEPTANCE = (0.45, 0.55, 0.61, 0.66, 0.7, 0.73, 0.76, 0.77, 0.77, 0.79, 0.8, 0.83, 0.81, 0.82, 0.9)
 
-LONGEST = len(PRIOR) + 1  # tokens of a match; longer ones are not told apart
-
-PRIOR_WEIGHT = 8.0  # drafts that the prior counts as
-
-DECAY = 0.98  # of the counts of earlier drafts, with each draft after a match of the same length
+LONGEST = len(ACCEPTANCE) + 1  # tokens of a match; longer ones are not told apart
 
 
 class PromptLookup:
@@ -32,9 +28,6 @@ class PromptLookup:
         self.tokens: list[int] = []
         self.lengths = sorted(set(lengths), reverse=True)
         self._after: dict[tuple[int, ...], int] = {}
-        self._match = 0
-        self._accepted = [0.0] * len(PRIOR)
-        self._verified = [0.0] * len(PRIOR)
         self.append(tokens)
 
     def append(self, tokens: Iterable[int]) -> None:
@@ -66,28 +59,11 @@ class PromptLookup:
             return [], []
         while n < LONGEST and n < place and tokens[place - n - 1] == tokens[size - n - 1]:
             n += 1
-        self._match = n
         period = size - place
         proposed = [tokens[place + i % period] for i in range(length)]
-        return proposed, [self._confidence(n + i) for i in range(length)]
-
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Counts what became of the last proposal.
-
-        Args:
-            proposed: how many of its tokens were verified.
-            accepted: how many of these, from the first, were accepted.
-        """
-        for i in range(min(proposed, accepted + 1)):
-            n = _bucket(self._match + i)
-            self._accepted[n] = DECAY * self._accepted[n] + (i < accepted)
-            self._verified[n] = DECAY * self._verified[n] + 1
-
-    def _confidence(self, match: int) -> float:
-        n = _bucket(match)
-        return (self._accepted[n] + PRIOR_WEIGHT * PRIOR[n]) / (self._verified[n] + PRIOR_WEIGHT)
+        return proposed, [ACCEPTANCE[_bucket(n + i)] for i in range(length)]
 
 
 def _bucket(match: int) -> int:
-    """The index into PRIOR for a match of `match` tokens."""
-    return min(max(match - 2, 0), len(PRIOR) - 1)
+    """The index into ACCEPTANCE for a match of `match` tokens."""
+    return min(max(match - 2, 0), len(ACCEPTANCE) - 1)

@@ -133,12 +133,10 @@ class AlignedPlan(CachedPlan):
             check_length(kind, length)
             rope = query_rope = cache.rope(kind)
             if rope is not None:
-                rows = B if m > 1 else 1  # a single place is the same for all rows
-                rope = (
-                    rope[0][:, :, filled:length].repeat(1, 1, rows, 1),
-                    rope[1][:, :, filled:length].repeat(1, 1, rows, 1),
-                )
-                query_rope = query_rope[0][:, :, length - n : length], query_rope[1][:, :, length - n : length]
+                cos, sin = rope
+                repeats = 1, 1, B if m > 1 else 1, 1  # a single place is the same for all rows
+                rope = cos[:, :, filled:length].repeat(repeats), sin[:, :, filled:length].repeat(repeats)
+                query_rope = cos[:, :, length - n : length], sin[:, :, length - n : length]
             reach = length if kind.window is None else kind.window
             start = max(0, length - n + 1 - reach)
             causal, mask = n == length and reach >= n, None

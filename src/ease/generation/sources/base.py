@@ -53,8 +53,9 @@ class Reliability:
     def __init__(self) -> None:
         self.right, self.all = np.zeros(10), np.zeros(10)
 
-    def __call__(self, confidences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Confidences (...) -> the share (...) of such drafts that was right."""
+    def __call__(self, said: NDArray[np.float64] | Sequence[float]) -> NDArray[np.float64]:
+        """Confidences (n,) -> the share (n,) of such drafts that was right."""
+        confidences = np.asarray(said)
         bins = np.minimum(confidences * 10, 9).astype(np.int64)
         share: NDArray[np.float64] = (self.right[bins] + self.IMAGINED * confidences) / (self.all[bins] + self.IMAGINED)
         return share
@@ -98,7 +99,7 @@ class Pace:
             return self.prior * rows
         slope = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
         # As if two rounds had been seen a place away from the mean, on that line.
-        slope = max(0.0, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
+        slope = np.maximum(0.0, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
         return float(slope * tokens / t)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.generation.request import Request
@@ -27,7 +28,9 @@ class BrickSource(Source):
     def offer(self, limits: Tensor, least: float) -> Drafts:
         request, model = self.request, self.request.model
         alive, chain = request.running & (limits > 0), np.ones(len(limits))
-        tokens, confidences, masks = [], [], []
+        tokens: list[Tensor] = []
+        masks: list[Tensor] = []
+        confidences: list[NDArray[np.float64]] = []
         if bool(alive.any()):
             states, ids, real = self._unread(alive)
             read = self.cache.length + real.sum(1).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.errors import EaseError
@@ -31,7 +32,11 @@ class ExitSource(Source):
         running, current = request.running, request.current
         seen = None if request.seen is None else request.seen.clone()
         chain = np.ones(len(limits))
-        states, tokens, confidences, masks, distributions = [], [], [], [], []
+        states: list[Tensor] = []
+        distributions: list[tuple[Tensor, Tensor]] = []
+        tokens: list[Tensor] = []
+        masks: list[Tensor] = []
+        confidences: list[NDArray[np.float64]] = []
         while True:
             layout = Layout(torch.zeros(len(running), 1, dtype=torch.long), running.long()[:, None] - 1)
             state = model.run(model.embed(current[:, None]), 1, self.exit, layout=layout, cache=request.cache)
@@ -69,6 +74,6 @@ class ExitSource(Source):
             torch.stack(masks, 1),
             np.stack(confidences, 1),
             self.exit,
-            torch.cat(states[: len(tokens) + 1], 1),
+            torch.cat(states, 1),
             distributions,
         )

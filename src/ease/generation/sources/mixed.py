@@ -20,15 +20,15 @@ class MixedSource(Source):
 
     def __init__(self, first: Source, second: Source) -> None:
         super().__init__(first.request)
-        self.first, self.second, self.parts = first, second, (first.drafts_of([]),) * 2
+        self.first, self.second = first, second
+        self.parts: tuple[Drafts, Drafts]
         self.name, self.prior = f"{first.name}, {second.name}", second.prior
 
     def offer(self, limits: Tensor, least: float) -> Drafts:
         first = self.first.offer(limits, least)
         second = self.second.offer(limits.masked_fill(first.mask.any(1), 0), least)
         K = max(first.mask.shape[1], second.mask.shape[1])
-        self.parts = tuple(_padded(part, K) for part in (first, second))
-        first, second = self.parts
+        self.parts = first, second = _padded(first, K), _padded(second, K)
         taken = first.mask.any(1)
         tokens = torch.where(to_device(taken[:, None], first.tokens.device), first.tokens, second.tokens)
         return Drafts(tokens, first.mask | second.mask, np.where(taken[:, None], first.confidences, second.confidences))

@@ -41,10 +41,6 @@ class TextSource(Source):
     def _paying(self, chain: Chain, least: float) -> tuple[Chain, float]:
         """The start of a chain that pays, and the number of its tokens that are expected to be right."""
         tokens, confidences = chain
-        right, expected, length = 1.0, 0.0, 0
-        for confidence in confidences:
-            right *= self.reliability(confidence)
-            if right < least:
-                break
-            expected, length = expected + right, length + 1
-        return (tokens[:length], confidences[:length]), expected
+        right = self.reliability(confidences).cumprod()
+        length = int((right >= least).sum())
+        return (tokens[:length], confidences[:length]), float(right[:length].sum())

@@ -9,10 +9,9 @@ const MODES = {
     "exit's head and the selection of rows cost extra, and in a batch a step is short only if every row exits early. " +
     "After the first different token the texts diverge, so the share of same tokens does not measure quality.",
   exact:
-    "An exit drafts, the remaining layers check the drafts in one pass, and the tokens are those of full decoding. " +
-    "Every token costs two heads, rejected drafts cost layers, and in a batch all rows wait for the longest draft. Auto " +
-    "tries the exits during decoding and continues in full if none is faster, or if trying would take too much of a " +
-    "short text.",
+    "A source drafts (the row's own text, a draft brick, or an exit), one pass of the model checks several drafts, and " +
+    "the tokens are those of full decoding. Rejected drafts cost layers. Auto measures the sources during decoding and " +
+    "continues with the fastest.",
 };
 
 function decodingSection(run) {
@@ -21,9 +20,9 @@ function decodingSection(run) {
   if (rows.length === 0)
     return empty("This run did not time decoding: it has no exits, or an earlier version of ease wrote it.");
   const most = Math.max(...rows.map((row) => row.ratio).filter(isNumber));
-  const drafting = ({ way, draft_exit: exit }) => {
-    if (way !== "exact, auto") return null;
-    return h("small", isNumber(exit) ? `drafted at exit ${exit}` : "continued in full");
+  const drafting = ({ way, draft_source: source }) => {
+    if (way !== "exact, auto" || !source) return null;
+    return h("small", source === "none" ? "continued in full" : `most tokens by ${source}`);
   };
   const cells = (row) => [
     [row.way, drafting(row)],
@@ -33,6 +32,7 @@ function decodingSection(run) {
     fixed(2)(row.layers_per_token),
     percent(row.same_tokens),
     percent(row.acceptance),
+    fixed(2)(row.tokens_per_round),
   ];
   const batches = [...new Set(rows.map((row) => row.batch))];
   const on = [machine?.cpu, isNumber(machine?.threads) && plural(machine.threads, "thread")].filter(Boolean);
@@ -49,6 +49,7 @@ function decodingSection(run) {
         "layers run per token",
         "same tokens as full",
         "drafts accepted",
+        "tokens per pass",
       ],
       batches.flatMap((batch) => [
         batch === 1 ? "Single row" : `Batch of ${batch} rows`,

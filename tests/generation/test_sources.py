@@ -1,0 +1,39 @@
+"""What a draft costs and how often it is right, as measured within a request."""
+
+import numpy as np
+import pytest
+
+from ease.generation.sources.base import Pace, Reliability
+
+
+def test_reliability_starts_with_what_the_source_says_and_ends_with_what_came_true() -> None:
+    reliability = Reliability()
+    assert reliability([0.05, 0.55, 1.0]) == pytest.approx([0.05, 0.55, 1.0])
+    for _ in range(100):
+        reliability.learn(np.full(10, 0.95), np.arange(10) < 4)
+    assert reliability([0.95])[0] == pytest.approx(0.4, abs=0.03)
+    assert reliability([0.55])[0] == pytest.approx(0.55)
+
+
+def test_the_price_of_a_draft_is_what_its_time_would_gain_otherwise() -> None:
+    """Rounds of 10 seconds and one more per draft, which append two tokens: a draft must gain a sixth of a token."""
+    pace = Pace(prior=0.05)
+    assert pace.price(rows=4) == pytest.approx(0.2)
+    for drafts in range(200):
+        pace.record(4 + drafts % 5, 10.0 + drafts % 5, 2)
+    assert pace.seconds_per_token == pytest.approx(12 / 2, rel=0.1)
+    assert pace.price(rows=4) == pytest.approx(2 / 12, rel=0.1)
+
+
+def test_rounds_of_one_length_tell_no_price_and_leave_the_prior() -> None:
+    pace = Pace(prior=0.1)
+    for _ in range(20):
+        pace.record(1, 5.0, 1)
+    assert pace.price(rows=1) == pytest.approx(0.1)
+
+
+def test_a_price_is_never_negative() -> None:
+    pace = Pace(prior=0.1)
+    for places, seconds in ((1, 9.0), (5, 1.0)) * 5:
+        pace.record(places, seconds, 1)
+    assert pace.price(rows=1) == 0
