@@ -44,6 +44,9 @@ def curve(phase: str, start: float, losses: list[float]) -> list[dict[str, Any]]
     ]
 
 
+EXIT = {"tokens_per_round": 1.4, "draft_source": "exit 3"}
+
+
 def way(name: str, batch: int, speed: float, ratio: float, layers: float, **extra: Any) -> dict[str, Any]:
     """Metrics of one decoding mode."""
     return {
@@ -195,11 +198,11 @@ def synthetic_summary(**changes: Any) -> dict[str, Any]:
                 way("full", 1, 500.0, 1.0, 6.0),
                 way("routed, own policy", 1, 605.0, 1.21, 4.5, same_tokens=0.4),
                 way("exact, auto", 1, 500.0, 1.01, 6.0, acceptance=0.97, tokens_per_round=1.2, draft_source="lookup"),
-                way("exact, exit 3", 1, 450.0, 0.9, 6.0, acceptance=0.91, tokens_per_round=1.4, draft_source="exit 3"),
+                way("exact, exit 3", 1, 450.0, 0.9, 6.0, acceptance=0.91, **EXIT),
                 way("full", 8, 3200.0, 1.0, 6.0),
                 way("routed, own policy", 8, 2400.0, 0.75, 4.6, same_tokens=0.7),
-                way("exact, auto", 8, 3600.0, 1.125, 6.0, acceptance=0.93, tokens_per_round=1.4, draft_source="exit 3"),
-                way("exact, exit 3", 8, 3700.0, 1.16, 6.0, acceptance=0.94, tokens_per_round=1.4, draft_source="exit 3"),
+                way("exact, auto", 8, 3600.0, 1.125, 6.0, acceptance=0.93, **EXIT),
+                way("exact, exit 3", 8, 3700.0, 1.16, 6.0, acceptance=0.94, **EXIT),
             ],
         },
         "reliability": {

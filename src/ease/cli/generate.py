@@ -21,9 +21,9 @@ def main(args: list[str]) -> None:
 
     from ease.cli.console import error_console, output_console
     from ease.cli.decoding import check_threshold, choose_mode, default_sampling, statistics
+    from ease.data.counts import CountTable
     from ease.devices import choose_device
     from ease.generation.decode import generate
-    from ease.data.counts import CountTable
     from ease.generation.request import Token
     from ease.hf.prompting import chat_prompt
     from ease.runs.reopen import load_start
@@ -42,8 +42,8 @@ def main(args: list[str]) -> None:
         """Whether a special token that the prompt spells, such as <|im_start|>, stays text (by default as the
         tokenizer of a checkpoint says, and as a run was trained)."""
         mode: Literal["full", "routed", "exact"] | None = None
-        """full runs every layer; routed exits early where the confidence suffices; exact drafts tokens and checks several
-        at once, which gives the tokens of full up to rounding (routed by default if the model has a policy, else
+        """full runs every layer; routed exits early where the confidence suffices; exact drafts tokens and checks
+        several at once, which gives the tokens of full up to rounding (routed by default if the model has a policy, else
         full)."""
         max_new_tokens: int | None = None
         """Largest number of new tokens (100 by default, or as many as the model has positions for)."""

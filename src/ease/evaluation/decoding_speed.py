@@ -88,6 +88,7 @@ def side_by_side(
         the first call) with low and high (its range), same_tokens, and for a `Generation` layers_per_token, acceptance,
         tokens_per_round and draft_source of its last round.
     """
+    kept = ("layers_per_token", "acceptance", "tokens_per_round", "draft_source")
     seconds, answers = in_turns(calls, rounds, progress)
     first = next(iter(calls))
     tokens = {name: a.tokens if isinstance(a, Generation) else a.cpu() for name, a in answers.items()}
@@ -106,7 +107,7 @@ def side_by_side(
                 "low": min(ratios),
                 "high": max(ratios),
                 "same_tokens": (tokens[name] == tokens[first]).float().mean().item(),
-                **{key: stats.get(key) for key in ("layers_per_token", "acceptance", "tokens_per_round", "draft_source")},
+                **{key: stats.get(key) for key in kept},
             }
         )
     return rows
