@@ -95,7 +95,7 @@ def test_every_token_equals_that_of_full_greedy_decoding(source: Any, tiny: Make
         steps *= longer
         model = tiny(LAYERS, seed=seed, vocab_size=vocab, sharp=True, num_kv_heads=2).double()
         model.trained_exits = {1, 2, 3}
-        model.add_draft_brick(torch.arange(vocab - 1))
+        model.add_draft_brick(torch.arange(vocab - 1), torch.randn(64, model.config.dim).double())
         (ids, mask), stop = prompts(vocab, rows, width), set(range(stops * vocab // VOCAB))
         shared: dict[str, Any] = {"attention_mask": mask, "repetition_penalty": penalty, "stop": tuple(stop)}
         if source == "full":

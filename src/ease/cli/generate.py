@@ -43,8 +43,8 @@ def main(args: list[str]) -> None:
         tokenizer of a checkpoint says, and as a run was trained)."""
         mode: Literal["full", "routed", "exact"] | None = None
         """full runs every layer; routed exits early where the confidence suffices; exact drafts tokens and checks
-        several at once, which gives the tokens of full up to rounding (routed by default if the model has a policy, else
-        full)."""
+        several at once, which gives the tokens of full up to rounding (routed by default if the model has a policy,
+        else full)."""
         max_new_tokens: int | None = None
         """Largest number of new tokens (100 by default, or as many as the model has positions for)."""
         threshold: float | None = None

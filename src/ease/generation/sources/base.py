@@ -95,7 +95,7 @@ class Pace:
             rows: running rows, each of which reads at least one token.
         """
         n, x, xx, t, xt, tokens = self.sums
-        if not n:
+        if t <= 0:  # nothing recorded, or a clock too coarse
             return self.prior * rows
         slope = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
         # As if two rounds had been seen a place away from the mean, on that line.
