@@ -91,7 +91,7 @@ def test_every_token_equals_that_of_full_greedy_decoding(source: Any, tiny: Make
     def check(
         seed: int, rows: int, width: int, steps: int, least: float | None, penalty: float, stops: int, change: float
     ) -> None:
-        clock.pace, clock.change = 1.0, change
+        clock.now, clock.pace, clock.change = 0.0, 1.0, change
         steps *= longer
         model = tiny(LAYERS, seed=seed, vocab_size=vocab, sharp=True, num_kv_heads=2).double()
         model.trained_exits = {1, 2, 3}
