@@ -27,6 +27,8 @@ CONFIG = "config.json"  # what a run folder and a checkpoint are recognized by
 
 CHECKPOINTS = "checkpoints"  # subfolder of an unfinished output folder, with what resuming it takes
 
+MADE = "self"  # subfolder of a run, with the text that a model made for its training
+
 # ---------------------------------------------------------------------------------------------------------
 # Output folders
 
@@ -41,7 +43,7 @@ def output_folder(
         out: the folder to create.
         overwrite: replace `out` if it is a run or a checkpoint.
         resumable: give the partial folder a fixed name, lock it against other processes, and keep it after a failure
-            if it has checkpoints in its subfolder CHECKPOINTS. Success removes the checkpoints.
+            if it has checkpoints in its subfolder CHECKPOINTS, or text in MADE. Success removes the checkpoints.
         reads: files and folders that are read to write this one; a folder that holds one of them, or is in one of
             them, is not overwritten.
 
@@ -88,11 +90,11 @@ def output_folder(
                 f"{out} could not be written ({error}): free disk space, or choose another folder"
             ) from error
         except KeyboardInterrupt:
-            if has_checkpoints(partial):
+            if is_begun(partial):
                 raise KeyboardInterrupt(f"run the same command again to resume ({partial})") from None
             raise
         finally:
-            if not has_checkpoints(partial):
+            if not is_begun(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             if parent_is_new and not out.exists():
                 with suppress(OSError):
@@ -132,6 +134,11 @@ def is_run_or_checkpoint(folder: Path) -> bool:
 def has_checkpoints(partial: Path) -> bool:
     """Whether a partial folder has checkpoints to resume from."""
     return any((partial / CHECKPOINTS).rglob("*.safetensors"))
+
+
+def is_begun(partial: Path) -> bool:
+    """Whether a partial folder has anything that resuming it saves: checkpoints, or text that a model made."""
+    return has_checkpoints(partial) or any((partial / MADE).glob("*.jsonl"))
 
 
 @contextmanager

@@ -16,7 +16,9 @@ usage: ease tune CHECKPOINT [--exits 8,16] [--data D] [--out DIR] [options]
                 at two thirds of the depth)
   --data        training text: a folder with train.txt and valid.txt, a text
                 file, a .jsonl, .json, .csv, .tsv or .parquet file with a column
-                "text", stdlib, hf:NAME/CONFIG
+                "text", stdlib, hf:NAME/CONFIG; or self:PROMPTS, text that the
+                model makes from prompts: the lines of a text file, or the parts
+                of any other of these
   --adapter     none or mlp: what is trained in addition to each exit's norm.
                 brick: a draft brick instead of exits, which drafts for
                 `ease generate --mode exact`

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from ease.errors import EaseError, check_counts, check_fields, check_seed
+from ease.errors import EaseError, check_counts, check_fields, check_number, check_seed
 from ease.training.phases import StrategyConfig
+
+SELF = "self:"  # a source that begins so is text that the model makes itself, from prompts
 
 Baseline = Literal["full-depth", "continued", "standard", "deep-supervision", "growth"]
 
@@ -41,13 +43,16 @@ class DataConfig:
 
     Args:
         source: "stdlib", a folder with train.txt and valid.txt, a text file, a .jsonl, .json, .csv, .tsv or .parquet
-            file with a column "text", "wikitext-2", "wikitext-103" or "hf:NAME/CONFIG".
+            file with a column "text", "wikitext-2", "wikitext-103" or "hf:NAME/CONFIG"; or "self:PROMPTS", text
+            that the model of `start` makes from the prompts of such a source (a text file has one in each line).
         tokenizer: "bpe:N", "word" or "byte".
         split_special_tokens: whether text that spells a special token of a checkpoint's tokenizer, such as
             <|im_start|>, stays text; None reads it as transformers does.
         seq_len: tokens per sequence.
         batch_size: sequences per batch.
-        max_tokens: limit on the number of training tokens read.
+        max_tokens: limit on the number of training tokens read, or made (200,000 by default).
+        temperature: temperature of text that the model makes (that of the checkpoint's generation_config.json by
+            default, or else 1).
         epoch_batches: training batches between two validations; None means all of them.
         eval_batches: limit on the batches scored of validation and of test.
         allow_overlap: accept a source whose splits share most of their text.
@@ -65,9 +70,14 @@ class DataConfig:
     epoch_batches: int | None = None
     eval_batches: int | None = None
     allow_overlap: bool = False
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, 0)
+            if not self.source.startswith(SELF):
+                raise EaseError("temperature applies to text that the model makes (self:PROMPTS): leave it out")
         check_counts(1, seq_len=self.seq_len, batch_size=self.batch_size, max_tokens=self.max_tokens)
         check_counts(1, epoch_batches=self.epoch_batches, eval_batches=self.eval_batches)
 
@@ -122,6 +132,8 @@ class RunConfig(Generic[S]):
             check_counts(1, compare_layers=layers)
         if self.dtype != "float32" and self.start is None:
             raise EaseError(f"dtype {self.dtype} applies to a checkpoint: name one with --start, or leave it out")
+        if self.data.source.startswith(SELF) and self.start is None:
+            raise EaseError(f"{self.data.source} is made by a trained model: name one with --start, or another source")
         if self.data.split_special_tokens is not None and self.start is None:
             raise EaseError(
                 "split_special_tokens applies to a checkpoint's tokenizer: name one with --start, or leave it out"

@@ -25,8 +25,9 @@ from ease.hf.prompting import load_tokenizer as load_checkpoint_tokenizer
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.progress import Progress, ProgressBatches
-from ease.runs.config import DataConfig
+from ease.runs.config import SELF, DataConfig
 from ease.runs.store import load_model, save_calibration, start_folder
+from ease.storage import MADE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,13 +115,14 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
         given = _tokenizer_of(folder, model, config)
     recorded = config["data"]
     surrounded = recorded.get("add_special_tokens", False)  # as in runs that do not record it
+    own = source == SELF
     corpus = load_corpus(
-        source,
+        str(folder / MADE) if own else source,
         given,
         eos=recorded.get("eos"),
         add_special_tokens=surrounded,
         max_tokens=data.max_tokens,
-        allow_overlap=data.allow_overlap,
+        allow_overlap=data.allow_overlap or own,
     )
     if corpus.hash != corpus_hash:
         raise EaseError(f"the text of {corpus.name} is not what {folder} was trained on: restore it, or run again")

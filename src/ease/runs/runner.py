@@ -24,12 +24,13 @@ from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.report.page import write_report
 from ease.runs.baselines import train_baselines
-from ease.runs.config import RunConfig
+from ease.runs.config import SELF, RunConfig
 from ease.runs.context import RunContext
 from ease.runs.explorer import explorer_data
 from ease.runs.lines import train_strategy
 from ease.runs.metrics import decoding_metrics, draft_metrics, run_metrics
 from ease.runs.reopen import load_start
+from ease.runs.self_text import self_text
 from ease.runs.store import FILES, START, can_resume, save_model, start_files
 from ease.storage import fingerprint, output_folder, write_json
 from ease.strategies import STRATEGIES
@@ -64,7 +65,7 @@ def run(
             and configuration do not fit together.
     """
     device = choose_device(config.device)
-    reads = (config.data.source.removeprefix("hf:"), *([config.start] if config.start else []))
+    reads = (config.data.source.removeprefix(SELF).removeprefix("hf:"), *([config.start] if config.start else []))
     with output_folder(out, overwrite, resumable=True, reads=reads) as folder:
         data = config.data
         given = None
@@ -79,9 +80,16 @@ def run(
             raise EaseError(
                 f"{config.start} has {limit} positions: set --data.seq-len to at most that, not {data.seq_len}"
             )
-        corpus = load_corpus(
-            data.source, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=data.allow_overlap
-        )
+        text, own = data.source, data.source.startswith(SELF)
+        if given and own:
+            given.model.to(device)
+            making = progress("making text")
+            text = str(self_text(data, given, folder, seed=config.seed, overwrite=overwrite, progress=making))
+        # No two splits of text that the model made have a prompt in common, however alike its continuations are.
+        allowed = data.allow_overlap or own
+        corpus = load_corpus(text, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=allowed)
+        if own:
+            corpus = replace(corpus, name=SELF + Path(data.source.removeprefix(SELF)).name)
         if can_resume(folder, run_identity(config, corpus, start), overwrite):
             say(f"resuming the unfinished run in {folder}")
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # resumed lines report their past epochs again
@@ -99,6 +107,8 @@ def run(
         summary["drafts"] = draft_metrics(final.model, test)
         local = Path(data.source).exists()
         source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
+        if own:
+            source["source"] = SELF  # the text is in the run's own folder
         source |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}
         source["split_special_tokens"] = bool(corpus.tokenizer.encode_special_tokens)
         save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=source)
