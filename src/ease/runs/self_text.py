@@ -1,7 +1,7 @@
 """Training text that the model makes itself: continuations of prompts, sampled in batches.
 
-A draft is accepted if the model itself would have said it, so a model's own text is what drafts are trained on. The text
-is a folder of the run with train.jsonl, valid.jsonl and test.jsonl, no two of which have a prompt in common.
+A draft is accepted if the model itself would have said it, so a model's own text is what drafts are trained on. The
+text is a folder of the run with train.jsonl, valid.jsonl and test.jsonl, no two of which have a prompt in common.
 """
 
 from __future__ import annotations
