@@ -110,7 +110,7 @@ def test_every_token_equals_that_of_full_greedy_decoding(source: Any, tiny: Make
             counts["stopped"] += answer[-1] in stop
         counts["prompts"] += rows
         for key in ("drafted", "accepted"):
-            counts[key] += generated.stats.get(key, 0)
+            counts[key] += generated.stats.get(key, 0) if least is not None else 0  # a price depends on the clock
         chosen.add(generated.stats.get("draft_source", "full"))
 
     check()
