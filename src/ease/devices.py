@@ -28,12 +28,17 @@ def choose_device(name: str) -> str:
     if name != "auto":
         try:
             torch.zeros(1, device=name).item()  # "meta" can allocate but holds no values
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
             raise EaseError(f"no device {name!r} on this machine: use auto, cpu, cuda or mps") from error
         return name
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device itself, or that of a name as in `choose_device`."""
+    return device if isinstance(device, torch.device) else torch.device(choose_device(device))
 
 
 def choose_dtype(name: torch.dtype | str | None) -> torch.dtype | None:

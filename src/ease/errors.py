@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import MethodType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 LARGEST_INTEGER = 2**63 - 1  # the largest integer that a tensor holds
 
@@ -124,9 +125,37 @@ def check_fields(config: Any) -> None:
             _check_type(field.name, getattr(config, field.name), types[field.name])
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(function: Function) -> Function:
+    """Decorates a function: it raises EaseError for an argument of another type than its annotation states.
+
+    Arguments annotated as tensors, devices or protocols are left to the function, which accepts other values too.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kinds = _annotations(function)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            kind = signature.parameters[name].kind
+            if name in kinds and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                _check_type(name, value, kinds[name])
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises EaseError for names in `given`, keywords of `owner`, that are not known."""
+    if unknown := sorted({*given} - {*known}):
+        raise EaseError(f"{owner} has no {', '.join(unknown)}: it has {', '.join(known)}")
+
+
 @functools.cache
-def _annotations(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _annotations(annotated: Any) -> dict[str, Any]:
+    return get_type_hints(annotated)
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:
@@ -134,13 +163,7 @@ def _check_type(name: str, value: object, kind: Any) -> None:
     parts = get_args(kind)
     form = get_origin(kind) or kind
     if form in (Union, UnionType):
-        if value is None and NoneType in parts:
-            return
-        kinds = [part for part in parts if part is not NoneType]
-        # The message is that for a list if one is given, and otherwise that for the first alternative.
-        lists = [part for part in kinds if get_origin(part) is not None and get_origin(part) is not Literal]
-        given = isinstance(value, Iterable) and not isinstance(value, str)
-        _check_type(name, value, next(iter(lists if given and lists else kinds)))
+        _check_alternatives(name, value, [part for part in parts if part is not NoneType], NoneType in parts)
     elif form is Literal:
         check_choice(name, value, parts)
     elif form is bool:
@@ -160,8 +183,41 @@ def _check_type(name: str, value: object, kind: Any) -> None:
         for key, element in value.items():
             _check_type(f"a key of {name}", key, parts[0])
             _check_type(f"an element of {name}", element, parts[1])
-    elif isinstance(form, type) and is_dataclass(form) and not isinstance(value, form):
-        raise EaseError(f"{name} must be a {form.__name__}, got {reprlib.repr(value)}")
+    elif _is_checked(form) and not isinstance(value, form):
+        what = "callable" if form is Callable else f"{'an' if form.__name__[0] in 'AEIOU' else 'a'} {form.__name__}"
+        own = getattr(value, name, None)  # a wrapped model has a model, and the configuration of a strategy makes one
+        fix = f": pass its {name}{'()' * isinstance(own, MethodType)}" if isinstance(own, form | MethodType) else ""
+        raise EaseError(f"{name} must be {what}, got {type(value).__name__}{fix}")
+
+
+def _check_alternatives(name: str, value: object, kinds: Sequence[Any], optional: bool) -> None:
+    """Raises the error of the first alternative, or that of the first list if one is given."""
+    if optional and value is None:
+        return
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        kinds = sorted(kinds, key=lambda kind: not isinstance(get_origin(kind), type))
+    errors = []
+    for kind in kinds:
+        try:
+            _check_type(name, value, kind)
+        except EaseError as error:
+            errors.append(error)
+    if len(errors) == len(kinds):
+        raise errors[0]
+
+
+def _is_checked(form: Any) -> bool:
+    """Whether the values of an annotation are instances of it.
+
+    Not so for torch's own tensors, devices and dtypes, which are read from lists and names, too, and for protocols that
+    cannot be checked.
+    """
+    return (
+        isinstance(form, type)
+        and form is not Any
+        and form.__module__ != "torch"
+        and (not getattr(form, "_is_protocol", False) or getattr(form, "_is_runtime_protocol", False))
+    )
 
 
 def check_seed(seed: object) -> None:

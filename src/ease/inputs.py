@@ -64,8 +64,8 @@ def as_mask(name: str, value: Any, ids: Tensor) -> Tensor:
     mask = as_flags(name, value)
     if mask.shape != ids.shape:
         raise EaseError(
-            f"{name} must have the shape of the ids, {tuple(ids.shape)}, got {tuple(mask.shape)}: give one value per "
-            "token"
+            f"{name} must have the shape of the tokens, {tuple(ids.shape)}, got {tuple(mask.shape)}: give one value "
+            "per token"
         )
     return mask.to(ids.device)
 
@@ -77,6 +77,13 @@ def as_flags(name: str, value: Any) -> Tensor:
         got = reprlib.repr(value) if flags is None else "other values"
         raise EaseError(f"{name} must hold 1 for tokens and 0 for padding, got {got}: give one value per token")
     return flags.bool()
+
+
+def check_states(name: str, value: object, dim: int) -> None:
+    """Raises EaseError unless `value` is a floating-point tensor (..., D) of D = `dim`."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and value.shape[-1] == dim):
+        got = tuple(value.shape) if isinstance(value, Tensor) else reprlib.repr(value)
+        raise EaseError(f"{name} must be a floating-point tensor (..., {dim}), got {got}")
 
 
 def read_prompt(ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:

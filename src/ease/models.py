@@ -13,7 +13,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError, check_integer
+from ease.errors import EaseError, check_integer, check_names, checked
 from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout, evaluation_view
 from ease.model_config import ModelConfig
@@ -60,6 +60,7 @@ class StandardTransformer(ExitModel):
 
     def __init__(self, vocab_size: int, dim: int = 64, num_layers: int = 3, num_heads: int = 4, **options: Any) -> None:
         super().__init__()
+        check_names(type(self).__name__, options, [f.name for f in fields(ModelConfig)[4:]])
         self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(self._new_layer(layer) for layer in range(1, num_layers + 1))
@@ -265,6 +266,7 @@ class StandardTransformer(ExitModel):
             raise EaseError("the model has no draft brick: train one (ease tune --adapter brick)")
         return self.draft_brick
 
+    @checked
     def grow(self, num_layers: int, init: Literal["identity", "copy"] = "identity") -> StandardTransformer:
         """Adds layers on top, in place, up to `num_layers`; existing exits keep their output bit for bit.
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_integer, check_layers, check_list, check_number, check_string
+from ease.errors import EaseError, check_integer, check_layers, check_list, check_names, check_number, check_string
 
 LOOSEST = 1e-9  # a threshold that every confidence reaches; 0 would mean that the exit does not route
 
@@ -92,9 +92,10 @@ class Policy:
             raise EaseError(f"half_life must be above 0, got {self.half_life}")
 
     @classmethod
-    def patient(cls, exits: Sequence[int], patience: int) -> Self:
+    def patient(cls, exits: int | Sequence[int], patience: int) -> Self:
         """A policy under which a token leaves when `patience` exits in a row agree on the likeliest output."""
-        return cls(tuple(exits), (1.0,) * len(exits), "patience", patience)
+        exits = exits_named(exits)
+        return cls(exits, (1.0,) * len(exits), "patience", patience)
 
     @classmethod
     def of(cls, exit_layer: int | Sequence[int], routing_threshold: float | Sequence[float], **options: Any) -> Policy:
@@ -105,6 +106,7 @@ class Policy:
             routing_threshold: one threshold per exit.
             options: further fields of the policy.
         """
+        check_names("a policy", options, [f.name for f in fields(cls)[2:]])
         exits = exits_named(exit_layer)
         thresholds = thresholds_named(routing_threshold)
         return cls() if thresholds == (0,) else cls(exits, thresholds, **options)

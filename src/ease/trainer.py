@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_integer, check_number
+from ease.devices import as_device
+from ease.errors import EaseError, check_integer, check_number, checked
 from ease.evaluation.scoring import Scores, score
 from ease.interface import IGNORE, Batch, Batches, ExitModel, Layout, re_iterable, train_mode
 from ease.policy import Policy
@@ -57,12 +58,11 @@ class Trainer:
         >>> trainer.train_with_early_stopping(model, train, val, optimizer)
     """
 
+    @checked
     def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
-        if not isinstance(config, TrainingConfig):
-            raise EaseError(f"config must be a TrainingConfig, got {type(config).__name__}: build one for the model")
         check_integer("vocab_size", vocab_size, 1)
         self.config, self.vocab_size = config, vocab_size
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else as_device(device)
         self._warned = False
         # glibc returns large freed blocks to the system and gets them back page by page in the next step. Freeing a
         # block of just under 32 MiB raises that threshold permanently: 8% of a step's time at dim 256.
@@ -72,6 +72,7 @@ class Trainer:
         """The device of training: the trainer's, or the model's if the trainer has none."""
         return self.device or next(model.parameters()).device
 
+    @checked
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters; norms and other vectors are not decayed. What learns is float32.
 
@@ -100,6 +101,7 @@ class Trainer:
         ]
         return MasterAdamW(parts, base_lr)
 
+    @checked
     def compute_loss(
         self,
         model: ExitModel,
@@ -148,6 +150,7 @@ class Trainer:
         """FLOPs of one training step under this configuration, as `ease.training.step.step_flops` counts them."""
         return step_flops(model, self.config, batch, scored, first, step, continued)
 
+    @checked
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; returns the mean loss over scored tokens, in nats."""
         total, tokens = 0.0, 0
@@ -155,6 +158,7 @@ class Trainer:
             total, tokens = total + loss * scored, tokens + scored
         return total / tokens
 
+    @checked
     def scores(
         self, model: ExitModel, batches: Batches, last: int | None = None, policy: Policy | None = None
     ) -> Scores:
@@ -170,10 +174,12 @@ class Trainer:
         device = self.device_of(model)
         return score(model.to(device), re_iterable(batches), policy, last=last, device=device)
 
+    @checked
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
         """Metrics of a routed run under the configuration's policy, as `Scores.metrics` gives them."""
         return self.scores(model, val_batches).metrics()
 
+    @checked
     def train_with_early_stopping(
         self,
         model: ExitModel,
@@ -210,6 +216,7 @@ class Trainer:
             "stopped_early": history.stopped_early,
         }
 
+    @checked
     def run(
         self, model: ExitModel, phase: Phase, progress: Progress | None = None, checkpoint: Path | None = None
     ) -> History:
@@ -232,6 +239,7 @@ class Trainer:
         classifiers = phase.config.selection.classifiers
         model.freeze_below(phase.first, head=phase.freeze_head, exits=phase.exits, classifiers=classifiers)
 
+    @checked
     def fit(
         self,
         model: ExitModel,
@@ -387,6 +395,7 @@ class Trainer:
 LOWER_LR = "training stopped, and a model in memory has its last good weights again; lower the learning rate"
 
 
+@checked
 def train(
     model: ExitModel,
     strategy: Strategy,

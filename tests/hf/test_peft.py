@@ -309,6 +309,18 @@ def test_an_adapter_of_a_stock_model_is_loaded(
     torch.testing.assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("unmatched", ["embed_tokens", "lm_head", "mlp.up_proj"])
+def test_weights_of_a_stock_adapter_that_match_no_module_are_refused(
+    stock_folder: Path, native_folder: Path, tmp_path: Path, unmatched: str
+) -> None:
+    stock = transformers.LlamaForCausalLM.from_pretrained(stock_folder)
+    folder, _ = adapter(stock, tmp_path, ["q_proj", unmatched])
+    written = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": str(native_folder)}))
+    with pytest.raises(EaseError, match="has no counterpart in this model: name its target modules"):
+        peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_merged_adapter_can_be_quantized(stock: Any, model: EaseForCausalLM, ids: torch.Tensor) -> None:
     logits = []
     for base in (stock, model):
@@ -347,6 +359,19 @@ def test_adapters_mixed_within_a_padded_batch_equal_those_alone(
         base = adapted(input_ids=ids[1:], attention_mask=mask[1:]).logits[0]
     for row, expected in ((0, alone), (1, base)):
         torch.testing.assert_close(mixed[row, mask[row] == 1], expected[mask[row] == 1])
+
+
+def test_activated_lora_with_gradient_checkpointing_is_refused(model: EaseForCausalLM, ids: torch.Tensor) -> None:
+    """Works on Llama, whose checkpointed modules hold the layers: here hooks would be missing in the backward pass."""
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[int(ids[0, 2])]
+    )
+    adapted = peft.get_peft_model(model, config).train()
+    model.layer_run.gradient_checkpointing = True
+    with pytest.raises(EaseError, match="turn gradient checkpointing off"):
+        adapted(input_ids=ids)
+    model.layer_run.gradient_checkpointing = False
+    adapted(input_ids=ids)
 
 
 def test_what_peft_builds_from_a_stock_structure_fails(model: EaseForCausalLM) -> None:

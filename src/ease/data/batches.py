@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_counts, check_seed
+from ease.errors import EaseError, check_counts, check_seed, checked
 from ease.inputs import IGNORE, as_integers
 from ease.interface import Batch, Layout
 
@@ -52,6 +52,7 @@ class TokenBatches:
         ...     ...
     """
 
+    @checked
     def __init__(
         self,
         ids: Tensor,

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease.data.hub import WIKITEXT, hub_name
@@ -31,11 +32,8 @@ from ease.data.tokenizers import (
     tokenizer_from_json,
     train_tokenizer,
 )
-from ease.errors import check_counts
+from ease.errors import check_counts, checked
 from ease.files import cache_folder
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 CACHE_VERSION = 1  # raise it when the same text should give other tokens
 
@@ -74,6 +72,7 @@ class Corpus:
         }
 
 
+@checked
 def load_corpus(
     source: str | os.PathLike[str] = "stdlib",
     tokenizer: str | Tokenizer = "bpe:2048",

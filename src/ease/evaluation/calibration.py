@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_number
+from ease.errors import EaseError, check_number, check_string, checked
 from ease.evaluation.bounds import passing, upper_bound
 from ease.evaluation.sequences import Sequences, Views
 from ease.interface import ExitModel
@@ -125,6 +125,7 @@ class Target:
     confidence: float | None = None
 
     def __post_init__(self) -> None:
+        check_string("kind", self.kind)
         if self.kind not in GOALS:
             raise EaseError(f"unknown target {self.kind!r}: use one of {', '.join(GOALS)}")
         check_number(self.kind, self.value)
@@ -151,6 +152,7 @@ class Calibration(NamedTuple):
     for JSON."""
 
 
+@checked
 def calibrate(
     model: ExitModel,
     policy: Policy,

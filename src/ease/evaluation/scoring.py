@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.devices import as_device
+from ease.errors import EaseError, checked
+from ease.inputs import as_mask
 from ease.interface import IGNORE, Batch, ExitModel, check_batches, evaluation_view, to_device
 from ease.policy import Policy
 from ease.routing.confidence import at_least_float32
@@ -50,6 +52,7 @@ class Scores:
     seconds: float
     processed: int
 
+    @checked
     def metrics(self, hard: Tensor | None = None, depth: int | None = None) -> dict[str, Any]:
         """Metrics over all scored tokens, as values fit for JSON.
 
@@ -82,6 +85,7 @@ class Scores:
             "tokens": self.losses.numel(),
         }
         if hard is not None:
+            hard = as_mask("hard", hard, self.losses)
             metrics |= {
                 "hard_ppl": perplexity(self.losses[hard]),
                 "hard_acc": self.correct[hard].float().mean().item(),
@@ -94,6 +98,7 @@ class Scores:
         warnings.warn("Scores.figures is deprecated: use Scores.metrics", DeprecationWarning, stacklevel=2)
         return self.metrics(hard, depth)
 
+    @checked
     def reliability(self, bins: int = 10) -> dict[str, Any]:
         """Confidence and accuracy in bins of equal width, and the expected calibration error (Guo et al. 2017).
 
@@ -128,6 +133,7 @@ def perplexity(losses: Tensor) -> float:
 
 
 @torch.no_grad()
+@checked
 def score(
     model: ExitModel,
     batches: Iterable[Any],
@@ -159,8 +165,7 @@ def score(
     policy = policy or Policy()
     policy.check(model.num_layers)
     model = evaluation_view(model)
-    if device is None:
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else as_device(device)
     parts: list[Tensor] = []
     flops = 0.0
     processed = 0

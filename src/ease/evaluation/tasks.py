@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ease.data.batches import Example, ExampleBatches, pad
 from ease.data.tasks import Task
-from ease.errors import require
+from ease.errors import checked, require
 from ease.evaluation.scoring import score
 from ease.generation.decode import generate
 from ease.inputs import as_ids
@@ -26,6 +26,7 @@ from ease.routing.forward import routed_forward
 
 
 @torch.no_grad()
+@checked
 def predict(
     model: ExitModel, x: Tensor, layout: Layout | None = None, policy: Policy | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from ease.errors import EaseError, require
 from ease.hf.config import write_config
 from ease.hf.model import EaseForCausalLM
 from ease.hf.weights import STOCK_NAMES, joined, split_parameters
-from ease.models import DeepSupervisionTransformer
+from ease.models import StandardTransformer
 
 
 def merge_adapter(
@@ -74,7 +74,7 @@ def merge_adapter(
     return model
 
 
-def _stock_form(model: DeepSupervisionTransformer) -> Any:
+def _stock_form(model: StandardTransformer) -> Any:
     """The stock model that shares the weights of a native one. Its buffers hold no values, so that it cannot run."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

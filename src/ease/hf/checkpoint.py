@@ -12,13 +12,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease.data.tokenizers import EOS, PAD, save_tokenizer
-from ease.errors import EaseError, check_layers, first_line, require
+from ease.errors import EaseError, check_layers, checked, first_line, require
 from ease.files import set_usual_mode
 from ease.hf.config import STOCK_FIELDS, read_config, write_config
 from ease.hf.folder import CONFIG, EXITS, FIX, GENERATION, NATIVE, OWN, POLICY, checkpoint_folder, read_json
@@ -45,9 +46,6 @@ from ease.model_config import ModelConfig
 from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
 from ease.policy import Policy
 from ease.storage import check_fingerprint, output_folder, write_json
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 FORMAT = 1
 
@@ -190,6 +188,7 @@ def _read_own(folder: Path) -> dict[str, Any] | None:
 # Writing
 
 
+@checked
 def save_pretrained(
     model: StandardTransformer,
     folder: str | os.PathLike[str],

@@ -12,7 +12,7 @@ from ease.errors import EaseError, first_line
 from ease.hf.folder import NATIVE
 from ease.hf.peft import register_targets
 from ease.model_config import ModelConfig
-from ease.models import DeepSupervisionTransformer
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 
 
@@ -121,7 +121,7 @@ def stock_sizes(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, attribute) for name, attribute in STOCK_SIZES.items()}
 
 
-def config_of(model: DeepSupervisionTransformer) -> dict[str, Any]:
+def config_of(model: StandardTransformer) -> dict[str, Any]:
     """The fields of `EaseConfig` that describe a model."""
     policy = model.policy
     return {

@@ -14,9 +14,9 @@ from transformers.utils.generic import ModelOutput
 
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache, Prefix
-from ease.inputs import as_flags, as_ids, as_tensor, is_integral, unused
+from ease.inputs import as_flags, as_ids, as_tensor, check_states, is_integral, unused
 from ease.interface import Layout
-from ease.models import DeepSupervisionTransformer
+from ease.models import StandardTransformer
 from ease.routing.forward import routed_forward
 
 
@@ -51,12 +51,22 @@ def read_tokens(ids: Any, embeds: Any, attention_mask: Any, position_ids: Any, d
     positions = None if position_ids is None else as_tensor(position_ids)
     if position_ids is not None and (positions is None or not is_integral(positions)):
         raise EaseError(f"position_ids must be integers, one per token, got {reprlib.repr(position_ids)}")
-    if embeds is not None and not (
-        isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.ndim == 3 and embeds.shape[2] == dim
-    ):
-        got = tuple(embeds.shape) if isinstance(embeds, Tensor) else reprlib.repr(embeds)
-        raise EaseError(f"inputs_embeds must be a floating-point tensor (B, T, {dim}), got {got}")
+    if embeds is not None:
+        check_states("inputs_embeds", embeds, dim)
     return ids, embeds, mask, positions
+
+
+def columns_to_keep(logits_to_keep: Any, T: int, device: torch.device) -> Tensor:
+    """The columns (K,) or (B, K) of T that `logits_to_keep` selects: the last ones, 0 for all, or their indices."""
+    columns = torch.arange(T, device=device)
+    if isinstance(logits_to_keep, int):
+        return columns[-logits_to_keep:]
+    indices = as_tensor(logits_to_keep)
+    if indices is None or not is_integral(indices):
+        raise EaseError(f"logits_to_keep must be an integer or indices, got {reprlib.repr(logits_to_keep)}")
+    if indices.device.type == "cpu" and bool(((indices < -T) | (indices >= T)).any()):
+        raise EaseError(f"logits_to_keep must lie below {T}, the number of tokens, got {indices.tolist()}")
+    return columns[indices]
 
 
 def as_asked(output: Output, return_dict: bool | None, config: PreTrainedConfig) -> Output | tuple[Any, ...]:
@@ -68,7 +78,7 @@ class LayerRun(GradientCheckpointingLayer):
     """Runs one layer of a native model. transformers turns gradient checkpointing on and off at such modules."""
 
     def forward(
-        self, state: Tensor, model: DeepSupervisionTransformer, layer: int, layout: Layout | None, prefix: Prefix | None
+        self, state: Tensor, model: StandardTransformer, layer: int, layout: Layout | None, prefix: Prefix | None
     ) -> Tensor:
         return model.run(state, layer, layer, layout=layout, cache=prefix)
 
@@ -86,7 +96,7 @@ class Pass(NamedTuple):
 
 
 def full_pass(
-    model: DeepSupervisionTransformer,
+    model: StandardTransformer,
     layer_run: LayerRun,
     state: Tensor,
     layout: Layout | None,
@@ -107,7 +117,10 @@ def full_pass(
         segments = layout.segments
         layout = Layout(layout.positions, torch.where(segments < 0, segments.max() + 1, segments))
     last, states = model.num_layers, [state]
-    if hidden_states or (layer_run.gradient_checkpointing and layer_run.training):
+    checkpointing = layer_run.gradient_checkpointing and layer_run.training
+    if checkpointing and layer_run._forward_pre_hooks:  # PEFT expects to find adapted modules in it when it runs again
+        raise EaseError("activated LoRA needs every layer to run once: turn gradient checkpointing off")
+    if hidden_states or checkpointing:
         for layer in range(1, last + 1):
             state = layer_run(state, model, layer, layout, prefix)
             states.append(state)
@@ -121,7 +134,7 @@ def full_pass(
 
 @torch.no_grad()
 def routed_pass(
-    model: DeepSupervisionTransformer,
+    model: StandardTransformer,
     ids: Tensor,
     state: Tensor,
     layout: Layout | None,
@@ -174,7 +187,7 @@ def routed_pass(
     )
 
 
-def _normed_at_exits(model: DeepSupervisionTransformer, states: list[Tensor], exits: Tensor) -> tuple[Tensor, ...]:
+def _normed_at_exits(model: StandardTransformer, states: list[Tensor], exits: Tensor) -> tuple[Tensor, ...]:
     """States of L + 1 places, the last one normalized by the exit that each token took."""
     states += states[-1:] * (model.num_layers + 1 - len(states))  # layers that no token ran
     normed = model.exit_norm(states[-1], model.num_layers)

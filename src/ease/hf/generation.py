@@ -11,13 +11,13 @@ from transformers import GenerationConfig, GenerationMixin
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache
 from ease.hf.forward import expects_rows
-from ease.models import DeepSupervisionTransformer
+from ease.models import StandardTransformer
 
 
 class EaseGenerationMixin(GenerationMixin):
     """`generate` for a model that creates its own caches."""
 
-    model: DeepSupervisionTransformer
+    model: StandardTransformer
     training: bool
     _new_cache: Callable[[int, int], EaseCache]  # (rows, capacity), of the class that has the model
 

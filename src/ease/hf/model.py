@@ -19,17 +19,17 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ease.errors import EaseError, first_line, require
+from ease.errors import EaseError, checked, first_line, require
 from ease.hf.checkpoint import from_pretrained, read_configuration
 from ease.hf.folder import CONFIG, FIX, NATIVE, read_json
 from ease.hf.options import read_options
-from ease.hf.peft import STOCK_ADAPTERS
+from ease.hf.peft import STOCK_ADAPTERS, check_adapter
 from ease.hf.prompting import TOKEN_IDS, token_ids
 from ease.hf.weights import DTYPES, check_names
 from ease.inputs import IGNORE, as_ids
 from ease.interface import Layout
 from ease.model_config import ModelConfig
-from ease.models import DeepSupervisionTransformer
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy, exits_named, thresholds_named
 from ease.storage import check_finite
 
@@ -46,6 +46,7 @@ try:
         Pass,
         after_prefix,
         as_asked,
+        columns_to_keep,
         expects_rows,
         full_pass,
         loss_options,
@@ -82,10 +83,10 @@ class EasePreTrainedModel(PreTrainedModel):
     _checkpoint_conversion_mapping = STOCK_ADAPTERS
     _tied_weights_keys = {"model.output_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
-    model: DeepSupervisionTransformer
+    model: StandardTransformer
     classifies = False
 
-    def __init__(self, config: EaseConfig, model: DeepSupervisionTransformer | None = None) -> None:
+    def __init__(self, config: EaseConfig, model: StandardTransformer | None = None) -> None:
         super().__init__(config)
         self.model = config.build() if model is None else model
         self.check_task(self.model.config)
@@ -98,6 +99,10 @@ class EasePreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False: weights are tied and initialized as in the models of transformers."""
         return False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_adapter([name for name in state_dict if name.startswith(prefix)], prefix, self.state_dict())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def check_task(cls, shape: ModelConfig) -> None:
@@ -119,7 +124,8 @@ class EasePreTrainedModel(PreTrainedModel):
         self.model._is_hf_initialized = True
 
     @classmethod
-    def wrap(cls, model: DeepSupervisionTransformer, **options: Any) -> Self:
+    @checked
+    def wrap(cls, model: StandardTransformer, **options: Any) -> Self:
         """Wraps a native model, which is shared and not copied.
 
         Args:
@@ -409,11 +415,10 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         options = loss_options(kwargs)
 
         def kept(ids: Tensor, layout: Layout | None) -> Tensor:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            columns = torch.arange(ids.shape[1], device=ids.device)
-            chosen = columns[keep].expand(len(ids), -1)
+            chosen = columns_to_keep(logits_to_keep, ids.shape[1], ids.device).expand(len(ids), -1)
             if layout is None or self.training:
                 return chosen
+            columns = torch.arange(ids.shape[1], device=ids.device)
             # Where a row is padded on the right, its last token predicts what comes next.
             return (layout.real * columns).cummax(1).values.gather(1, chosen)
 

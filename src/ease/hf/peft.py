@@ -7,7 +7,9 @@ configuration, which it does before it looks anything up.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
+from ease.errors import EaseError
 from ease.hf.folder import NATIVE
 
 # Stock Llama's module -> the native one. The names contain the parent module, so that PEFT refuses to load an adapter
@@ -26,6 +28,24 @@ STOCK_ADAPTERS = {
     r"\bembed_tokens\b": "embedding",
     r"^lm_head\b": "model.output_head",
 }
+
+
+ADAPTED = "base_model.model."  # where PEFT keeps the model that it adapts
+
+
+def check_adapter(stored: Iterable[str], prefix: str, known: Iterable[str]) -> None:
+    """Raises EaseError for weights of an adapter that the model has no module for, which PEFT leaves out in silence.
+
+    Args:
+        stored: names of weights that are loaded.
+        prefix: what stands before the names of the model's own weights.
+        known: those names.
+    """
+    if prefix == ADAPTED and (unknown := sorted({*stored} - {prefix + name for name in known})):
+        raise EaseError(
+            f"the adapter's {unknown[0].removeprefix(prefix)} has no counterpart in this model: name its target "
+            "modules in adapter_config.json as here (embedding, output_head, attention.q_proj, ffn.up_proj)"
+        )
 
 
 def register_targets() -> None:

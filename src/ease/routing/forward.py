@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, checked
 from ease.flops import exit_flops, run_flops
-from ease.inputs import read_prompt
+from ease.inputs import check_states, read_prompt
 from ease.interface import ExitModel, Layout, evaluation_view, to_device
 from ease.model_config import ModelConfig
 from ease.policy import LOOSEST, Policy, exits_named, thresholds_named
@@ -267,6 +267,7 @@ class Routed(NamedTuple):
 
 
 @torch.no_grad()
+@checked
 def route(
     model: ExitModel,
     ids: Tensor,
@@ -321,6 +322,7 @@ def route(
 
 
 @torch.no_grad()
+@checked
 def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None = None) -> Tensor:
     """The largest softmax probability at an exit.
 
@@ -332,6 +334,7 @@ def compute_confidence(model: ExitModel, hidden_state: Tensor, exit: int | None 
     Returns:
         (B, T) confidence in [0, 1].
     """
+    check_states("hidden_state", hidden_state, model.config.dim)
     exit = model.num_layers if exit is None else exit
     chunks = hidden_state.flatten(0, -2).split(head_chunk(model))
     return torch.cat([max_probability(model.logits(h, exit)) for h in chunks]).view(hidden_state.shape[:-1])

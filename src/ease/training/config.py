@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ease.errors import EaseError, check_choice, check_counts, check_fields, check_integer, check_number
+from ease.errors import EaseError, check_choice, check_counts, check_fields, check_integer, check_number, checked
 from ease.policy import Policy
 from ease.training.losses import CrossEntropy, Objective
 from ease.training.selection import AllTokens, TokenSelection
@@ -145,11 +145,13 @@ class TrainingConfig:
         return "\n".join(lines)
 
 
+@checked
 def create_standard_config(num_layers: int) -> TrainingConfig:
     """A configuration with the loss on the last layer only."""
     return TrainingConfig(stages=[StageConfig((num_layers, num_layers))])
 
 
+@checked
 def create_deep_supervision_config(
     num_layers: int, weighting: Literal["uniform", "depth"] = "uniform"
 ) -> TrainingConfig:

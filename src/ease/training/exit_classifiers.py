@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ease.errors import EaseError
+from ease.errors import EaseError, checked
 from ease.interface import Batch, Batches, evaluation_view, re_iterable
 from ease.models import StandardTransformer
 from ease.policy import Policy
@@ -47,6 +47,7 @@ def agreements(
     return {e: torch.cat(s) for e, s in states.items()}, {e: torch.cat(a) for e, a in agrees.items()}
 
 
+@checked
 def learn_agreement(
     model: StandardTransformer, batches: Batches, exits: Sequence[int], *, steps: int = 200, decay: float = 1e-3
 ) -> dict[int, float]:

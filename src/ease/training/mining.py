@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ease.errors import EaseError, check_number, check_seed
+from ease.devices import as_device
+from ease.errors import EaseError, check_number, check_seed, checked
 from ease.flops import run_flops
 from ease.interface import Batch, Batches, ExitModel, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
@@ -120,7 +121,8 @@ def read_states(
 ) -> Iterator[tuple[Batch, ExitStep, Tensor]]:
     """Every batch with a running token, its step at full depth up to `exit`, and the confidences (B, T) there."""
     model = evaluation_view(model)
-    for batch in running_batches(re_iterable(batches), device or next(model.parameters()).device):
+    device = next(model.parameters()).device if device is None else as_device(device)
+    for batch in running_batches(re_iterable(batches), device):
         (step,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
         yield batch, step, spread(step)
 
@@ -133,6 +135,7 @@ def spread(step: ExitStep) -> Tensor:
 
 
 @torch.no_grad()
+@checked
 def compute_confidence_threshold(
     model: ExitModel,
     batches: Batches,
@@ -176,6 +179,7 @@ class HardExamples(TypedDict):
 
 
 @torch.no_grad()
+@checked
 def collect_hard_examples(
     model: ExitModel,
     batches: Batches,
@@ -230,6 +234,7 @@ class MinedBatches:
         EaseError: the ratio lies outside (0, 1], or no token is hard.
     """
 
+    @checked
     def __init__(
         self,
         model: ExitModel,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from ease.errors import EaseError
+from ease.errors import EaseError, check_fields
 from ease.interface import Batches, ExitModel
 from ease.policy import Policy
 from ease.progress import Progress
@@ -76,6 +76,7 @@ class Phase:
     trainer: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.trainer is not None:
             return
         dead = [layer for layer in self.config.weights if layer < self.first and layer not in self.exits]
@@ -86,6 +87,7 @@ class Phase:
             )
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A plan that yields phases one by one."""
 
