@@ -64,7 +64,7 @@ def as_mask(name: str, value: Any, ids: Tensor) -> Tensor:
     mask = as_flags(name, value)
     if mask.shape != ids.shape:
         raise EaseError(
-            f"{name} must have the shape of the tokens, {tuple(ids.shape)}, got {tuple(mask.shape)}: give one value "
+            f"{name} must have the shape of the ids, {tuple(ids.shape)}, got {tuple(mask.shape)}: give one value "
             "per token"
         )
     return mask.to(ids.device)

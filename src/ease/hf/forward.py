@@ -118,7 +118,8 @@ def full_pass(
         layout = Layout(layout.positions, torch.where(segments < 0, segments.max() + 1, segments))
     last, states = model.num_layers, [state]
     checkpointing = layer_run.gradient_checkpointing and layer_run.training
-    if checkpointing and layer_run._forward_pre_hooks:  # PEFT expects to find adapted modules in it when it runs again
+    # PEFT's hooks for layers that run again look for adapted modules in the checkpointed one, which has none here.
+    if checkpointing and getattr(layer_run, "_peft_gradient_checkpointing_forward_hooks", None):
         raise EaseError("activated LoRA needs every layer to run once: turn gradient checkpointing off")
     if hidden_states or checkpointing:
         for layer in range(1, last + 1):

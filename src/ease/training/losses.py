@@ -19,15 +19,16 @@ from torch import Tensor
 from ease.errors import EaseError, check_choice
 from ease.interface import IGNORE, capped, to_device
 from ease.routing.confidence import at_least_float32
+from ease.routing.forward import DEVICE_LOGITS
 
-# Logits that exist at a time in PyTorch's fused loss: 8 MiB in float32. Its automatic choice is up to twice slower
-# at small widths; on a CPU more logits spill from the cache, and fewer than 128 tokens make slow products.
+# Logits that exist at a time in PyTorch's fused loss on a CPU: 8 MiB in float32. Its automatic choice is up to twice
+# slower at small widths; more logits spill from the cache, and fewer than 128 tokens make slow products.
 CHUNK = 2**21
 
 
 def chunk_rows(head: Tensor) -> int:
     """Tokens whose logits under head (V, D) exist at a time."""
-    return max(128, CHUNK // head.shape[0])
+    return max(128, (CHUNK if head.device.type == "cpu" else DEVICE_LOGITS) // head.shape[0])
 
 
 def token_loss_sum(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:

@@ -59,7 +59,10 @@ class TokenSelection(Protocol):
         """Raises `EaseError` if the selection cannot be used with a loss whose deepest layer is `deepest`."""
 
     def select(self, model: ExitModel, state: Tensor, exit: int, batch: Batch) -> Selected:
-        """Selects among the tokens that run in `batch`, from their states (B, T, D) at `exit`."""
+        """Selects among the tokens that run in `batch`, from their states (B, T, D) at `exit`.
+
+        Masks are where `batch` is: on the host a choice waits for the device once, for the tokens that continue.
+        """
 
     def flops(self, config: ModelConfig, exit: int, arrived: int, scored: int) -> int:
         """FLOPs of one choice among `arrived` tokens, of which `scored` have a target."""
@@ -152,7 +155,7 @@ class LearnedGate:
         confidence = lambda model, states, exit: model.exit_confidence(states, exit)  # noqa: E731
         continuing = least_confident(confidence, model, state, exit, batch.running, self.keep[exit])
         pick = scored_selector(batch.scored, state.device)
-        loss = classifier_loss(model, pick(state), exit, pick(batch.y))
+        loss = classifier_loss(model, pick(state), exit, pick(to_device(batch.y, state.device)))
         return Selected(continuing, batch.scored & ~continuing, loss)
 
     def flops(self, config: ModelConfig, exit: int, arrived: int, scored: int) -> int:
@@ -197,14 +200,14 @@ def least_confident(
     Args:
         confidence: model, states (n, D) and exit -> confidence (n,).
         state: (B, T, D) at the exit.
-        arrived: (B, T).
+        arrived: (B, T); on the host, it takes one wait for the device.
     """
     if model.config.num_labels is not None:
         raise EaseError("tokens cannot be selected in a model that makes one decision per sequence: use AllTokens")
     places = arrived.flatten().nonzero().squeeze(1)
-    values = confidence(model, state.flatten(0, 1)[places], exit)
+    values = confidence(model, state.flatten(0, 1)[to_device(places, state.device)], exit)
     count = min(len(places), max(1, round(share * len(places))))
-    continuing = places[values.topk(count, largest=False).indices]
+    continuing = places[values.topk(count, largest=False).indices.to(places.device)]
     return torch.zeros_like(arrived).flatten().index_fill(0, continuing, True).view_as(arrived)
 
 
@@ -227,7 +230,7 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
     state, targets = state[sample], targets[sample]
     with torch.no_grad():
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
-    if not bool(chance.isfinite().all()):  # training has diverged, which its loss reports
-        return chance.sum()
-    loss = F.binary_cross_entropy(model.exit_confidence(state, exit).float(), chance, reduction="sum")
-    return loss / max(1, len(targets))
+    confidence = model.exit_confidence(state, exit).float()
+    # A binary cross entropy takes no NaN. Where there is one, training has diverged, which its loss reports.
+    loss = F.binary_cross_entropy(confidence.nan_to_num(0.5), chance.nan_to_num(0.5), reduction="sum")
+    return torch.where(chance.isfinite().all(), loss / max(1, len(targets)), chance.sum())

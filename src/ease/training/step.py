@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ease.flops import exit_flops, run_flops
-from ease.interface import Batch, ExitModel, to_device
+from ease.interface import Batch, ExitModel
 from ease.training.config import TrainingConfig
 from ease.training.losses import CrossEntropy, Term, exit_loss
 from ease.training.phases import Step
@@ -51,18 +51,18 @@ def step_loss(
     pick = scored_selector(on_host.scored, device)
     num_scored = max(1, len(pick(batch.y))) if selection.scores_once else 0
     for layer in pause_layers(at, first, [*weights, *choices, deepest], skip):
-        running = batch.active if layer >= first else None  # the frozen trunk runs all tokens
+        running = on_host.active if layer >= first else None  # the frozen trunk runs all tokens
         if layer in skip:
-            stays = to_device(torch.rand(len(batch.x)) >= skip[layer], device)[:, None]
-            running = stays.expand_as(batch.x) if running is None else running & stays
+            stays = (torch.rand(len(batch.x)) >= skip[layer])[:, None].expand(batch.x.shape)
+            running = stays if running is None else running & stays.to(running.device)
         with torch.set_grad_enabled(learns and layer >= first):
             state = model.run(state, at + 1, layer, layout=batch.layout, active=running)
         at = layer
-        selected = selection.select(model, state, layer, batch) if layer in choices else None
+        selected = selection.select(model, state, layer, on_host) if layer in choices else None
         if selected is not None and selected.loss is not None:
             auxiliary.append(selected.loss)
         if layer in weights:
-            scored = on_host.scored if selected is None else selected.scored.to(on_host.x.device)
+            scored = on_host.scored if selected is None else selected.scored
             pick = scored_selector(scored, device)
             targets = pick(batch.y)
             # If a token is scored only where it leaves, every token has the same weight, whatever the shares are.
@@ -72,8 +72,7 @@ def step_loss(
             terms.append(Term(normed, targets, weight, term_objective, softcap=softcap, num_scored=len(targets)))
             masks.append(scored)
         if selected is not None:
-            batch = batch._replace(active=selected.continuing)
-            on_host = on_host._replace(active=selected.continuing.to(on_host.x.device))
+            on_host = on_host._replace(active=selected.continuing)
             pick = scored_selector(on_host.scored, device)
             if continued is not None:
                 continued[layer] = selected.continuing
