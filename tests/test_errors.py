@@ -88,7 +88,7 @@ WRONG_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "train a name": (lambda model: ease.train("x", ease.ASHEMConfig().strategy(), ease.Data([], [])), "model must be"),
     "train by a configuration": (
         lambda model: ease.train(model, ease.ASHEMConfig(), ease.Data([], [])),
-        r"strategy must be a Strategy, got ASHEMConfig: pass its strategy\(\)",
+        r"strategy must have next_phase, got ASHEMConfig: of a configuration, pass its strategy\(\)",
     ),
     "train on a tuple": (
         lambda model: ease.train(model, ease.ASHEMConfig().strategy(), ([], [])),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ease
+from ease.errors import EaseError
 from ease.evaluation.tasks import predict
 from ease.hf.model import EaseForCausalLM
 
@@ -125,3 +126,22 @@ def test_a_transformers_model_answers_eight_threads(model: Sharp) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(answers[i], expected[i]) for i in range(THREADS))
+
+
+def test_a_model_whose_weights_are_offloaded_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    ids = torch.randint(32, (1, 5))
+    model = ease.DeepSupervisionTransformer(32, 16, 2, 2).eval()
+    expected = model(ids)
+    wrapped = EaseForCausalLM.wrap(model, pad_token_id=0)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(ids), expected)  # at full depth each module loads its own weights
+    calls: list[Callable[[], Any]] = [
+        lambda: ease.generate(model, ids, 3),
+        lambda: ease.route(model, ids),
+        lambda: ease.score(model, [(ids, ids)]),
+        lambda: wrapped.generate(ids, max_new_tokens=3),
+    ]
+    for call in calls:
+        with pytest.raises(EaseError, match="the weights of the model are not on a device"):
+            call()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from numbers import Integral, Real
-from types import MethodType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 LARGEST_INTEGER = 2**63 - 1  # the largest integer that a tensor holds
@@ -185,8 +185,7 @@ def _check_type(name: str, value: object, kind: Any) -> None:
             _check_type(f"an element of {name}", element, parts[1])
     elif _is_checked(form) and not isinstance(value, form):
         what = "callable" if form is Callable else f"{'an' if form.__name__[0] in 'AEIOU' else 'a'} {form.__name__}"
-        own = getattr(value, name, None)  # a wrapped model has a model, and the configuration of a strategy makes one
-        fix = f": pass its {name}{'()' * isinstance(own, MethodType)}" if isinstance(own, form | MethodType) else ""
+        fix = f": pass its {name}" if isinstance(getattr(value, name, None), form) else ""  # such as a wrapped model
         raise EaseError(f"{name} must be {what}, got {type(value).__name__}{fix}")
 
 
@@ -209,14 +208,13 @@ def _check_alternatives(name: str, value: object, kinds: Sequence[Any], optional
 def _is_checked(form: Any) -> bool:
     """Whether the values of an annotation are instances of it.
 
-    Not so for torch's own tensors, devices and dtypes, which are read from lists and names, too, and for protocols that
-    cannot be checked.
+    Not so for protocols, and for torch's own tensors, devices and dtypes, which are read from lists and names, too.
     """
     return (
         isinstance(form, type)
         and form is not Any
         and form.__module__ != "torch"
-        and (not getattr(form, "_is_protocol", False) or getattr(form, "_is_runtime_protocol", False))
+        and not getattr(form, "_is_protocol", False)
     )
 
 

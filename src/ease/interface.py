@@ -249,6 +249,7 @@ class ExitModel(nn.Module, ABC):
         """Zeros (*shape, V) of the dtype and device of the head's output."""
         weight = self.output_head.weight
         like = weight if isinstance(weight, Tensor) else next(self.parameters())  # a quantized head has no such tensor
+        check_in_memory(like)
         return like.new_zeros(*shape, self.output_head.out_features)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -287,6 +288,15 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def check_in_memory(weight: Tensor) -> None:
+    """Raises EaseError for a weight without values, as accelerate's offloading leaves them between calls."""
+    if weight.is_meta:
+        raise EaseError(
+            "the weights of the model are not on a device, as after accelerate.cpu_offload: route, score and decode "
+            "with a model that is on one device as a whole"
+        )
+
+
 def learnable(module: nn.Module) -> bool:
     """Whether any parameter of `module` is trained."""
     return any(p.requires_grad for p in module.parameters())
@@ -299,7 +309,11 @@ def evaluation_view(model: Module) -> Module:
     """A copy of the model in evaluation mode that shares its weights and hooks; the model itself is not changed.
 
     A switch of the model's own mode would also reach other threads that train or evaluate it.
+
+    Raises:
+        EaseError: the weights have no values.
     """
+    check_in_memory(next(model.parameters()))
     views: dict[int, Any] = {
         id(module): module if isinstance(module, torch.jit.ScriptModule) else object.__new__(type(module))
         for module in model.modules()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError, check_integer, check_names, checked
 from ease.inputs import as_ids
-from ease.interface import ExitModel, Layout, evaluation_view
+from ease.interface import ExitModel, Layout, check_in_memory, evaluation_view
 from ease.model_config import ModelConfig
 from ease.modules import (
     Adapter,
@@ -136,6 +136,7 @@ class StandardTransformer(ExitModel):
             key: the mode and policy that the cache belongs to; `Cache.check` refuses any other.
         """
         c, like = self.config, self.embedding.weight
+        check_in_memory(like)
         blocks = [decoding_layer(layer) for layer in self.layers]
         return Cache(blocks, rows, capacity, c.kv_heads, c.head_size, c.rotary_size, like, key)
 

@@ -433,6 +433,10 @@ def train(
         >>> for phase, history in ease.train(model, ease.ASHEMConfig().strategy(), ease.Data(train, val)):
         ...     print(phase.name, history.rows[-1]["val_ppl"])
     """
+    if not hasattr(strategy, "next_phase"):
+        raise EaseError(
+            f"strategy must have next_phase, got {type(strategy).__name__}: of a configuration, pass its strategy()"
+        )
     return Training(_phases(model, strategy, data, device, progress, checkpoints))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from ease.errors import EaseError, check_fields
 from ease.interface import Batches, ExitModel
@@ -87,7 +87,6 @@ class Phase:
             )
 
 
-@runtime_checkable
 class Strategy(Protocol):
     """A plan that yields phases one by one."""
 
