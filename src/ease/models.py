@@ -253,8 +253,9 @@ class StandardTransformer(ExitModel):
     def draft_tokens(self, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """g (..., D) from `draft` -> the most likely ids (...), and their probabilities (...) among the N tokens."""
         logits = self.draft_logits(drafts)
-        best, at = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).max(-1)
-        return self._brick().vocabulary[at], best.exp()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best, at = logits.max(-1)
+        return self._brick().vocabulary[at], (best - logits.logsumexp(-1)).exp()
 
     def new_draft_cache(self, rows: int, capacity: int) -> Cache:
         """A cache of the draft brick for `capacity` tokens in each of `rows` rows."""
