@@ -89,6 +89,7 @@ def test_tokens_come_from_the_trimmed_vocabulary(model: StandardTransformer) -> 
     torch.testing.assert_close(confidences, every[..., chosen].softmax(-1).amax(-1))
     model.output_head.weight.mul_(-1)
     torch.testing.assert_close(model.draft_logits(g), -every[..., chosen])  # the copy of the head's rows is current
+    assert model.float().draft_logits(g.float()).dtype == torch.float32
 
 
 def test_the_brick_is_ignored_by_all_that_does_not_ask_for_it(tiny: Make) -> None:

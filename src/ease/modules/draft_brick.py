@@ -15,6 +15,7 @@ leaves it with its own: in trained models a few dimensions hold most of it (88% 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class DraftBrick(nn.Module):
         self.block = TransformerBlock(shape)
         self.register_buffer("vocabulary", torch.arange(c.draft_vocabulary or c.vocab_size))
         self.rotary_dim, self.softcap, self.divisor = c.rotary_size, c.logit_softcap, c.logit_divisor
-        self._head_rows: dict[str, tuple[Tensor, int, Tensor, Tensor]] = {}
+        self._head_rows: dict[str, Any] = {}  # a dictionary, which views of the model for evaluation share
 
     def fused(self, states: Tensor, next_embeddings: Tensor) -> Tensor:
         """States h_t and embeddings of x_{t+1}, both (B, T, D), -> the input (B, T, D) of the block."""
@@ -109,11 +110,11 @@ class DraftBrick(nn.Module):
         """The rows (N, D) of a head (V, D) for `vocabulary`, copied once as long as neither changes."""
         if head.requires_grad and torch.is_grad_enabled():
             return head[self.vocabulary]
-        kept = self._head_rows.get("rows")
-        if kept is None or kept[0] is not head or kept[1] != head._version or kept[2] is not self.vocabulary:
-            kept = (head, head._version, self.vocabulary, head.detach()[self.vocabulary])
-            self._head_rows["rows"] = kept
-        return kept[3]
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (head, self.vocabulary)]
+        if self._head_rows.get("state") != state:
+            self._head_rows.update(state=state, rows=head.detach()[self.vocabulary])
+        rows: Tensor = self._head_rows["rows"]
+        return rows
 
 
 @dataclass(kw_only=True)
