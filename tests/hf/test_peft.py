@@ -378,3 +378,11 @@ def test_what_peft_builds_from_a_stock_structure_fails(model: EaseForCausalLM) -
     """A method that fails here and not on Llama: it changes the configuration of the layers in place."""
     with pytest.raises(Exception, match="cannot assign to field 'num_layers'"):
         peft.get_peft_model(model, peft.ShadowConfig(task_type="CAUSAL_LM"))
+
+
+def test_the_embedding_has_its_native_name(model: EaseForCausalLM) -> None:
+    """Six tests of PEFT fail here and not on Llama, since they adapt `embed_tokens`."""
+    with pytest.raises(ValueError, match="not found in the base model"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["embed_tokens"]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["embedding"]))
+    assert [name for name, _ in adapted.named_parameters() if "lora_embedding_A" in name]
