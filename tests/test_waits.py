@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ease
 from ease.evaluation.tasks import predict
+from ease.hf.model import EaseForCausalLM
 from ease.interface import evaluation_view
 from ease.training.losses import Distillation, chunk_rows
 from ease.training.selection import LearnedGate, LeastConfident
@@ -129,6 +130,33 @@ def test_a_decoded_token_waits_at_most_four_times(
         assert torch.equal(results[0].tokens, results[1].tokens)
         assert torch.equal(results[0].exits, results[1].exits)
         torch.testing.assert_close(results[0].confidences, results[1].confidences)
+
+
+@pytest.mark.parametrize(("policy", "most"), [(ease.Policy(), 2), (POLICY, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_token_through_the_class_of_transformers_waits_twice_and_at_each_early_exit(
+    policy: ease.Policy, most: int, padded: bool, models: Any, fake_device: FakeDevice
+) -> None:
+    """The calls of transformers' `generate`, which itself makes tensors that this device cannot: one wait is for the
+    check of the mask's values, one to read it."""
+    (batch,) = batches(1, padded=True)
+    assert batch.layout is not None
+    texts = []
+    for model in models:
+        model.policy = policy
+        wrapped, device = EaseForCausalLM.wrap(model.eval()), model.embedding.weight.device
+        mask = (batch.layout.real.flip(1) if padded else torch.ones_like(batch.x)).long().to(device, non_blocking=True)
+        ids, text, cache = batch.x.to(device, non_blocking=True), [], None
+        for _ in range(5):
+            fake_device.waits.clear()
+            out = wrapped(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1, use_cache=True)
+            assert cache is None or per_unit(fake_device, 1) <= most
+            ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            text.append(on_cpu(ids))
+        texts.append(torch.cat(text, 1))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
         """
         model = self._model[0]
         result, cache = model._run(
-            lambda ids, _: ids[:, :0],
+            lambda ids, _: torch.zeros(len(ids), 0, dtype=torch.long),
             input_ids,
             attention_mask,
             position_ids,

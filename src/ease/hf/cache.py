@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ease.errors import EaseError
-from ease.interface import Layout
+from ease.interface import Layout, to_device
 from ease.model_config import ModelConfig
 from ease.modules.cache import Cache as NativeCache
 from ease.modules.prefix import Prefix as Prefix  # other files may not import the inside of layers
@@ -42,7 +42,7 @@ class EaseCacheLayer(CacheLayerMixin):
 
     def _columns(self, stored: Tensor) -> Tensor:
         """(B, H_kv, capacity, head_dim) by place in the row -> (B, H_kv, columns, head_dim)."""
-        real = self.cache.real
+        real = to_device(self.cache.real, stored.device)
         places = (real.cumsum(1) - 1).clamp(min=0)[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
         return stored.gather(2, places) * real[:, None, :, None]
 
@@ -71,14 +71,14 @@ class EaseCache(Cache):
 
     Attributes:
         native: keys, values and states.
-        real: (B, T) true where a column read so far holds a token, false for padding.
+        real: (B, T) true where a column read so far holds a token, false for padding; on the host.
     """
 
     def __init__(self, native: NativeCache) -> None:
         # Not `super().__init__`, which stores layers: they are made when they are read.
         self.layer_class_to_replicate, self.offloading = None, False
         self.native = native
-        self.real = torch.ones(len(native.length), 0, dtype=torch.bool, device=native.states.device)
+        self.real = torch.ones(len(native.length), 0, dtype=torch.bool)
 
     @classmethod
     def after(cls, prefix: Prefix, native: NativeCache) -> EaseCache:
@@ -107,7 +107,7 @@ class EaseCache(Cache):
         return self.native.capacity
 
     def admit(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
-        """Makes room for the next tokens and returns their layout.
+        """Makes room for the next tokens and returns their layout, on the host; it takes one wait for the device.
 
         Args:
             ids: (B, T), the tokens after those read so far.
@@ -119,10 +119,10 @@ class EaseCache(Cache):
             EaseError: ids, mask or positions do not continue the cached rows.
         """
         (B, T), (rows, columns) = ids.shape, self.real.shape
-        real = torch.ones_like(ids, dtype=torch.bool)
+        real = torch.ones(B, T, dtype=torch.bool)
         continues = rows == B
         if continues and attention_mask is not None:
-            mask = attention_mask.bool()
+            mask = attention_mask.cpu().bool()
             continues = mask.shape == (rows, columns + T)
             seen, real = mask[:, :columns], mask[:, columns:]
             if continues and not torch.equal(seen, self.real):
@@ -136,8 +136,8 @@ class EaseCache(Cache):
                 f"({rows}, {columns + T}) whose first {columns} columns are unchanged, except that the last tokens of "
                 "a row may be padding now"
             )
-        places = self.native.next(real).to(real.device)
-        if position_ids is not None and not torch.equal(position_ids.expand_as(ids)[real], places[real]):
+        places = self.native.next(real)
+        if position_ids is not None and not torch.equal(position_ids.cpu().expand(B, T)[real], places[real]):
             raise EaseError(
                 "position_ids must continue the cached rows, which hold one text each: leave position_ids out, or set "
                 "use_cache=False"
@@ -145,7 +145,7 @@ class EaseCache(Cache):
         longest = int(self.native.length.max()) + T
         if longest > self.native.capacity:
             self.native.grow(2 * longest)
-        return Layout(torch.zeros_like(ids), real.long() - 1)
+        return Layout(torch.zeros(B, T, dtype=torch.long), real.long() - 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far."""
@@ -161,12 +161,13 @@ class EaseCache(Cache):
 
     def _keep(self, real: Tensor) -> None:
         self.real = real
-        self.native.cut(real.sum(1).cpu())
+        self.native.cut(real.sum(1))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Replaces the rows by those at `indices` (N,), which may repeat."""
-        self.native.select(indices.long().cpu().numpy())
-        self.real = self.real[indices.to(self.real.device)]
+        indices = indices.long().cpu()
+        self.native.select(indices.numpy())
+        self.real = self.real[indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Selects rows after a step of beam search."""

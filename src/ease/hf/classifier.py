@@ -101,8 +101,8 @@ class EaseForSequenceClassification(EasePreTrainedModel):
         def last_token(ids: Tensor, layout: Layout | None) -> Tensor:
             T = ids.shape[1]
             if layout is None:
-                return torch.full((len(ids), 1), T - 1, device=ids.device)
-            return (layout.real * torch.arange(T, device=ids.device)).amax(1, keepdim=True)
+                return torch.full((len(ids), 1), T - 1)
+            return (layout.host.real * torch.arange(T)).amax(1, keepdim=True)
 
         result, _ = self._run(
             last_token,

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 from ease.errors import EaseError
 from ease.hf.cache import EaseCache, Prefix
 from ease.inputs import as_flags, as_ids, as_tensor, check_states, is_integral, unused
-from ease.interface import Layout
+from ease.interface import Layout, to_device
 from ease.models import StandardTransformer
 from ease.routing.forward import routed_forward
 
@@ -56,15 +56,16 @@ def read_tokens(ids: Any, embeds: Any, attention_mask: Any, position_ids: Any, d
     return ids, embeds, mask, positions
 
 
-def columns_to_keep(logits_to_keep: Any, T: int, device: torch.device) -> Tensor:
+def columns_to_keep(logits_to_keep: Any, T: int) -> Tensor:
     """The columns (K,) or (B, K) of T that `logits_to_keep` selects: the last ones, 0 for all, or their indices."""
-    columns = torch.arange(T, device=device)
+    columns = torch.arange(T)
     if isinstance(logits_to_keep, int):
         return columns[-logits_to_keep:]
     indices = as_tensor(logits_to_keep)
     if indices is None or not is_integral(indices):
         raise EaseError(f"logits_to_keep must be an integer or indices, got {reprlib.repr(logits_to_keep)}")
-    if indices.device.type == "cpu" and bool(((indices < -T) | (indices >= T)).any()):
+    indices = indices.cpu()
+    if bool(((indices < -T) | (indices >= T)).any()):
         raise EaseError(f"logits_to_keep must lie below {T}, the number of tokens, got {indices.tolist()}")
     return columns[indices]
 
@@ -109,7 +110,7 @@ def full_pass(
     Args:
         layer_run: runs the layers one by one where gradient checkpointing is on.
         state: (B, T, D) embeddings.
-        kept: (B, K) columns whose logits are computed.
+        kept: (B, K) columns whose logits are computed, on the host.
         hidden_states: whether the states of all layers are returned.
         prefix: keys and values that precede the tokens.
     """
@@ -128,8 +129,8 @@ def full_pass(
     else:
         state = model.run(state, 1, last, layout=layout, cache=prefix)
     normed = model.exit_norm(state, last)
-    rows = torch.arange(len(kept), device=kept.device)[:, None]
-    logits = model.head_logits(normed[rows, kept])
+    rows = torch.arange(len(kept), device=normed.device)[:, None]
+    logits = model.head_logits(normed[rows, to_device(kept, normed.device)])
     return Pass(logits, hidden_states=(*states[:-1], normed) if hidden_states else None)
 
 
@@ -151,21 +152,22 @@ def routed_pass(
         cache: the cache of the tokens before these, to which they are added.
     """
     B, T = ids.shape
-    tokens = (torch.arange(B, device=ids.device)[:, None] * T + kept).flatten()
+    # Which tokens are kept, real or gone is known on the host, so that an exit costs one wait for the device.
+    tokens = (torch.arange(B)[:, None] * T + kept).flatten()
     repeated = None
     if kept.shape[1] > 1:
         tokens, repeated = tokens.unique(return_inverse=True)
-    logits = model.new_logits(len(tokens))
+    logits = model.new_logits(len(tokens) + 1)
     states: list[Tensor] = []
-    row_of = torch.full((B * T,), -1, device=ids.device)  # token -> its row of `logits`, -1 if it is not kept
-    row_of[tokens] = torch.arange(len(tokens), device=ids.device)
+    rows = torch.full((B * T,), len(tokens))  # token -> its row of `logits`; those that are not kept share the last one
+    rows[tokens] = torch.arange(len(tokens))
+    row_of = to_device(rows, ids.device)
 
     def read(chunk: Tensor, places: Tensor) -> Tensor:
-        rows = row_of[places]
-        logits[rows[rows >= 0]] = chunk[rows >= 0].to(logits.dtype)
+        logits[row_of[places]] = chunk.to(logits.dtype)
         return chunk[:, :0]
 
-    real = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.real
+    real = torch.ones(B, T, dtype=torch.bool) if layout is None else layout.host.real
     exits = real * model.num_layers
     for step in routed_forward(
         model,
@@ -173,7 +175,7 @@ def routed_pass(
         model.policy,
         layout=layout,
         read=read,
-        required=row_of.view(B, T) >= 0,
+        required=rows.view(B, T) < len(tokens),
         cache=None if cache is None else cache.native,
         state=state,
         watch=states.append if hidden_states else None,
@@ -181,8 +183,10 @@ def routed_pass(
         exits[step.arrived & ~step.remaining] = step.layer
     if cache is not None:
         cache.real = torch.cat([cache.real, real], 1)
+    exits = to_device(exits, ids.device)
+    logits = logits[:-1] if repeated is None else logits[to_device(repeated, ids.device)]
     return Pass(
-        (logits if repeated is None else logits[repeated]).view(*kept.shape, logits.shape[1]),
+        logits.view(*kept.shape, logits.shape[1]),
         exits if model.policy.exits else None,
         _normed_at_exits(model, states, exits) if hidden_states else None,
     )

@@ -251,7 +251,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
         measure = measure_named(policy.confidence)
         real = cache.real.long()
         layout = Layout((real.cumsum(1) - 1)[:, columns:], real[:, columns:] - 1)
-        exits = layout.real * last if output.exits is None else output.exits
+        exits = layout.real * last if output.exits is None else output.exits.cpu()
         # Keys and values count where they are computed: for a token that left, when a later token of its row goes
         # deeper. Without a cache all tokens of a batch compute them in every layer that one of them runs.
         for layer, num_keys in enumerate((cache.native.filled - filled).sum(1).tolist(), start=1):

@@ -296,7 +296,7 @@ class EasePreTrainedModel(PreTrainedModel):
         """Runs the tokens of a call, and returns what it gives and the cache that holds them.
 
         Args:
-            kept: ids (B, T) and their layout -> (B, K) columns whose logits are computed.
+            kept: ids (B, T) and their layout -> (B, K) columns whose logits are computed, on the host.
             output_attentions: refused if true.
 
         The other arguments are those of `EaseForCausalLM.forward`.
@@ -415,12 +415,11 @@ class EaseForCausalLM(EasePreTrainedModel, EaseGenerationMixin):
         options = loss_options(kwargs)
 
         def kept(ids: Tensor, layout: Layout | None) -> Tensor:
-            chosen = columns_to_keep(logits_to_keep, ids.shape[1], ids.device).expand(len(ids), -1)
+            chosen = columns_to_keep(logits_to_keep, ids.shape[1]).expand(len(ids), -1)
             if layout is None or self.training:
                 return chosen
-            columns = torch.arange(ids.shape[1], device=ids.device)
             # Where a row is padded on the right, its last token predicts what comes next.
-            return (layout.real * columns).cummax(1).values.gather(1, chosen)
+            return (layout.host.real * torch.arange(ids.shape[1])).cummax(1).values.gather(1, chosen)
 
         result, cache = self._run(
             kept,
