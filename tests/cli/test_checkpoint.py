@@ -11,6 +11,7 @@ import pytest
 import torch
 from data_chat import TEXT, chat_checkpoint, random_texts
 from data_runs import SHORT
+from rich.control import strip_control_codes
 
 import ease
 from ease.cli.main import main
@@ -166,8 +167,8 @@ def generated(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, str]
 
 
 def complete(text: str) -> str:
-    """A text as `ease generate` shows it: without the bytes of a last character that is incomplete."""
-    return text.rstrip("\ufffd") + "\n"
+    """A text as `ease generate` shows it: without control codes and an incomplete last character."""
+    return strip_control_codes(text.rstrip("\ufffd")) + "\n"
 
 
 def test_a_chat_prompt_is_answered_up_to_an_end_token(
