@@ -170,10 +170,14 @@ class ModelConfig:
             )
         if self.draft_brick and self.num_labels is not None:
             raise EaseError("a classifier generates no text: leave out draft_brick, or num_labels")
-        if self.draft_vocabulary is not None and not (self.draft_brick and self.draft_vocabulary <= self.vocab_size):
+        if self.draft_vocabulary is not None and not self.draft_brick:
             raise EaseError(
-                f"draft_vocabulary {self.draft_vocabulary}: it needs a draft_brick, and the model has "
-                f"{self.vocab_size} tokens"
+                f"draft_vocabulary {self.draft_vocabulary} is that of a draft brick: set draft_brick as well"
+            )
+        if self.draft_vocabulary is not None and self.draft_vocabulary > self.vocab_size:
+            raise EaseError(
+                f"draft_vocabulary is {self.draft_vocabulary} and the model has {self.vocab_size} tokens: give no more "
+                "than that"
             )
         if self.draft_brick and self.draft_vocabulary is None:
             tokens = self.vocab_size if self.vocab_size <= 2 * DRAFT_VOCABULARY else DRAFT_VOCABULARY

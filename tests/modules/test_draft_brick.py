@@ -135,7 +135,7 @@ def test_the_vocabulary_is_trimmed_where_it_is_large(shape: dict[str, int], voca
 @pytest.mark.parametrize(
     ("options", "fix"),
     [
-        ({"draft_vocabulary": 5}, "it needs a draft_brick"),
+        ({"draft_vocabulary": 5}, "set draft_brick as well"),
         ({"draft_brick": True, "draft_vocabulary": 257}, "the model has 256 tokens"),
         ({"draft_brick": True, "draft_vocabulary": 0}, "draft_vocabulary must be at least 1"),
         ({"draft_brick": True, "num_labels": 3}, "a classifier generates no text"),

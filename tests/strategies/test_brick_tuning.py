@@ -145,7 +145,7 @@ def test_budgets_hold(finished: Any) -> None:
         (lambda m, d: BrickConfig(drafts=0), "drafts must be at least 1"),
         (lambda m, d: BrickConfig(regression=-1.0), "regression"),
         (lambda m, d: BrickConfig(vocabulary=0), "vocabulary must be at least 1"),
-        (lambda m, d: tuned(m, d, vocabulary=257), "the model has 256 tokens: give at most that"),
+        (lambda m, d: tuned(m, d, vocabulary=257), "the model has 256 tokens: give no more"),
         (lambda m, d: score_drafts(m, d.val), "the model has no draft brick"),
         (lambda m, d: tuned(m, d, lr=1e30), "is (nan|inf).*lower the learning rate"),
     ],

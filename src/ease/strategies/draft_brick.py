@@ -7,7 +7,7 @@ those of the last layer, for the 1st and later drafts of a round. Validation mea
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from ease.errors import EaseError, check_counts, check_number
 from ease.evaluation.drafts import DraftScores, score_drafts
 from ease.interface import Batch, Batches, ExitModel, Layout, evaluation_view, running_batches
-from ease.model_config import DRAFT_VOCABULARY
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.progress import ProgressBatches
@@ -55,18 +54,14 @@ class BrickConfig(PhaseOptions):
     def phase(self, model: ExitModel, data: Data) -> Phase:
         assert isinstance(model, StandardTransformer)
         if model.draft_brick is None:
-            size = model.config.vocab_size
-            default = size if size <= 2 * DRAFT_VOCABULARY else DRAFT_VOCABULARY
-            tokens = default if self.vocabulary is None else self.vocabulary
-            if tokens > size:
-                raise EaseError(f"vocabulary is {tokens} and the model has {size} tokens: give at most that")
+            shape = replace(model.config, draft_brick=True, draft_vocabulary=self.vocabulary)
             batches = ProgressBatches(data.train, data.progress("counting tokens"), 1)
-            frequent = most_frequent(batches, size)
+            frequent = most_frequent(batches, shape.vocab_size)
             batch = next(running_batches(data.val, next(model.parameters()).device))
             with torch.no_grad():
                 view = evaluation_view(model)
                 states = view.run(view.embed(batch.x), 1, model.num_layers, layout=batch.layout)
-            model.add_draft_brick(frequent[:tokens], states[batch.running])
+            model.add_draft_brick(frequent[: shape.draft_vocabulary], states[batch.running])
         elif self.vocabulary not in (None, model.config.draft_vocabulary):
             raise EaseError(
                 f"the model's draft brick has {model.config.draft_vocabulary} tokens and is trained further: leave out "
