@@ -84,7 +84,8 @@ class Sampling:
 
     def most_likely(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Logits (n, V) -> the most likely ids (n,) after the penalty; -1 where a logit is NaN, without a wait."""
-        return self._penalized(logits, seen).argmax(1).masked_fill(logits.isnan().any(1), -1)
+        largest, ids = self._penalized(logits, seen).max(1)  # NaN where any logit is
+        return ids.masked_fill(largest.isnan(), -1)
 
     def _penalized(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         logits = at_least_float32(logits)

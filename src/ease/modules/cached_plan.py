@@ -142,7 +142,7 @@ class AlignedPlan(CachedPlan):
             causal, mask = n == length and reach >= n, None
             if n > 1 and not causal:
                 seen, at = np.arange(start, length), np.arange(length - n, length)[:, None]
-                mask = cache.tensor((seen <= at) & (seen > at - reach))
+                mask = cache.tensor((seen <= at) & (seen > at - reach))[None, None]
             return CachedView(rope=rope, query_rope=query_rope, active=index, start=start, mask=mask, in_order=causal)
 
         index = None

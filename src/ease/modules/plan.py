@@ -18,6 +18,8 @@ from ease.interface import Layout, to_device
 from ease.model_config import AttentionKind
 from ease.modules.rope import Rope, rotary
 
+FEW_QUERIES = 8  # queries of a head that attend in one call with those of the other heads of its group
+
 
 @dataclass(kw_only=True)
 class View:
@@ -170,6 +172,15 @@ def mix(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         # CUDA has no fast kernel for a mask together with grouped queries: it would store (B, H, width, T) scores.
         k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         groups = 1
+    if groups > 1 and kind.softcap is None and not causal and 0 < q.shape[2] <= FEW_QUERIES:
+        # As the queries of one head: its keys are read once, in half to three quarters of the time on a CPU.
+        B, H, n, d = q.shape
+        if mask is not None:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+        folded = F.scaled_dot_product_attention(
+            q.reshape(B, H // groups, groups * n, d), k, v, attn_mask=mask, scale=kind.scale
+        )
+        return folded.view(B, H, n, d)
     if kind.softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=groups > 1

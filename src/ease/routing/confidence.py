@@ -51,9 +51,16 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+SOFTMAX_CHUNK = 2**21  # probabilities that exist at a time on a CPU: a larger result is new memory at every call
+
+
 def max_probability(logits: Tensor) -> Tensor:
     """The largest softmax probability, logits (..., V) -> (...) in [0, 1]."""
-    return at_least_float32(logits).softmax(-1).amax(-1)
+    logits = at_least_float32(logits)
+    if logits.dim() == 2 and logits.device.type == "cpu" and logits.numel() > SOFTMAX_CHUNK:
+        rows = max(1, SOFTMAX_CHUNK // logits.shape[1])
+        return torch.cat([part.softmax(-1).amax(-1) for part in logits.split(rows)])
+    return logits.softmax(-1).amax(-1)
 
 
 def margin(logits: Tensor) -> Tensor:
