@@ -54,6 +54,16 @@ IDS = torch.arange(8).view(1, 8)
 BATCHES = [(IDS, IDS)]
 POLICY, TARGET = ease.Policy((1,), (0.5,)), ease.Target("min_agreement", 0.5)
 WRONG_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "continue with a name": (lambda model: ease.generate("x", IDS, 2), "model must be a StandardTransformer"),
+    "continue with a wrapped model": (
+        lambda model: ease.generate(EaseForCausalLM.wrap(model), IDS, 2),
+        "pass its model",
+    ),
+    "stream to 3": (lambda model: ease.generate(model, IDS, 2, stream=3), "stream must be callable"),
+    "a seed without a draw": (
+        lambda model: ease.generate(model, IDS, 2, seed=3),
+        "seed have no effect at temperature 0",
+    ),
     "route a name": (lambda model: ease.route("x", IDS), "model must be an ExitModel, got str"),
     "route a wrapped model": (lambda model: ease.route(EaseForCausalLM.wrap(model), IDS), "pass its model"),
     "route by a name": (lambda model: ease.route(model, IDS, policy="x"), "policy must be a Policy, got str"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ease.data.counts import CountTable
 from ease.devices import free_memory
-from ease.errors import EaseError, check_choice, check_integer, check_list, check_number
+from ease.errors import EaseError, check_choice, check_integer, check_list, check_number, checked
 from ease.generation.exact import DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
@@ -56,6 +56,7 @@ class Generation:
 
 
 @torch.no_grad()
+@checked
 def generate(
     model: StandardTransformer,
     ids: Tensor,

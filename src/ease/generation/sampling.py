@@ -32,7 +32,7 @@ class Sampling:
         seed: random seed of the draws.
 
     Raises:
-        EaseError: for a setting out of range, and for `top_k` or `top_p` at temperature 0.
+        EaseError: for a setting out of range, and for `top_k`, `top_p` or `seed` at temperature 0.
     """
 
     temperature: float = 0.0
@@ -57,8 +57,8 @@ class Sampling:
                 raise EaseError(f"{name} must be {rule}, got {getattr(self, name)}")
         if self.seed is not None:
             check_seed(self.seed)
-        if self.temperature == 0 and (self.top_k or self.top_p):
-            raise EaseError("top_k and top_p have no effect at temperature 0: set a temperature above 0")
+        if self.temperature == 0 and (self.top_k or self.top_p or self.seed is not None):
+            raise EaseError("top_k, top_p and seed have no effect at temperature 0: set a temperature above 0")
 
     @property
     def greedy(self) -> bool:
