@@ -27,7 +27,7 @@ def random_views(seed: int, exits: int, n: int, levels: int) -> Views:
     g = torch.Generator().manual_seed(seed)
     confidences = (torch.rand(exits, n, generator=g, dtype=torch.float64) * levels).ceil() / levels
     wrong = torch.rand(exits, n, generator=g) > confidences
-    return Views(confidences, torch.cat([wrong.long(), torch.zeros(1, n, dtype=torch.long)]))
+    return Views(confidences, torch.cat([wrong.long(), torch.zeros(1, n, dtype=torch.long)]), torch.empty(0))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 200), st.sampled_from([4, 1000]))
@@ -59,7 +59,7 @@ def test_candidates_are_spaced_evenly_even_if_all_exits_agree() -> None:
     for best in (torch.zeros(3, 2000, dtype=torch.long), torch.randint(2, (3, 2000))):
         shares = [
             float((confidences >= torch.tensor(t)[:, None]).any(0).double().mean())
-            for t in candidate_thresholds(Views(confidences, best))
+            for t in candidate_thresholds(Views(confidences, best, torch.empty(0)))
         ]
         assert shares[0] == 0
         assert shares[-1] == 1
@@ -71,7 +71,10 @@ def test_one_confident_mistake_does_not_disable_an_exit() -> None:
     best = torch.zeros(2, 1000, dtype=torch.long)
     best[0, 0] = 1  # the most confident token is wrong
     shares = torch.tensor(
-        [float((confidences >= t[0]).double().mean()) for t in candidate_thresholds(Views(confidences, best))]
+        [
+            float((confidences >= t[0]).double().mean())
+            for t in candidate_thresholds(Views(confidences, best, torch.empty(0)))
+        ]
     )
     assert (shares < 0.5).sum() > 10
 

@@ -11,7 +11,7 @@ from ease import Data, EaseError, Policy, StandardTransformer, learn_agreement, 
 from ease.flops import classifier_flops, head_flops
 from ease.routing.confidence import MEASURES, Evidence, certainty, margin, max_probability, steadiness
 from ease.routing.forward import routed_forward
-from ease.training.exit_classifiers import agreements
+from ease.training.exit_classifiers import lessons
 
 Make = Callable[..., StandardTransformer]
 
@@ -66,10 +66,10 @@ def test_the_classifier_tells_agreement_better_than_chance_and_changes_no_exit(
     taught: StandardTransformer, trained: StandardTransformer, text_data: Callable[..., Data]
 ) -> None:
     held_out = text_data(12, 4).val
-    states, agrees = agreements(taught, held_out, [1])
-    confidence = taught.exit_confidence(states[1], 1)
-    assert confidence[agrees[1]].mean() > confidence[~agrees[1]].mean() + 0.05
-    assert confidence.mean().item() == pytest.approx(agrees[1].double().mean().item(), abs=0.1)
+    lesson = lessons(taught, held_out, [1])[1]
+    confidence, agrees = taught.exit_confidence(lesson.states, 1), lesson.targets["agreement"].bool()
+    assert confidence[agrees].mean() > confidence[~agrees].mean() + 0.05
+    assert confidence.mean().item() == pytest.approx(agrees.double().mean().item(), abs=0.1)
     x = held_out[0][0]
     assert all(map(torch.equal, taught.forward_all_layers(x), trained.forward_all_layers(x)))
 

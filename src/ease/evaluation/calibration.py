@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -192,40 +194,91 @@ def calibrate(
     if not policy.exits:
         raise EaseError("the policy has no exits to calibrate: give a policy with exits")
     policy.check(model.num_layers)
-    goal = GOALS[target.kind]
     progress = progress or Progress()
     candidates = candidate_thresholds(Sequences(model, propose, policy).views)
-    if goal.budget:
-        candidates.reverse()
     deciding, unseen = Sequences(model, decide, policy), Sequences(model, held_out, policy)
+    choice = choose(target, policy, candidates, deciding, progress)
+    if not choice.passed:
+        raise unreachable(target, [choice], len(deciding))
+    return Calibration(choice.policy, make_record(target, choice, deciding, unseen))
 
+
+class Choice(NamedTuple):
+    """The outcome of choosing thresholds for a target."""
+
+    policy: Policy
+    """The policy with the thresholds chosen, or with the closest ones if none satisfies the target."""
+    limit: float
+    """The bound on its mean loss."""
+    passed: int
+    """Candidates that were found to satisfy the target; 0 if none does."""
+    candidates: int
+
+
+def choose(
+    target: Target,
+    policy: Policy,
+    candidates: Sequence[tuple[float, ...]],
+    deciding: Sequences,
+    progress: Progress | None = None,
+) -> Choice:
+    """Chooses among candidate thresholds those that satisfy a target, by routed runs over the deciding sequences.
+
+    With a confidence, candidates are tested in order up to the first that fails; without one, by bisection.
+
+    Args:
+        target: the condition to satisfy.
+        policy: exits and confidence measure.
+        candidates: thresholds from strict to loose.
+        deciding: the sequences, under the same exits and measure.
+        progress: receives the share of the candidates tested so far.
+    """
+    goal = GOALS[target.kind]
+    ordered, limit = list(candidates)[:: -1 if goal.budget else 1], goal.to_limit(target.value)
+
+    @functools.cache
     def bound(number: int) -> float:
-        progress.step(number / len(candidates))
-        losses = deciding.means(goal.loss(deciding, replace(policy, thresholds=candidates[number])))
+        if progress is not None:
+            progress.step(number / len(ordered))
+        losses = deciding.means(goal.loss(deciding, replace(policy, thresholds=ordered[number])))
         return upper_bound(losses, target.confidence, goal.span(deciding))
 
-    bounds = passing(map(bound, range(len(candidates))), goal.to_limit(target.value))
-    if not bounds:
-        best = max(0.0, goal.to_value(bound(0) + 1e-4))  # rounded up, so that the four digits shown can be reached
-        fix = "relax the target to that" + (", or calibrate on more sequences" if target.confidence else "")
-        raise EaseError(
-            f"{target} cannot be reached: the best on these {len(deciding)} sequences is {best:.4f}, so {fix}"
-        )
-    chosen = replace(policy, thresholds=candidates[len(bounds) - 1])
-    progress.step(1.0)
-    loss = unseen.means(goal.loss(unseen, chosen)).mean().item()
-    record = {
-        "policy": asdict(chosen),
+    numbers = range(len(ordered))
+    if target.confidence is None:
+        passed = bisect.bisect_left(numbers, True, key=lambda number: bound(number) > limit)
+    else:
+        passed = len(passing(map(bound, numbers), limit))
+    chosen = max(0, passed - 1)
+    if progress is not None:
+        progress.step(1.0)
+    return Choice(replace(policy, thresholds=ordered[chosen]), bound(chosen), passed, len(ordered))
+
+
+def unreachable(target: Target, choices: Sequence[Choice], sequences: int) -> EaseError:
+    """The error that none of the choices satisfies the target, with the best value that one of them reaches."""
+    # Rounded up, so that the four digits shown can be reached.
+    best = max(0.0, GOALS[target.kind].to_value(min(choice.limit for choice in choices) + 1e-4))
+    fix = "relax the target to that" + (", or calibrate on more sequences" if target.confidence else "")
+    return EaseError(f"{target} cannot be reached: the best on these {sequences} sequences is {best:.4f}, so {fix}")
+
+
+def make_record(
+    target: Target, choice: Choice, deciding: Sequences, unseen: Sequences, policy: Policy | None = None
+) -> dict[str, Any]:
+    """The record of a choice, with what a policy (by default the chosen one) reaches on unseen sequences."""
+    goal, policy = GOALS[target.kind], choice.policy if policy is None else policy
+    loss = unseen.means(goal.loss(unseen, policy)).mean().item()
+    return {
+        "policy": asdict(policy),
         "target": asdict(target),
         "calibration": {
-            "value": goal.to_value(bounds[-1]),
-            "candidates": [len(bounds), len(candidates)],
+            "value": goal.to_value(choice.limit),
+            "candidates": [choice.passed, choice.candidates],
             "sequences": len(deciding),
             "tokens": int(deciding.lengths.sum()),
         },
-        "held_out": {"value": goal.to_value(loss), **unseen.metrics(chosen)},
+        "held_out": {"value": goal.to_value(loss), **unseen.metrics(policy)},
     }
-    return Calibration(chosen, record)
 
 
 def candidate_thresholds(views: Views) -> list[tuple[float, ...]]:

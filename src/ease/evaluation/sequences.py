@@ -7,21 +7,24 @@ left with, so routing changes later tokens too.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ease.errors import EaseError
 from ease.evaluation.bounds import auroc
 from ease.evaluation.scoring import Scores, perplexity, score
-from ease.flops import layer_flops
+from ease.flops import exit_flops, layer_flops, run_flops
 from ease.interface import IGNORE, Batch, ExitModel, evaluation_view, running_batches
 from ease.policy import Policy
+from ease.routing.confidence import at_least_float32, measure_named
 from ease.routing.forward import head_chunk, routed_forward
 
 
@@ -32,6 +35,8 @@ class Views(NamedTuple):
     """(E, N)."""
     best: Tensor
     """(E + 1, N) the most likely output of each exit; the last row is that of the last exit."""
+    losses: Tensor
+    """(E + 1, N) the loss of each exit in nats."""
 
     @property
     def agrees(self) -> Tensor:
@@ -73,17 +78,21 @@ class Sequences:
         for batch in running_batches(self.batches, device):
             columns = []
             for step in routed_forward(model, batch.x, self.policy, layout=batch.layout):
-                states = step.state.flatten(0, 1)[step.places].split(head_chunk(model))
-                best = torch.cat([model.logits(h, step.layer).argmax(-1) for h in states])
-                for values in (step.confidence, best):
+                best, losses = [], []
+                states, y = step.state.flatten(0, 1)[step.places], batch.y.flatten()[step.places]
+                for h, targets in zip(states.split(head_chunk(model)), y.split(head_chunk(model)), strict=True):
+                    logits = at_least_float32(model.logits(h, step.layer))
+                    best.append(logits.argmax(-1))
+                    losses.append(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE))
+                for values in (step.confidence, torch.cat(best), torch.cat(losses)):
                     everywhere = values.new_zeros(batch.x.numel()).index_copy(0, step.places, values)
                     # float64 is exact for every vocabulary, and MPS does not have it.
                     columns.append(everywhere[batch.scored.flatten()].cpu().double())
             parts.append(torch.stack(columns))
-        table = torch.cat(parts, 1)  # a row of confidences and a row of outputs per exit
+        table = torch.cat(parts, 1)  # a row each of confidences, outputs, and losses per exit
         if not bool(table.isfinite().all()):
             raise EaseError("some confidences are NaN: the model's weights are probably corrupt, restore them")
-        return Views(table[:-2:2], table[1::2].long())
+        return Views(table[:-3:3], table[1::3].long(), table[2::3])
 
     def view(self, exit: int) -> tuple[Tensor, Tensor]:
         """Confidences (N,) at an exit, and (N,) true where its most likely output is that of the last exit."""
@@ -102,13 +111,18 @@ class Sequences:
         They include every head evaluated on the way, and the keys and values that the token gives to the layers above
         its exit.
         """
-        first, last = self.batches[:1], self.model.num_layers
+        c, batch, last = self.model.config, self.batches[0], self.model.num_layers
+        running, kind = batch.running, measure_named(self.policy.confidence)
+        tokens = int(running.any(1).sum() if c.num_labels is not None else running.sum())  # that an exit evaluates
+        keys_and_values = layer_flops(c, running.numel(), 0, 0)
         costs = torch.zeros(last + 1, dtype=torch.float64)
+        measured = 0.0
         for exit in (*self.policy.exits, last):
-            to_exit = score(self.model, first, self.policy, last=exit)
-            keys_and_values = layer_flops(self.model.config, first[0].x.numel(), 0, 0)
-            costs[exit] = to_exit.flops + (last - exit) * keys_and_values
-        return costs / score(self.model, first).flops
+            measured += kind.flops(c, tokens) if exit < last else 0
+            layers = run_flops(c, exit, running, batch.layout) + (last - exit) * keys_and_values
+            costs[exit] = layers + measured + exit_flops(c, tokens, exit)
+            measured += exit_flops(c, tokens, exit) if kind.needs_head else 0
+        return costs / (run_flops(c, last, running, batch.layout) + exit_flops(c, tokens, last))
 
     @cached_property
     def last_exit_targets(self) -> list[Batch]:
@@ -118,6 +132,20 @@ class Sequences:
             b._replace(y=torch.full_like(b.y, IGNORE).masked_scatter(b.scored, targets.to(b.y)))
             for b, targets in zip(self.batches, best, strict=True)
         ]
+
+    def under(self, model: ExitModel, policy: Policy) -> Self:
+        """The same sequences with other exits or another measure; the scores at full depth are not computed again.
+
+        Args:
+            model: the model, or a view of it that differs in its exit classifiers alone.
+            policy: exits and confidence measure.
+        """
+        other = copy.copy(self)
+        vars(other).update(full=self.full, last_exit_targets=self.last_exit_targets)
+        for name in ("views", "costs"):
+            vars(other).pop(name, None)
+        other.model, other.policy = model, replace(policy, thresholds=(math.inf,) * len(policy.exits))
+        return other
 
     def scores(self, policy: Policy) -> Scores:
         """Scores of a routed run."""
