@@ -1,4 +1,4 @@
-"""`ease calibrate`: choose thresholds for a target."""
+"""`ease calibrate`: choose a policy for a target, if one saves anything."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,21 +6,25 @@ from pathlib import Path
 from ease.errors import EaseError
 
 USAGE = "RUN --min-agreement 0.99"
-HELP = "choose thresholds for a target, a budget or a bound"
+HELP = "choose exits and thresholds for a target, if they save anything"
 
 
 def main(args: list[str]) -> None:
-    """Calibrate the thresholds of a run and print the outcome."""
+    """Calibrate a run and print the candidates and the outcome."""
     import tyro
 
-    from ease.cli.console import error_console
+    from ease.cli.console import error_console, output_console
     from ease.cli.progress import ProgressDisplay
     from ease.evaluation.calibration import GOALS, Target
+    from ease.report.tables import calibration_sentence, calibration_table
     from ease.runs import reopen
 
     @dataclass(frozen=True)
     class Arguments:
-        """Choose the thresholds of a run for one target and store them as its policy."""
+        """Choose exits, confidence measure and thresholds for one target, and store them as the policy of a run.
+
+        A policy that saves no FLOPs or no time is not stored: the run then stays at full depth.
+        """
 
         run: tyro.conf.Positional[Path]
         """The run folder."""
@@ -34,6 +38,12 @@ def main(args: list[str]) -> None:
         """Largest number of FLOPs per token, heads included, as a share of full depth without exits."""
         confidence: float | None = None
         """Probability that the target holds, over the draw of the calibration sequences."""
+        exits: str | None = None
+        """Exits to search, such as 4,8 (by default all that are trained)."""
+        measure: str | None = None
+        """The one confidence measure to search: max-probability, margin, entropy, steadiness, or classifier (that of
+        the model); or agreement or gain, a classifier that is trained here (by default the run's own,
+        max-probability, margin, agreement and gain)."""
 
     given = tyro.cli(Arguments, args=args, prog="ease calibrate")
     targets = [Target(kind, value, given.confidence) for kind in GOALS if (value := getattr(given, kind)) is not None]
@@ -41,15 +51,11 @@ def main(args: list[str]) -> None:
         options = ", ".join(f"--{kind.replace('_', '-')}" for kind in GOALS)
         raise EaseError(f"give exactly one target: {options}")
     (target,) = targets
+    try:
+        exits = [int(part) for part in (given.exits or "").split(",") if part]
+    except ValueError as error:
+        raise EaseError(f"--exits must name layers, such as 4,8, got {given.exits}") from error
     with ProgressDisplay(error_console()) as progress:
-        record = reopen.calibrate(given.run, target, progress.line)
-    metrics = record["held_out"]
-    policy = zip(record["policy"]["exits"], record["policy"]["thresholds"], strict=True)
-    print(
-        f"Thresholds for {target}: " + ", ".join(f"{t:.4g} at layer {e}" for e, t in policy) + "\n"
-        f"On the {metrics['sequences']} test sequences that were not used to choose them: "
-        f"{metrics['shallow_ratio']:.1%} of the tokens exit early, {metrics['flops_share']:.1%} of the FLOPs, "
-        f"agreement {metrics['agreement']:.2%}, "
-        f"perplexity {metrics['ppl']:.2f} ({metrics['ppl_full']:.2f} at full depth).\n"
-        f"Policy: {given.run / 'policy.json'}"
-    )
+        record = reopen.calibrate(given.run, target, progress.line, exits=exits, measure=given.measure)
+    output_console().print(calibration_table(given.run.name, str(target), record))
+    print(calibration_sentence(str(target), record), f"Policy: {given.run / 'policy.json'}", sep="\n")

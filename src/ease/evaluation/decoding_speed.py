@@ -9,15 +9,42 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ease.generation.decode import Generation, generate
+from ease.interface import Batch
 from ease.models import StandardTransformer
 
 Call = Callable[[], Generation | Tensor]
+
+PROMPTS, NEW_TOKENS, ROUNDS = 2, 32, 3  # of `time_shares`: rows, tokens per row, timed rounds
+
+
+def time_shares(models: Sequence[StandardTransformer], batches: Iterable[Any]) -> list[float]:
+    """The time of routed decoding with each model's policy, as a share of the first model's time at full depth.
+
+    All decode the same prompts, the first halves of the first two sequences, one row at a time and greedily; the calls
+    alternate. It is the median over three rounds.
+
+    Args:
+        models: views of one model, each with a policy.
+        batches: batches of (x, y) or `Batch` without padding.
+    """
+    if not models:
+        return []
+    x = Batch.of(next(iter(batches))).x
+    half = (x.shape[1] + 1) // 2
+    steps = min(NEW_TOKENS, x.shape[1] + 1 - half)  # the last token is not read
+    prompts = x[:PROMPTS, :half].split(1)
+    calls: dict[int, Callable[[], Any]] = {-1: lambda: [generate(models[0], ids, steps) for ids in prompts]}
+    for number, model in enumerate(models):
+        calls[number] = lambda model=model: [generate(model, ids, steps, "routed") for ids in prompts]  # type: ignore[misc]
+    seconds, _ = in_turns(calls, ROUNDS)
+    full = seconds.pop(-1)
+    return [statistics.median(a / b for a, b in zip(each, full, strict=True)) for each in seconds.values()]
 
 
 def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]:

@@ -70,7 +70,7 @@ def evaluation_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     from rich.markup import escape
 
     table = _table(name, f"measured on the {rows[0]['split']}", "threshold")
-    for column in ("ppl", "acc", "exit\nearly", "layers\nrun", "FLOPs\n/token", "seconds"):
+    for column in ("ppl", "acc", "exit\nearly", "layers\nrun", "FLOPs\n/token", "FLOPs\n/full", "time\n/full"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -80,9 +80,77 @@ def evaluation_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
             format_share(number(row, "shallow_ratio")),
             format_share(number(row, "compute_cost")),
             format_flops(number(row, "flops_per_token")),
-            f"{row['seconds']:.2f}",
+            format_share(number(row, "flops_share")),
+            format_share(number(row, "time_share")),
         )
     return table
+
+
+def calibration_table(name: str, target: str, record: dict[str, Any]) -> Table:
+    """The candidates of a calibration as a table for the terminal, the best first; an asterisk marks the one stored.
+
+    Args:
+        name: name of the run.
+        target: the target in words.
+        record: content of policy.json.
+
+    Returns:
+        A rich table at most 80 columns wide.
+    """
+    from rich.markup import escape
+
+    where, machine = plural(record["calibration"]["sequences"], "sequence"), record.get("machine") or {}
+    table = _table(
+        f"{name}: {target}",
+        f"measured on the {where} that decide; time is that of routed decoding, one row on {machine.get('cpu')}, "
+        f"{plural(machine.get('threads'), 'thread')}; FLOPs and time are shares of full depth's, whose perplexity is "
+        f"{format_ppl(number(record['best'], 'ppl_full'))}",
+        "exits",
+    )
+    table.add_column("measure", no_wrap=True, vertical="bottom")
+    for column in ("exit\nearly", "agreement", "ppl", "FLOPs", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in record["table"]:
+        missed = "" if row["reached"] else " misses the target"
+        mark = " *" if record["installed"] and row == record["best"] else ""
+        table.add_row(
+            escape(", ".join(map(str, row["exits"])) + mark + missed),
+            escape(row["measure"]),
+            format_share(number(row, "shallow_ratio")),
+            f"{row['agreement']:.2%}",
+            format_ppl(number(row, "ppl")),
+            format_share(number(row, "flops_share")),
+            format_share(number(row, "time_share")),
+        )
+    return table
+
+
+def calibration_sentence(target: str, record: dict[str, Any]) -> str:
+    """What a calibration stored, and what that saves on sequences that chose nothing; or why full depth stays.
+
+    Args:
+        target: the target in words.
+        record: content of policy.json.
+    """
+    best, unseen, policy = record["best"], record["held_out"], record["policy"]
+    exits = (
+        f"{best['measure']} at {plural(len(best['exits']), 'layer').split()[1]} {', '.join(map(str, best['exits']))}"
+    )
+    if not record["installed"]:
+        return (
+            f"Full depth stays: no policy with {target} saves both FLOPs and time, and the best, {exits}, lets "
+            f"{best['shallow_ratio']:.1%} of the tokens exit early for {best['flops_share']:.1%} of the FLOPs and "
+            f"{best['time_share']:.0%} of the time of full depth."
+        )
+    thresholds = zip(policy["exits"], policy["thresholds"], strict=True)
+    return (
+        f"Thresholds for {target} with {best['measure']}: "
+        + ", ".join(f"{threshold:.4g} at layer {exit}" for exit, threshold in thresholds)
+        + f"\nOn the {unseen['sequences']} test sequences that were not used to choose them: "
+        f"{unseen['shallow_ratio']:.1%} of the tokens exit early, {unseen['flops_share']:.1%} of the FLOPs, "
+        f"agreement {unseen['agreement']:.2%}, perplexity {unseen['ppl']:.2f} ({unseen['ppl_full']:.2f} at full "
+        f"depth). Decoding takes {best['time_share']:.0%} of the time of full depth."
+    )
 
 
 def decoding_table(summary: dict[str, Any]) -> Table | None:

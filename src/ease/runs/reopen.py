@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,24 +13,29 @@ import torch
 from ease.data.batches import TokenBatches
 from ease.data.corpus import Corpus, load_corpus
 from ease.data.tokenizers import EOS, load_tokenizer
-from ease.devices import choose_device
+from ease.devices import choose_device, machine
 from ease.errors import EaseError
-from ease.evaluation import calibration
+from ease.evaluation import decoding_speed, policy_search
 from ease.evaluation.calibration import Target
 from ease.evaluation.scoring import score
 from ease.hf.checkpoint import from_pretrained, save_pretrained
 from ease.hf.folder import checkpoint_folder
 from ease.hf.prompting import end_of_text, end_tokens
 from ease.hf.prompting import load_tokenizer as load_checkpoint_tokenizer
+from ease.interface import evaluation_view
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.progress import Progress, ProgressBatches
+from ease.routing.confidence import measure_named
 from ease.runs.config import SELF, DataConfig
 from ease.runs.store import load_model, save_calibration, start_folder
 from ease.storage import MADE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+LEARN_TOKENS = 2**15  # that calibration fits classifiers to: many times their parameters
 
 
 class Start(NamedTuple):
@@ -94,11 +99,12 @@ def _tokenizer_of(
     return load_tokenizer(folder / "tokenizer.json", model.config.vocab_size, split_special_tokens=split_special_tokens)
 
 
-def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
+def open_run(folder: Path, *, calibrated: bool = True) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
     """Load the model of a run together with the corpus it was trained on.
 
     Args:
         folder: a run folder.
+        calibrated: whether the model has the policy of policy.json, if there is one.
 
     Returns:
         The model, the content of config.json, the corpus, and the data configuration.
@@ -106,7 +112,7 @@ def open_run(folder: Path) -> tuple[StandardTransformer, dict[str, Any], Corpus,
     Raises:
         EaseError: the run cannot be read, or its text has changed.
     """
-    model, config = load_model(folder)
+    model, config = load_model(folder, calibrated=calibrated)
     model.to(choose_device("auto"))
     data = data_config_of(folder, config)
     corpus_hash, source = config["data"].get("hash"), config["data"].get("source", "an unrecorded source")
@@ -168,59 +174,87 @@ def export(
     )
 
 
-def calibration_halves(test: torch.Tensor, data: DataConfig) -> tuple[list[Any], list[Any]]:
-    """Split the test sequences at random into two halves: one to calibrate on, one to report on.
+def calibration_halves(ids: torch.Tensor, data: DataConfig, split: str = "test split") -> tuple[list[Any], list[Any]]:
+    """Split sequences at random into two halves.
 
-    With a random split, a bound on the mean over all sequences holds by the draw, however different the texts are.
+    Of the test split one decides and the other reports; of the validation split one teaches classifiers and the other
+    proposes thresholds. With a random split, a bound on the mean over all sequences holds by the draw, however
+    different the texts are.
 
     Args:
-        test: (N,) token ids of the test split.
+        ids: (N,) token ids of the split.
         data: the data configuration; `eval_batches` limits each half.
+        split: the name of the split, for the message.
 
     Returns:
-        Batches of the calibration half and of the reporting half.
+        Batches of the two halves.
 
     Raises:
         EaseError: the split fills fewer than two batches.
     """
     limit = data.eval_batches and 2 * data.eval_batches
-    drawn = list(TokenBatches(test, data.seq_len, data.batch_size, shuffle=True, max_batches=limit))
+    drawn = list(TokenBatches(ids, data.seq_len, data.batch_size, shuffle=True, max_batches=limit))
     if len(drawn) < 2:
-        raise EaseError("calibration needs two batches and the test split fills one: run again with more text")
+        raise EaseError(f"calibration needs two batches and the {split} fills one: run again with more text")
     return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
 
 
 def calibrate(
-    folder: Path, target: Target, progress: Callable[[str], Progress] = lambda name: Progress()
+    folder: Path,
+    target: Target,
+    progress: Callable[[str], Progress] = lambda name: Progress(),
+    *,
+    exits: Sequence[int] = (),
+    measure: str | None = None,
 ) -> dict[str, Any]:
-    """Choose thresholds for the exits of a run and store them as its policy.
+    """Choose exits, a confidence measure and thresholds for a run, and store them as its policy.
 
-    Candidates come from validation, which training used for stopping. One half of the test split chooses among them,
-    and the reported metrics are those of the other half.
+    If no policy that meets the target saves FLOPs and time, an empty one is stored: the run stays at full depth. Of
+    validation, which training used for stopping, one half teaches classifiers and the other proposes candidates. One
+    half of the test split chooses among them, and the reported metrics are those of the other half.
 
     Args:
         folder: the run folder.
         target: the target to meet.
         progress: makes the progress of a named piece of work.
+        exits: exits to search (all trained exits by default).
+        measure: the only measure to search: one of `ease.routing.confidence.MEASURES`, or "agreement" or "gain" for a
+            classifier that is trained here. By default the run's own, max-probability, margin, agreement, and gain.
 
     Returns:
         The content of policy.json.
 
     Raises:
-        EaseError: the run has no exits, cannot be read or written, or no threshold meets the target.
+        EaseError: the run has no such exits, the measure is unknown, the run cannot be read or written, or no threshold
+            meets the target.
     """
-    model, _, corpus, data = open_run(folder)
-    exits = model.policy.exits or model.early_exits
-    if not exits:
+    model, _, corpus, data = open_run(folder, calibrated=False)
+    own = model.policy
+    trained = tuple(sorted({*own.exits, *model.early_exits}))
+    if not trained:
         raise EaseError(
             f"{folder} has no exits to calibrate: tune it first (ease tune), or train with a strategy that has exits"
         )
-    policy = replace(model.policy, exits=exits, thresholds=(1.0,) * len(exits))
-    val = TokenBatches(corpus.val, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    found = calibration.calibrate(
-        model, policy, target, val, *calibration_halves(corpus.test, data), progress("calibrating")
+    if others := sorted(set(exits) - set(trained)):
+        raise EaseError(f"{folder} has no trained exit {others[0]}: choose among {', '.join(map(str, trained))}")
+    measures = (own.confidence, *policy_search.MEASURES) if measure is None else (measure,)
+    if measure is not None and measure not in policy_search.LEARNED:
+        measure_named(measure)
+    if measure == "patience" and own.confidence != measure:
+        raise EaseError("the run has no policy with the measure patience: choose another measure")
+    learn, propose = calibration_halves(corpus.val, data, "validation split")
+    found = policy_search.search(
+        model,
+        target,
+        sorted(set(exits)) or trained,
+        measures,
+        learn[: max(1, LEARN_TOKENS // (data.batch_size * data.seq_len))],
+        propose,
+        *calibration_halves(corpus.test, data),
+        progress("calibrating"),
     )
-    return save_calibration(folder, model, found.record)
+    where = machine(str(next(model.parameters()).device))
+    return save_calibration(folder, found.model, found.record | {"machine": where})
 
 
 def evaluate(
@@ -236,7 +270,8 @@ def evaluate(
         progress: makes the progress of a named piece of work.
 
     Returns:
-        One row of metrics per threshold, with "thresholds" and "split".
+        One row of metrics per threshold, with "thresholds", "split", and "flops_share" and "time_share": the FLOPs of
+        the row and the time of decoding with its policy, as shares of those at full depth.
 
     Raises:
         EaseError: the run cannot be read, or thresholds are given and it has no exits.
@@ -256,8 +291,15 @@ def evaluate(
             f"{folder} has no exits to route at: leave out --threshold, or train with a strategy that has exits"
         )
     policies = [Policy.of(exits, (t,) * len(exits), **own.options) for t in thresholds] or [own]
-    batches = ProgressBatches(test, progress("scoring"), epochs=len(policies))
-    return [
-        {"thresholds": policy.thresholds, "split": split, **score(model, batches, policy).metrics()}
-        for policy in policies
-    ]
+    batches = ProgressBatches(test, progress("scoring"), epochs=len(policies) + 1)
+    full = score(model, batches)
+    views = [evaluation_view(model) for policy in policies if policy.exits]
+    for view, policy in zip(views, filter(lambda policy: policy.exits, policies), strict=True):
+        view.policy = policy
+    times = iter(decoding_speed.time_shares(views, test))
+    rows = []
+    for policy in policies:
+        scores = score(model, batches, policy) if policy.exits else full
+        shares = {"flops_share": scores.flops / full.flops, "time_share": next(times) if policy.exits else 1.0}
+        rows.append({"thresholds": policy.thresholds, "split": split, **scores.metrics(), **shares})
+    return rows

@@ -8,7 +8,7 @@
     start/              everything but the weights of the checkpoint that the run started from
     explorer.json       routed runs over a held-out text, token by token
     report.html         report
-    policy.json         thresholds chosen by `ease calibrate`; they replace those in config.json
+    policy.json         policy chosen by `ease calibrate`, with its classifiers; it replaces that in config.json
     SHA256SUMS          checksums of the other files, which `sha256sum -c` can check too
 
 No file is a pickle. A run in progress is in `.NAME.partial` in the same parent folder, with the checkpoints needed to
@@ -122,11 +122,12 @@ def save_model(folder: Path, model: StandardTransformer, policy: Policy, **confi
     write_json(folder / CONFIG, {"format": FORMAT, **model_config, "policy": asdict(policy), **config})
 
 
-def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
+def load_model(folder: Path, *, calibrated: bool = True) -> tuple[DeepSupervisionTransformer, dict[str, Any]]:
     """Load the model of a run, with the run's policy as `model.policy`.
 
     Args:
         folder: a run folder.
+        calibrated: whether policy.json is read; without it the model is as the run has written it.
 
     Returns:
         The model in eval mode and the content of config.json, in which "calibration" is the content of policy.json or
@@ -147,7 +148,7 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
             f"{folder} is a checkpoint, not a run: `ease tune` makes a run of it, and `ease generate` accepts it"
         )
     _check_format(file, config, FIX)
-    config["calibration"] = calibration = _read_calibration(folder / POLICY)
+    config["calibration"] = calibration = _read_calibration(folder / POLICY) if calibrated else None
     try:
         shape = ModelConfig(**config["model"])
         policy = Policy(**(calibration["policy"] if calibration else config["policy"]))
@@ -175,9 +176,13 @@ def load_model(folder: Path) -> tuple[DeepSupervisionTransformer, dict[str, Any]
         check_finite(name, parameter, weights, FIX)
     model.policy, model.trained_exits, model.stale_classifiers = policy, trained_exits, stale
     if calibration:
+        try:
+            model.set_classifiers({int(e): torch.tensor(w) for e, w in calibration.get("classifiers", {}).items()})
+        except Exception as error:  # torch raises many kinds of errors for a shape that does not fit
+            raise EaseError(f"{folder / POLICY} is damaged ({first_line(error)}): {RECALIBRATE}") from error
         check_fingerprint(model, calibration, folder / POLICY)
     check_checksums(folder, (CONFIG, WEIGHTS, TOKENIZER), FIX)
-    check_checksums(folder, (POLICY,), RECALIBRATE)
+    check_checksums(folder, (POLICY,) if calibrated else (), RECALIBRATE)
     return model.eval(), config
 
 
@@ -231,8 +236,8 @@ def save_calibration(folder: Path, model: StandardTransformer, record: Mapping[s
 
     Args:
         folder: the run folder.
-        model: the calibrated model; the file holds the fingerprint of its weights.
-        record: target, policy and metrics of the calibration.
+        model: the calibrated model; the file holds the fingerprint of its weights, classifiers included.
+        record: target, policy and metrics of the calibration, and the classifiers that the policy adds.
 
     Returns:
         The content of the file.
