@@ -7,7 +7,7 @@ import re
 import pytest
 from data_report import synthetic_summary
 
-from ease.report.tables import decoding_sentence, decoding_table, evaluation_table, text_table
+from ease.report.tables import calibration_table, decoding_sentence, decoding_table, evaluation_table, text_table
 
 
 def printed(table: object, width: int = 140) -> str:
@@ -85,13 +85,27 @@ def test_tables_fit_80_columns_and_cut_nothing() -> None:
         line["test"] |= {"ppl": 12345.6, "hard_ppl": 99999.9, "exit_shares": {"1": 1.0}, "compute_cost": 1.0}
     split = "half of the test split that was not used for calibration"
     row = {"thresholds": (0.1234, 0.5, 0.75, 0.9), "split": split, "ppl": 12345.6, "acc": 1.0, "shallow_ratio": 1.0}
-    row |= {"compute_cost": 1.0, "flops_per_token": 1.23e9, "seconds": 1234.5}
+    row |= {"compute_cost": 1.0, "flops_per_token": 1.23e9, "flops_share": 1.234, "time_share": 1.31}
+    candidate = {
+        "exits": [11, 12],
+        "measure": "max-probability",
+        "shallow_ratio": 1.0,
+        "agreement": 1.0,
+        "ppl": 12345.6,
+    }
+    candidate |= {"ppl_full": 12345.6, "flops_share": 1.234, "time_share": None, "reached": True}
+    calibration = {"table": [candidate, candidate | {"reached": False}], "best": candidate, "installed": True}
+    calibration |= {"calibration": {"sequences": 640}, "machine": {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU"}}
     speeds = summary["generation"]["rows"]
     speeds[0] |= {"tokens_per_second": 123456.0, "ratio": 2.34, "low": 1.25, "high": 3.75}
     for table, complete in (
         (text_table(summary), ["hard", "exit", "layers", "FLOPs", "training", "12345.6", "99999.9", "100.0%", "123 T"]),
         (decoding_table(summary), ["times", "range", "accepted", "routed, own policy", "123456", "1.25–3.75"]),
-        (evaluation_table("demo", [row]), ["early", "seconds", "0.1234, 0.5,", "12345.6", "1.23 G", "1234.50"]),
+        (evaluation_table("demo", [row]), ["early", "/full", "0.1234, 0.5,", "12345.6", "1.23 G", "123.4%", "131.0%"]),
+        (
+            calibration_table("demo", "min agreement 0.99", calibration),
+            ["12 *", "max-probability", "123.4%"],
+        ),
     ):
         text = printed(table, 80)
         assert max(map(len, text.splitlines())) <= 80

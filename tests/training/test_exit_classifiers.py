@@ -13,6 +13,7 @@ import ease
 from ease import Data, Policy, StandardTransformer, TuneConfig, train
 from ease.errors import EaseError
 from ease.runs.store import load_model, save_model
+from ease.training.exit_classifiers import lessons, with_classifiers
 
 POLICY = Policy((1, 2), (0.5, 0.5), "classifier")
 
@@ -39,6 +40,26 @@ def routes(model: StandardTransformer, exits: tuple[int, ...]) -> bool:
     for exit in exits:
         ease.route(model, torch.arange(8)[None], policy=Policy((exit,), (0.5,), "classifier"))
     return True
+
+
+def test_gain_is_the_probability_that_depth_does_not_double(
+    model: StandardTransformer, text_data: Callable[..., Data]
+) -> None:
+    (x, y), *_ = held_out = text_data().val
+    lesson = lessons(model, held_out[:1], (1,))[1]
+    with torch.no_grad():
+        p, q = (model.forward_to_layer(x, 1), model.forward_to_layer(x, 3))
+        p, q = (model.logits(h, e).softmax(-1).gather(-1, y[..., None]).flatten() for h, e in ((p, 1), (q, 3)))
+    torch.testing.assert_close(lesson.targets["gain"], p / (p + q))
+
+
+def test_classifiers_of_a_view_are_not_in_the_model(model: StandardTransformer) -> None:
+    model.stale_classifiers = {1, 2}
+    view = with_classifiers(model, {2: torch.ones(model.config.dim + 1)})
+    assert routes(view, (2,))
+    assert refused(view, (1,))
+    assert refused(model, (1, 2))
+    assert view.output_head.weight is model.output_head.weight
 
 
 def test_a_phase_of_layers_makes_the_classifiers_above_stale(

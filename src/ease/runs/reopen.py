@@ -99,7 +99,9 @@ def _tokenizer_of(
     return load_tokenizer(folder / "tokenizer.json", model.config.vocab_size, split_special_tokens=split_special_tokens)
 
 
-def open_run(folder: Path, *, calibrated: bool = True) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
+def open_run(
+    folder: Path, *, calibrated: bool = True
+) -> tuple[StandardTransformer, dict[str, Any], Corpus, DataConfig]:
     """Load the model of a run together with the corpus it was trained on.
 
     Args:
@@ -252,6 +254,7 @@ def calibrate(
         propose,
         *calibration_halves(corpus.test, data),
         progress("calibrating"),
+        decoding_speed.time_shares,
     )
     where = machine(str(next(model.parameters()).device))
     return save_calibration(folder, found.model, found.record | {"machine": where})
