@@ -46,6 +46,13 @@ function leavingEarly(line, split) {
   return early.reduce((sum, [, share]) => sum + share, 0);
 }
 
+// What routing saves by the clock: the time of routed decoding of a single row, for the line that was timed.
+function decodingTime({ summary: { generation } }, line) {
+  const routed = generation?.rows?.find((row) => row.batch === 1 && row.way?.startsWith("routed"));
+  if (line?.name !== generation?.line || !isNumber(routed?.ratio)) return null;
+  return `routed decoding takes ${percent(1 / routed.ratio)} of full depth's time`;
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // 1. The headline
 
@@ -78,7 +85,11 @@ function headline(run) {
         figure("Exit early", percent, (l) => leavingEarly(l, split)),
         figure("FLOPs per token", flops, (l) => l[split]?.flops_per_token),
       ),
-      note(`${capital(line.name)}, measured on the ${splitName(split)}${tokensIn(line, split)}.`),
+      note(
+        [`${capital(line.name)}, measured on the ${splitName(split)}${tokensIn(line, split)}`, decodingTime(run, line)]
+          .filter(Boolean)
+          .join("; ") + ".",
+      ),
     ],
   ];
 }
@@ -105,6 +116,7 @@ function lineRows(run, split) {
   return lines.map((line, i) => {
     const figures = line[split] ?? {};
     const speed = figures.tokens / figures.seconds;
+    const time = decodingTime(run, line);
     const policy =
       line.policy &&
       `exits at layer ${line.policy.exits?.join(", ")} from confidence ${thresholds(line.policy.thresholds)}`;
@@ -122,7 +134,7 @@ function lineRows(run, split) {
       i === 0 || !isNumber(before) ? hard : fromBefore,
       shareBar(figures.exit_shares, exits),
       percent(figures.compute_cost),
-      flops(figures.flops_per_token),
+      [flops(figures.flops_per_token), time && h("small", h("br"), time)],
       [flops(line.train_flops), h("small", h("br"), duration(line.train_seconds))],
       [
         duration(figures.seconds),
