@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ease import EaseError, Policy, StandardTransformer, Target, TokenBatches, calibrate, score
+from ease import EaseError, Policy, StandardTransformer, Target, TokenBatches, score
+from ease.evaluation import policy_search
+from ease.evaluation.calibration import Choice, choose
 from ease.evaluation.policy_search import MEASURES, Preview, search
 from ease.evaluation.sequences import Sequences
 from ease.storage import fingerprint
@@ -94,13 +95,19 @@ def test_with_one_exit_the_preview_sends_tokens_where_routing_does(trained: Stan
     torch.testing.assert_close(preview.full.losses.float(), sequences.full.losses)
 
 
-def test_the_confidence_is_shared_by_the_candidates(trained: StandardTransformer, sets: Sets) -> None:
-    target = Target("max_ppl_increase", 0.5, 0.8)
-    found = search(trained, target, (1,), ["margin", "max-probability"], *sets, times=clock(0.5))
-    shared = replace(target, confidence=0.9)
-    for row in found.record["table"]:
-        alone = calibrate(trained, Policy((1,), (1.0,), row["measure"]), shared, *sets[1:])
-        assert row["thresholds"] == list(alone.policy.thresholds)
+def test_the_confidence_is_shared_by_the_candidates(
+    trained: StandardTransformer, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def spied(target: Target, *rest: Any) -> Choice:
+        asked.append(target.confidence)
+        return choose(target, *rest)
+
+    monkeypatch.setattr(policy_search, "choose", spied)
+    target = Target("target_ratio", 0.9, 0.8)
+    search(trained, target, (1,), ["margin", "max-probability"], *sets, times=clock(0.5))
+    assert asked == [None, None, 0.9, 0.9]  # ranked without a confidence; 1 - (1 - 0.8) / 2
 
 
 def test_an_unreachable_target_is_an_error(trained: StandardTransformer, sets: Sets) -> None:
