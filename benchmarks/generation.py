@@ -1,16 +1,18 @@
 """Speed of every way to decode, compared in one process, and what limits it.
 
-    python benchmarks/generation.py RUN [--new-tokens 128] [--batch 1 8] [--rounds 5] [--out results/decoding.json]
+    python benchmarks/generation.py MODEL [--text FILE ...] [--new-tokens 128] [--batch 1 8] [--prompts 16] [--out FILE]
 
-RUN is the folder of a run whose model has trained exits and a policy, for example one written by `ease tune` with
-thresholds from `ease calibrate`. Decoding is greedy, on the same weights and prompts (held-out text of the run), with
-interleaved calls (A B C A B C ...); times are wall-clock, ratios are the median over rounds with their range. Tables:
+MODEL is the folder of a run, whose held-out text gives the prompts, or a checkpoint, whose prompts come from the files
+of `--text`, taken in turns. Decoding is greedy, on the same weights and prompts, with interleaved calls (A B C A B C
+...); times are wall-clock without the prompt. Tables:
 
-- the ways to decode, including transformers' `generate` on the exported weights and its `assistant_early_exit`, which
-  drafts through the final norm for a single row; ease is measured with the final norm at the exit as well;
-- routed decoding against its roofline: the sum of its layers, heads and steps, each timed alone;
-- routed prefill against the speed-up of its counted FLOPs;
-- the time per token by the number of exits evaluated and not taken;
+- what a pass over n tokens a row costs, v_B(n): every estimate of speculative decoding needs it;
+- the ways to decode, including transformers' `generate` on the exported weights, its `assistant_early_exit` and its
+  `prompt_lookup_num_tokens`; each batch of prompts is a round, ratios are the median over rounds with their range;
+- the same for one row, apart for continuations that repeat themselves;
+- for a model with a policy, routed decoding against its roofline (the sum of its layers, heads and steps, each timed
+  alone), routed prefill against the speed-up of its counted FLOPs, and the time per token by the number of exits
+  evaluated and not taken;
 - the time per token early and late in a long text.
 """
 
@@ -20,6 +22,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -31,10 +34,10 @@ import torch
 
 import ease
 from ease.devices import choose_device, machine
-from ease.evaluation.decoding_speed import in_turns, side_by_side, ways
+from ease.evaluation.decoding_speed import in_turns, ways
 from ease.models import StandardTransformer
 from ease.routing.forward import routed_forward
-from ease.runs.reopen import open_run
+from ease.runs.reopen import load_start, open_run
 
 PROMPT = 64
 PREFILL = 1024
@@ -62,37 +65,121 @@ def with_policy(model: StandardTransformer, exits: tuple[int, ...], thresholds: 
     return other
 
 
-def with_final_norm(model: StandardTransformer, exit: int) -> StandardTransformer:
-    """The model with the final norm at an exit and no adapter, as in a checkpoint without tuned exits."""
-    other = copy.deepcopy(model)
-    other.exit_norms[exit - 1] = copy.deepcopy(other.exit_norms[-1])
-    if str(exit) in other.exit_adapters:
-        del other.exit_adapters[str(exit)]
-    return other
-
-
-def transformers_calls(model: StandardTransformer, prompts: torch.Tensor, steps: int) -> dict[str, Call]:
-    """transformers on the exported weights, and ease with drafts through the final norm as in transformers."""
+def transformers_calls(model: StandardTransformer, steps: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Ways of transformers to continue prompts (B, T) by exactly `steps` tokens, on the exported weights."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         ease.save_pretrained(model, Path(folder) / "export")
-        stock = AutoModelForCausalLM.from_pretrained(Path(folder) / "export").to(prompts.device).eval()
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
-    mask = torch.ones_like(prompts)
+        stock = AutoModelForCausalLM.from_pretrained(Path(folder) / "export").to(model.embedding.weight.device).eval()
+    stock.generation_config.eos_token_id = None
 
-    def generate(**more: Any) -> torch.Tensor:
-        found: torch.Tensor = stock.generate(prompts, attention_mask=mask, **options, **more)
+    def generate(prompts: torch.Tensor, **more: Any) -> torch.Tensor:
+        options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+        found: torch.Tensor = stock.generate(prompts, attention_mask=torch.ones_like(prompts), **options, **more)
         return found[:, prompts.shape[1] :]
 
-    calls: dict[str, Call] = {"transformers, full": generate}
-    for exit in model.policy.exits:
-        if len(prompts) == 1:  # assisted generation takes one row
-            calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
-        untuned = with_final_norm(model, exit)
-        name = f"exact, exit {exit} through the final norm"
-        calls[name] = partial(ease.generate, untuned, prompts, steps, "exact", draft_exit=exit)
+    calls = {"transformers, full": generate}
+    calls["transformers, prompt_lookup_num_tokens=8"] = partial(generate, prompt_lookup_num_tokens=8)
+    for exit in model.policy.exits or model.early_exits:
+        calls[f"transformers, assistant_early_exit={exit}"] = partial(generate, assistant_early_exit=exit)
     return calls
+
+
+@torch.no_grad()
+def pass_costs(model: StandardTransformer, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of a pass over n tokens a row after PROMPT tokens, with the head and the choice of a token for each.
+
+    `same`: all rows stand at the same place; `apart`: each row has three tokens less than the one before it.
+    """
+    view, counts, last = model.decoding_view(), (1, 2, 4, 8, 16), model.num_layers
+    ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device=model.embedding.weight.device)
+    lengths = {"same": torch.full((rows,), PROMPT), "apart": PROMPT - 3 * torch.arange(rows)}
+    caches, calls = {}, dict[Any, Call]()
+    for name, length in lengths.items():
+        real = torch.arange(PROMPT) < length[:, None]
+        caches[name] = cache = view.new_cache(rows, PROMPT + max(counts))
+        layout = ease.Layout(torch.zeros_like(real, dtype=torch.long), real.long() - 1)
+        view.run(view.embed(ids), 1, last, layout=layout, cache=cache)
+
+        def read(n: int, cache: Any = cache, length: torch.Tensor = length) -> float:
+            cache.cut(length)
+            begin = time.perf_counter()
+            state = view.run(view.embed(ids[:, :n]), 1, last, cache=cache)
+            view.logits(state.flatten(0, 1), last).argmax(-1).cpu()
+            return time.perf_counter() - begin
+
+        calls |= {(name, n): partial(read, n) for n in counts}
+    seconds, _ = in_turns(calls, rounds, clock=float)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    step = median["same", 1]
+    return [{"batch": rows, "ms": 1e3 * step, "n": n, **{k: median[k, n] / step for k in lengths}} for n in counts]
+
+
+def compare(model: StandardTransformer, prompts: torch.Tensor, batch: int, steps: int) -> list[dict[str, Any]]:
+    """Every way to decode, one batch of prompts after another; each batch is a round with its own texts.
+
+    A ratio of a way is the seconds of full decoding over its own, without the prompt; transformers' calls are timed
+    whole, and full decoding as a whole is what they are compared with.
+    """
+    stock = transformers_calls(model, steps)
+    if batch > 1:  # assisted generation takes one row
+        stock = {"transformers, full": stock["transformers, full"]}
+
+    def calls_for(part: torch.Tensor) -> dict[str, Call]:
+        return ways(model, part, steps) | {name: partial(call, part) for name, call in stock.items()}
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    parts = prompts.split(batch)
+    for call in calls_for(parts[0]).values():  # the first calls allocate and are not counted
+        call()
+    for part in parts:
+        for name, call in calls_for(part).items():
+            begin = time.perf_counter()
+            answer = call()
+            whole, stats = time.perf_counter() - begin, getattr(answer, "stats", {})
+            kept = {key: stats[key] for key in ("tokens_per_round", "acceptance", "draft_source") if key in stats}
+            tokens = answer.tokens if stats else answer.cpu()
+            decoding = stats["seconds"] - stats["prefill_seconds"] if stats else whole
+            found.setdefault(name, []).append({"whole": whole, "decoding": decoding, "tokens": tokens, **kept})
+    rows = []
+    for name, rounds in found.items():
+        clock = "whole" if name in stock else "decoding"
+        ratios = [full[clock] / own[clock] for full, own in zip(found["full"], rounds, strict=True)]
+        same = [bool(torch.equal(f["tokens"], o["tokens"])) for f, o in zip(found["full"], rounds, strict=True)]
+        repeats = [repetition(full["tokens"]) for full in found["full"]]
+        rows.append(
+            {
+                "way": name,
+                "batch": batch,
+                "tokens_per_second": sum(r["tokens"].numel() for r in rounds) / sum(r["whole"] for r in rounds),
+                "ratio": statistics.median(ratios),
+                "total": sum(f[clock] for f in found["full"]) / sum(r[clock] for r in rounds),
+                "low": min(ratios),
+                "high": max(ratios),
+                "ratios": ratios,
+                "repeats": repeats,
+                "same_tokens": statistics.mean(same),
+                "tokens_per_round": mean_of([r.get("tokens_per_round") for r in rounds]),
+                "acceptance": mean_of([r.get("acceptance") for r in rounds]),
+                "sources": sorted({r["draft_source"] for r in rounds if r.get("draft_source")}),
+            }
+        )
+    return rows
+
+
+def mean_of(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def repetition(tokens: torch.Tensor) -> float:
+    """Share of the groups of four tokens of the rows (B, N) that occurred before in the same row."""
+    shares = []
+    for row in tokens.tolist():
+        groups = [tuple(row[i : i + 4]) for i in range(len(row) - 3)]
+        shares.append(1 - len(set(groups)) / len(groups))
+    return statistics.mean(shares)
 
 
 def truncated(model: StandardTransformer, layers: int) -> StandardTransformer:
@@ -188,42 +275,109 @@ def print_table(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="files with the prompts of a checkpoint")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    model, _, corpus, _ = open_run(args.run)
+    model, prompts, long = open_model(args.model, args.text, args.prompts)
     model.to(device)
-    if not model.policy.exits:
-        raise SystemExit(f"{args.run} has no policy: give its exits thresholds with ease calibrate")
-    prompts = next(iter(ease.TokenBatches(corpus.test, PROMPT, max(args.batch))))[0].to(device)
-    long = corpus.test[:PREFILL].long()[None].to(device)
-    steps, found = args.new_tokens, {"machine": machine(device), "policy": vars(model.policy)}
-    found["ways"] = [
-        row
-        for batch in args.batch
-        for row in side_by_side(
-            ways(model, prompts[:batch], steps) | transformers_calls(model, prompts[:batch], steps), args.rounds
-        )
-    ]
+    prompts, long, steps = prompts.to(device), long.to(device), args.new_tokens
+    found: dict[str, Any] = {"machine": machine(device), "policy": vars(model.policy), "model": vars(model.config)}
+    found["pass"] = [row for batch in args.batch for row in pass_costs(model, batch, 4 * args.rounds)]
+    print_table(
+        found["pass"],
+        {
+            "rows": lambda r: str(r["batch"]),
+            "ms per step": lambda r: f"{r['ms']:.2f}",
+            "tokens a row": lambda r: str(r["n"]),
+            "steps, same place": lambda r: f"{r['same']:.2f}",
+            "rows apart": lambda r: f"{r['apart']:.2f}",
+        },
+    )
+    found["ways"] = [row for batch in args.batch for row in compare(model, prompts, batch, steps)]
     print_table(
         found["ways"],
         {
-            "way": lambda r: r["way"] + (f" ({r['draft_source']})" if r["way"] == "exact, auto" else ""),
+            "way": lambda r: r["way"] + (f" ({'; '.join(r['sources'])})" if r["way"] == "exact, auto" else ""),
             "batch": lambda r: str(r["batch"]),
-            "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+            "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
             "times full (range)": lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
-            "same tokens": lambda r: f"{r['same_tokens']:.1%}",
-            "layers per token": lambda r: "" if r["layers_per_token"] is None else f"{r['layers_per_token']:.1f}",
+            "in total": lambda r: f"{r['total']:.2f}",
+            "same texts": lambda r: f"{r['same_tokens']:.0%}",
+            "tokens per pass": lambda r: "" if r["tokens_per_round"] is None else f"{r['tokens_per_round']:.2f}",
             "drafts accepted": lambda r: "" if r["acceptance"] is None else f"{r['acceptance']:.0%}",
         },
     )
+    found["repetition"] = [
+        {"way": row["way"], "texts": name, "count": len(part), "ratio": statistics.median(part)}
+        for row in found["ways"]
+        if row["batch"] == 1 and row["way"] != "full"
+        for name, chosen in (("repeats itself", True), ("does not", False))
+        if (part := [x for x, share in zip(row["ratios"], row["repeats"], strict=True) if (share > 0.5) is chosen])
+    ]
+    print_table(
+        found["repetition"],
+        {
+            "way, one row": lambda r: r["way"],
+            "full's continuation": lambda r: r["texts"],
+            "texts": lambda r: str(r["count"]),
+            "times full": lambda r: f"{r['ratio']:.2f}",
+        },
+    )
+    if model.policy.exits:
+        routed_tables(model, prompts, long, args, found)
+    found["length"] = by_length(model, prompts, 4 * steps, args.rounds)
+    print_table(
+        found["length"],
+        {
+            "mode": lambda r: f"{r['mode']}, {r['tokens']} tokens",
+            "ms per token, first eighth": lambda r: f"{r['early']:.2f}",
+            "last eighth": lambda r: f"{r['late']:.2f}",
+        },
+    )
+    about = found["machine"]
+    print(
+        f"\n{about['cpu']}, {about['threads']} thread(s), {about['device']}, torch {about['torch']}; "
+        f"vocabulary {model.config.vocab_size}"
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def open_model(name: str, texts: list[Path], prompts: int) -> tuple[StandardTransformer, torch.Tensor, torch.Tensor]:
+    """The model, prompts (P, PROMPT), and one long prompt (1, PREFILL)."""
+    if not texts:
+        model, _, corpus, _ = open_run(Path(name))
+        batch = next(iter(ease.TokenBatches(corpus.test, PROMPT, prompts)))
+        return model, batch[0], corpus.test[:PREFILL].long()[None]
+    start = load_start(name)
+    encoded = [start.tokenizer.encode(path.read_text()).ids for path in texts]
+    for path, ids in zip(texts, encoded, strict=True):
+        if len(ids) < prompts // len(texts) * 2 * PROMPT:
+            raise SystemExit(f"{path} has {len(ids)} tokens, too few for {prompts} prompts: give a longer text")
+    chosen = []
+    for i in range(prompts):  # spread over each file
+        ids, place = encoded[i % len(texts)], i // len(texts)
+        at = (place + 1) * len(ids) // (prompts // len(texts) + 2)
+        chosen.append(ids[at : at + PROMPT])
+    long = torch.tensor(encoded[0] * (PREFILL // len(encoded[0]) + 1))[None, :PREFILL]
+    return start.model, torch.tensor(chosen), long
+
+
+def routed_tables(
+    model: StandardTransformer, prompts: torch.Tensor, long: torch.Tensor, args: Any, found: dict[str, Any]
+) -> None:
+    """The tables of a model with a policy."""
+    steps = args.new_tokens
     exits = model.policy.exits
     with torch.no_grad():
         medians = [ease.compute_confidence(model, model.forward_to_layer(prompts, e), e).median().item() for e in exits]
@@ -264,23 +418,6 @@ def main() -> None:
             "times full": lambda r: f"{r['ratio']:.2f}",
         },
     )
-    found["length"] = by_length(model, prompts, 4 * steps, args.rounds)
-    print_table(
-        found["length"],
-        {
-            "mode": lambda r: f"{r['mode']}, {r['tokens']} tokens",
-            "ms per token, first eighth": lambda r: f"{r['early']:.2f}",
-            "last eighth": lambda r: f"{r['late']:.2f}",
-        },
-    )
-    about = found["machine"]
-    print(
-        f"\n{about['cpu']}, {about['threads']} thread(s), {about['device']}, torch {about['torch']}; "
-        f"vocabulary {corpus.vocab_size}"
-    )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
