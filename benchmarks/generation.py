@@ -256,7 +256,7 @@ def exits_not_taken(model: StandardTransformer, prompts: torch.Tensor, steps: in
 def by_length(model: StandardTransformer, prompts: torch.Tensor, steps: int, rounds: int) -> list[dict[str, Any]]:
     """The time per token early and late in a long text."""
     rows = []
-    for mode in ("full", "routed", "exact"):
+    for mode in ("full", "routed", "exact") if model.policy.exits else ("full", "exact"):
         early, late = [], []
         for _ in range(rounds):
             at: list[float] = []
