@@ -16,24 +16,28 @@ def test_reliability_starts_with_what_the_source_says_and_ends_with_what_came_tr
 
 
 def test_the_price_of_a_draft_is_what_its_time_would_gain_otherwise() -> None:
-    """Rounds of 10 seconds and one more per draft, which append two tokens: a draft must gain a sixth of a token."""
+    """Rounds of 9 seconds and one more per token read, of which each of two rows appends two."""
     pace = Pace(prior=0.05)
-    assert pace.price(rows=4) == pytest.approx(0.2)
     for drafts in range(200):
-        pace.record(4 + drafts % 5, 10.0 + drafts % 5, 2)
-    assert pace.seconds_per_token == pytest.approx(12 / 2, rel=0.1)
-    assert pace.price(rows=4) == pytest.approx(2 / 12, rel=0.1)
+        pace.record(2 + drafts % 5, 9.0 + 2 + drafts % 5, 4)
+    assert pace.seconds_per_token == pytest.approx(13 / 4, rel=0.1)
+    alone, spared = pace.prices(np.array([1.0, 0.0]))
+    assert alone == pytest.approx(1 / (1 + 9 / 2), rel=0.1)
+    assert spared == pytest.approx(1)
+    assert pace.prices(np.array([0.5, 0.5])) == pytest.approx([1 / (1 + 9 / 4)] * 2, rel=0.1)
 
 
-def test_rounds_of_one_length_tell_no_price_and_leave_the_prior() -> None:
+def test_rounds_of_one_length_leave_the_prior() -> None:
     pace = Pace(prior=0.1)
+    before = pace.prices(np.ones(1))
     for _ in range(20):
         pace.record(1, 5.0, 1)
-    assert pace.price(rows=1) == pytest.approx(0.1)
+    assert pace.prices(np.ones(1)) == pytest.approx(0.1)
+    assert before == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_price_is_never_negative() -> None:
+def test_a_price_is_a_probability() -> None:
     pace = Pace(prior=0.1)
     for places, seconds in ((1, 9.0), (5, 1.0)) * 5:
         pace.record(places, seconds, 1)
-    assert pace.price(rows=1) == 0
+    assert 0 <= pace.prices(np.ones(1)) <= 1

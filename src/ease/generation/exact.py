@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,8 @@ from ease.interface import Layout, to_device
 from ease.routing.confidence import max_probability
 
 PROBE_ROUNDS = 3  # rounds of each source that are measured before one is chosen
+
+SHARPNESS = 2  # how much the rows that will take most rounds decide about the number of rounds
 
 PROBE_SHARE = 0.02  # share of a request's estimated time that these rounds may waste
 
@@ -57,10 +60,17 @@ class Drafter:
         """
         request = self.source.request
         begin, before, rows = time.perf_counter(), request.num_generated, int(request.running.sum())
-        left = [request.max_new_tokens - len(answer) - 1 for answer in request.answers]  # one is the model's own
-        limits = torch.tensor(left).clamp(0, LONGEST_DRAFT) * request.running
+        done = np.array([len(answer) for answer in request.answers])
+        missing = np.where(request.running.numpy(), request.max_new_tokens - done, 0)
+        limits = torch.from_numpy((missing - 1).clip(0, LONGEST_DRAFT))  # one is the model's own
+        if self.least is None:
+            rounds_left = missing / (done + 1)  # in rounds that gave as much as the average so far
+            shares = (rounds_left / rounds_left.max()) ** SHARPNESS
+            least = self.pace.prices(shares / shares.sum())
+        else:
+            least = np.full(len(done), self.least)
         start = request.cache.length
-        drafts = self.source.offer(limits, self.pace.price(rows) if self.least is None else self.least)
+        drafts = self.source.offer(limits, least)
         accepted = check(request, drafts, start, equal_lengths=equal_lengths)
         self.source.learn(drafts, accepted)
         drafted, gained = int(drafts.mask.sum()), request.num_generated - before

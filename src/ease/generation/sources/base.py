@@ -88,19 +88,24 @@ class Pace:
     def seconds_per_token(self) -> float:
         return float(self.sums[3] / max(1e-9, self.sums[5]))
 
-    def price(self, rows: int) -> float:
-        """Tokens that the time of another draft gains otherwise.
+    def prices(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens (B,) that the time of another draft in each row gains otherwise.
+
+        A token spares the row a place of a later round. If the rounds that are left depend on the row, because it is
+        the last to finish, it also spares a part of a round.
 
         Args:
-            rows: running rows, each of which reads at least one token.
+            shares: (B,) how much the number of rounds depends on each row, 1 in all.
         """
         n, x, xx, t, xt, tokens = self.sums
         if t <= 0:  # nothing recorded, or a clock too coarse
-            return self.prior * rows
+            return self.prior / (self.prior + shares)
+        rows = len(shares)
+        # As if two rounds had been seen a place away from the mean, on the line of the prior.
         slope = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
-        # As if two rounds had been seen a place away from the mean, on that line.
-        slope = np.maximum(0.0, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
-        return float(slope * tokens / t)
+        slope = np.maximum(1e-12, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
+        fixed = max(0.0, t - slope * x) / max(1.0, tokens / rows)  # per token of a row
+        return np.asarray(slope / (slope + shares * fixed))
 
 
 class Source(ABC):
@@ -119,12 +124,12 @@ class Source(ABC):
         self.request, self.reliability = request, Reliability()
 
     @abstractmethod
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         """Drafts for the running rows.
 
         Args:
             limits: (B,) the most tokens that each row can use, on the host; 0 for rows that are finished.
-            least: a chain ends where the probability that all of it is right falls below this.
+            least: (B,) a row's chain ends where the probability that all of it is right falls below this.
         """
 
     def learn(self, drafts: Drafts, accepted: Tensor) -> None:
@@ -153,5 +158,5 @@ class NoDrafts(Source):
 
     name, prior = "none", 1.0
 
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         return self.drafts_of([((), ())] * len(limits))

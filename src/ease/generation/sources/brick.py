@@ -25,7 +25,7 @@ class BrickSource(Source):
         self.prior = 2 / request.model.num_layers
         self.cache = request.model.new_draft_cache(len(request.texts), request.cache.capacity)
 
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         request, model = self.request, self.request.model
         alive, chain = request.running & (limits > 0), np.ones(len(limits))
         tokens: list[Tensor] = []

@@ -27,7 +27,7 @@ class ExitSource(Source):
         self.exit, self.name = exit, f"exit {exit}"
         self.prior = exit / request.model.num_layers
 
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         request, model = self.request, self.request.model
         running, current = request.running, request.current
         seen = None if request.seen is None else request.seen.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.generation.sources.base import Drafts, Source
@@ -24,7 +25,7 @@ class MixedSource(Source):
         self.parts: tuple[Drafts, Drafts]
         self.name, self.prior = f"{first.name}, {second.name}", second.prior
 
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         first = self.first.offer(limits, least)
         second = self.second.offer(limits.masked_fill(first.mask.any(1), 0), least)
         K = max(first.mask.shape[1], second.mask.shape[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.data.counts import CountTable
@@ -27,13 +29,13 @@ class TextSource(Source):
         super().__init__(request)
         self.table, self.rows = table, [PromptLookup() for _ in request.texts]
 
-    def offer(self, limits: Tensor, least: float) -> Drafts:
+    def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         chains: list[Chain] = []
-        for row, text, limit in zip(self.rows, self.request.texts, limits.tolist(), strict=True):
+        for row, text, limit, price in zip(self.rows, self.request.texts, limits.tolist(), least, strict=True):
             row.append(text[len(row.tokens) :])
-            best, expected = self._paying(row.propose(limit), least)
+            best, expected = self._paying(row.propose(limit), price)
             if self.table is not None:
-                other, gain = self._paying(self.table.propose(text, limit), least)
+                other, gain = self._paying(self.table.propose(text, limit), price)
                 best = other if gain > expected else best
             chains.append(best)
         return self.drafts_of(chains)
