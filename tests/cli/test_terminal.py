@@ -64,6 +64,6 @@ def test_eval_fits_80_columns(made: Path, capsys: pytest.CaptureFixture[str], mo
     assert main(["eval", str(made), "--threshold", "0.2", "0.95"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    for part in ("threshold", "0.2", "0.95", "seconds", "early", "layers", "/token"):
+    for part in ("threshold", "0.2", "0.95", "time", "early", "layers", "/token"):
         assert part in printed
     assert "…" not in printed

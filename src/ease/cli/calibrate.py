@@ -21,9 +21,9 @@ def main(args: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Arguments:
-        """Choose exits, confidence measure and thresholds for one target, and store them as the policy of a run.
+        """Choose exits, a measure and thresholds for a target as a run's policy.
 
-        A policy that saves no FLOPs or no time is not stored: the run then stays at full depth.
+        A policy that saves no FLOPs or no time is not stored: full depth stays.
         """
 
         run: tyro.conf.Positional[Path]
