@@ -145,7 +145,7 @@ class StandardTransformer(ExitModel):
         view = evaluation_view(self)
         head = view.output_head
         if type(head) is nn.Linear and not is_altered(head):
-            head.forward = inference_product(head)  # type: ignore[method-assign, assignment]
+            head.forward = inference_product(head.weight)  # type: ignore[method-assign, assignment]
         return view
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:

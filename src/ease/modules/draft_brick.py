@@ -26,6 +26,7 @@ from ease.model_config import AttentionKind, ModelConfig
 from ease.modules.block import TransformerBlock
 from ease.modules.norm import factor_of, new_norm, set_factor
 from ease.modules.plan import Plan, View, check_length, rotary_of
+from ease.modules.products import inference_product
 
 
 class DraftBrick(nn.Module):
@@ -96,7 +97,11 @@ class DraftBrick(nn.Module):
 
     def logits(self, drafts: Tensor, head: Tensor) -> Tensor:
         """g (..., D) -> logits (..., N) over `vocabulary`, given the rows of the model's head (V, D)."""
-        return self.capped(F.linear(self.normed(drafts), self.head_rows(head)))
+        if head.requires_grad and torch.is_grad_enabled():
+            return self.capped(F.linear(self.normed(drafts), self.head_rows(head)))
+        self.head_rows(head)
+        logits: Tensor = self._head_rows["product"](self.normed(drafts))
+        return self.capped(logits)
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits under the soft cap of the model."""
@@ -112,9 +117,10 @@ class DraftBrick(nn.Module):
             return head[self.vocabulary]
         state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (head, self.vocabulary)]
         if self._head_rows.get("state") != state:
-            self._head_rows.update(state=state, rows=head.detach()[self.vocabulary])
-        rows: Tensor = self._head_rows["rows"]
-        return rows
+            rows = head.detach()[self.vocabulary]
+            self._head_rows.update(state=state, rows=rows, product=inference_product(rows))
+        kept: Tensor = self._head_rows["rows"]
+        return kept
 
 
 @dataclass(kw_only=True)

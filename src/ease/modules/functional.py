@@ -35,7 +35,7 @@ def functional(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Callabl
     if is_altered(module):
         return module
     if kind is nn.Linear:
-        return inference_product(module)  # type: ignore[arg-type]
+        return inference_product(module.weight, module.bias)  # type: ignore[arg-type]
     if kind is nn.Identity:
         return lambda x: x
     if kind in (nn.RMSNorm, OffsetRMSNorm):

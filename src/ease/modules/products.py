@@ -53,9 +53,8 @@ def multiply(x: Tensor, reordered: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), reordered, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def inference_product(linear: nn.Linear) -> Product:
-    """The function that a linear layer computes, faster for calls without gradients and autocast on a CPU."""
-    weight, bias = linear.weight, linear.bias
+def inference_product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """The function of a linear layer, faster for calls without gradients and autocast on a CPU."""
     if not supported(weight):
         return lambda x: F.linear(x, weight, bias)
     found: list[Tensor | None] = []
