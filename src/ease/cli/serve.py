@@ -21,7 +21,7 @@ def main(args: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Arguments:
-        """Serve a model with transformers' OpenAI-compatible server: completions and chat, also streamed."""
+        """Serve a model with transformers' OpenAI-compatible server, also streamed."""
 
         model: tyro.conf.Positional[str]
         """Run folder, or Llama-family checkpoint (a folder, a name on the Hugging Face hub, or a GGUF file). Clients

@@ -4,7 +4,7 @@ from ease.cli import run
 from ease.errors import EaseError
 
 USAGE = "CHECKPOINT --exits 8,16 [--data D] [--out DIR]"
-HELP = "add exits or a draft brick to a trained model; its backbone does not change"
+HELP = "add exits or a draft brick to a model, whose backbone stays as it is"
 
 
 OPTIONS = """\
