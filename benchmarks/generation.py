@@ -37,7 +37,7 @@ from ease.devices import choose_device, machine
 from ease.evaluation.decoding_speed import in_turns, ways
 from ease.models import StandardTransformer
 from ease.routing.forward import routed_forward
-from ease.runs.reopen import load_start, open_run
+from ease.runs.reopen import count_table, load_start, open_run
 
 PROMPT = 64
 PREFILL = 1024
@@ -116,7 +116,9 @@ def pass_costs(model: StandardTransformer, rows: int, rounds: int) -> list[dict[
     return [{"batch": rows, "ms": 1e3 * step, "n": n, **{k: median[k, n] / step for k in lengths}} for n in counts]
 
 
-def compare(model: StandardTransformer, prompts: torch.Tensor, batch: int, steps: int) -> list[dict[str, Any]]:
+def compare(
+    model: StandardTransformer, prompts: torch.Tensor, batch: int, steps: int, table: ease.CountTable | None
+) -> list[dict[str, Any]]:
     """Every way to decode, one batch of prompts after another; each batch is a round with its own texts.
 
     A ratio of a way is the seconds of full decoding over its own, without the prompt; transformers' calls are timed
@@ -127,7 +129,7 @@ def compare(model: StandardTransformer, prompts: torch.Tensor, batch: int, steps
         stock = {"transformers, full": stock["transformers, full"]}
 
     def calls_for(part: torch.Tensor) -> dict[str, Call]:
-        return ways(model, part, steps) | {name: partial(call, part) for name, call in stock.items()}
+        return ways(model, part, steps, table) | {name: partial(call, part) for name, call in stock.items()}
 
     found: dict[str, list[dict[str, Any]]] = {}
     parts = prompts.split(batch)
@@ -287,7 +289,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    model, prompts, long = open_model(args.model, args.text, args.prompts)
+    model, prompts, long, table = open_model(args.model, args.text, args.prompts)
     model.to(device)
     prompts, long, steps = prompts.to(device), long.to(device), args.new_tokens
     found: dict[str, Any] = {"machine": machine(device), "policy": vars(model.policy), "model": vars(model.config)}
@@ -302,7 +304,7 @@ def main() -> None:
             "rows apart": lambda r: f"{r['apart']:.2f}",
         },
     )
-    found["ways"] = [row for batch in args.batch for row in compare(model, prompts, batch, steps)]
+    found["ways"] = [row for batch in args.batch for row in compare(model, prompts, batch, steps, table)]
     print_table(
         found["ways"],
         {
@@ -353,12 +355,14 @@ def main() -> None:
         args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
-def open_model(name: str, texts: list[Path], prompts: int) -> tuple[StandardTransformer, torch.Tensor, torch.Tensor]:
-    """The model, prompts (P, PROMPT), and one long prompt (1, PREFILL)."""
+def open_model(
+    name: str, texts: list[Path], prompts: int
+) -> tuple[StandardTransformer, torch.Tensor, torch.Tensor, ease.CountTable | None]:
+    """The model, prompts (P, PROMPT), one long prompt (1, PREFILL), and the counts of a run's training text."""
     if not texts:
         model, _, corpus, _ = open_run(Path(name))
         batch = next(iter(ease.TokenBatches(corpus.test, PROMPT, prompts)))
-        return model, batch[0], corpus.test[:PREFILL].long()[None]
+        return model, batch[0], corpus.test[:PREFILL].long()[None], count_table(Path(name))
     start = load_start(name)
     encoded = [start.tokenizer.encode(path.read_text()).ids for path in texts]
     for path, ids in zip(texts, encoded, strict=True):
@@ -370,7 +374,7 @@ def open_model(name: str, texts: list[Path], prompts: int) -> tuple[StandardTran
         at = (place + 1) * len(ids) // (prompts // len(texts) + 2)
         chosen.append(ids[at : at + PROMPT])
     long = torch.tensor(encoded[0] * (PREFILL // len(encoded[0]) + 1))[None, :PREFILL]
-    return start.model, torch.tensor(chosen), long
+    return start.model, torch.tensor(chosen), long, None
 
 
 def routed_tables(

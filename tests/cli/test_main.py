@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -115,6 +116,21 @@ def test_tune_gives_a_draft_brick_to_a_run_and_leaves_the_rest(
     assert "val_agreement" in summary["lines"][-1]["curve"][-1]
     assert main(["export", str(out), str(tmp_path / "exported")]) == 0
     assert ease.from_pretrained(tmp_path / "exported").config.draft_vocabulary == 100
+
+
+def test_a_table_of_the_training_text_is_made_once_and_kept(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(made, tmp_path / "run"))
+    command = ["generate", str(run), "--prompt", "def f(", "--mode", "exact", "--max-new-tokens", "8"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    for _ in range(2):
+        assert main([*command, "--count-table", "train"]) == 0
+        assert capsys.readouterr().out == text
+    assert (run / "counts.safetensors").is_file()
+    assert main([*command, "--count-table", "missing"]) == 2
+    assert "missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["full", "routed", "exact"])

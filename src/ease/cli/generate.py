@@ -12,6 +12,7 @@ COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
 
 def main(args: list[str]) -> None:
     """Generate a continuation of the prompt and print it token by token."""
+    from pathlib import Path
     from typing import Literal
 
     import torch
@@ -26,7 +27,7 @@ def main(args: list[str]) -> None:
     from ease.generation.decode import generate
     from ease.generation.request import Token
     from ease.hf.prompting import chat_prompt
-    from ease.runs.reopen import load_start
+    from ease.runs.reopen import count_table, load_start
 
     @dataclass(frozen=True)
     class Arguments:
@@ -56,7 +57,8 @@ def main(args: list[str]) -> None:
         draft_exit: int | None = None
         """For mode exact: the exit that drafts (by default the fastest, measured during decoding)."""
         count_table: str | None = None
-        """For mode exact: a file of CountTable.save, to draft from the text that it counted."""
+        """For mode exact: a file of CountTable.save, to draft from the text that it counted; "train" makes one of the
+        training text of a run and keeps it in the run folder."""
         temperature: float | None = None
         """0 chooses the most likely token; above 0 tokens are sampled. What is not given of this and the next three
         options is that of the checkpoint's generation_config.json, or else 0 and no limit."""
@@ -95,6 +97,11 @@ def main(args: list[str]) -> None:
     limit = model.config.max_positions
     default_tokens = 100 if limit is None else max(1, min(100, limit + 1 - len(ids)))
 
+    table = None
+    if given.count_table == "train":
+        table = count_table(Path(given.model))
+    elif given.count_table is not None:
+        table = CountTable.load(given.count_table)
     console, stream = output_console(), DecodeStream(skip_special_tokens=True)
     colors: dict[int, str] = {}
 
@@ -116,7 +123,7 @@ def main(args: list[str]) -> None:
         stream=show,
         draft_source=given.draft_source or "auto",
         draft_exit="auto" if given.draft_exit is None else given.draft_exit,
-        count_table=None if given.count_table is None else CountTable.load(given.count_table),
+        count_table=table,
     )
     console.print()
     error_console().print(statistics(answer.stats, answer.exits[0].tolist(), model.num_layers, colors), soft_wrap=True)

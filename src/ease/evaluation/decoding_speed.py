@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ease.data.counts import CountTable
 from ease.generation.decode import Generation, generate
 from ease.interface import Batch
 from ease.models import StandardTransformer
@@ -47,18 +48,23 @@ def time_shares(models: Sequence[StandardTransformer], batches: Iterable[Any]) -
     return [statistics.median(a / b for a, b in zip(each, full, strict=True)) for each in seconds.values()]
 
 
-def ways(model: StandardTransformer, ids: Tensor, steps: int) -> dict[str, Call]:
+def ways(model: StandardTransformer, ids: Tensor, steps: int, table: CountTable | None = None) -> dict[str, Call]:
     """Calls that continue prompts (B, T) greedily by `steps` tokens, one per decoding mode; full decoding comes first.
 
     Routed decoding uses `model.policy` and is left out if that has no exits. Exact decoding is included with
     `draft_source="auto"`, with lookup, with the draft brick if there is one, and with each exit of the policy (without
-    one, each trained exit).
+    one, each trained exit). "auto" and lookup draft from the table as well, if there is one; then lookup without it is
+    another call.
     """
     policy = model.policy
     calls: dict[str, Call] = {"full": lambda: generate(model, ids, steps)}
     if policy.exits:
         calls["routed, own policy"] = lambda: generate(model, ids, steps, "routed")
-    calls["exact, auto"] = lambda: generate(model, ids, steps, "exact")
+    calls["exact, auto"] = lambda: generate(model, ids, steps, "exact", count_table=table)
+    if table is not None:
+        calls["exact, lookup and table"] = lambda: generate(
+            model, ids, steps, "exact", draft_source="lookup", count_table=table
+        )
     calls["exact, lookup"] = lambda: generate(model, ids, steps, "exact", draft_source="lookup")
     if model.draft_brick is not None:
         calls["exact, brick"] = lambda: generate(model, ids, steps, "exact", draft_source="brick")

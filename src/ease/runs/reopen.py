@@ -12,6 +12,7 @@ import torch
 
 from ease.data.batches import TokenBatches
 from ease.data.corpus import Corpus, load_corpus
+from ease.data.counts import CountTable
 from ease.data.tokenizers import EOS, load_tokenizer
 from ease.devices import choose_device, machine
 from ease.errors import EaseError
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 
 LEARN_TOKENS = 2**15  # that calibration fits classifiers to: many times their parameters
+
+COUNTS = "counts.safetensors"
 
 
 class Start(NamedTuple):
@@ -97,6 +100,19 @@ def _tokenizer_of(
     if split_special_tokens is None:
         split_special_tokens = config["data"].get("split_special_tokens", True)  # as in runs that do not record it
     return load_tokenizer(folder / "tokenizer.json", model.config.vocab_size, split_special_tokens=split_special_tokens)
+
+
+def count_table(folder: Path) -> CountTable:
+    """The counts of a run's training text, made at the first call and kept in the run folder.
+
+    Raises:
+        EaseError: the run cannot be read, or its text has changed.
+    """
+    kept = folder / COUNTS
+    if not kept.is_file():
+        _, _, corpus, _ = open_run(folder)
+        CountTable.of(corpus.train, corpus.vocab_size).save(kept)
+    return CountTable.load(kept)
 
 
 def open_run(
