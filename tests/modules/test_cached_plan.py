@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ease import EaseError, StandardTransformer
+from ease.model_config import AttentionKind
 from ease.modules.cached_plan import QUERY_BLOCK
+from ease.modules.plan import mix
 
 
 def read_twice(model: StandardTransformer, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +28,19 @@ def test_a_long_text_attends_in_blocks_of_queries(rows: int) -> None:
     with torch.no_grad():
         whole, read = read_twice(model, rows, 6 * QUERY_BLOCK)
     torch.testing.assert_close(read, whole, rtol=0, atol=1e-10)
+
+
+def test_grouped_queries_attend_with_a_kernel_of_another_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory-efficient kernel of CUDA stores its result as (B, width, H, head_dim)."""
+    q, k, v = torch.randn(3, 8, 1, 4), torch.randn(3, 2, 9, 4), torch.randn(3, 2, 9, 4)
+    expected = mix(AttentionKind(), q, k, v, None)
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *x, **o: attention(*x, **o).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert torch.equal(mix(AttentionKind(), q, k, v, None), expected)
 
 
 def test_gradients_flow_through_a_run_with_a_cache() -> None:

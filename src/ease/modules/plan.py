@@ -180,7 +180,7 @@ def mix(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         folded = F.scaled_dot_product_attention(
             q.reshape(B, H // groups, groups * n, d), k, v, attn_mask=mask, scale=kind.scale
         )
-        return folded.view(B, H, n, d)
+        return folded.reshape(B, H, n, d)  # some kernels of CUDA give another memory layout than that of q
     if kind.softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=groups > 1
