@@ -71,6 +71,15 @@ def test_an_unchanged_weight_is_reordered_once(calls: list[int], monkeypatch: py
     assert len(made) == 1
 
 
+def test_the_draws_of_the_user_do_not_depend_on_what_was_reordered(tiny: Callable[..., Any], calls: list[int]) -> None:
+    model, ids, samples = tiny(2), torch.randint(256, (3, 5)), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        samples.append(generate(model, ids, 8, temperature=1.0).tokens)
+    assert calls
+    assert torch.equal(*samples)
+
+
 def test_gradients_other_dtypes_and_autocast_use_linear(calls: list[int]) -> None:
     weight = nn.Parameter(torch.randn(WEIGHT))
     inference_product(weight)(torch.randn(4, 200)).sum().backward()

@@ -78,7 +78,7 @@ def _current(weight: Tensor) -> Tensor | None:
     product with a random vector, which costs as much as one row.
     """
     known: _Reordered | None = _reordered.get(weight)
-    probe = torch.rand(weight.shape[1]) if known is None else known.probe
+    probe = _probe(weight.shape[1]) if known is None else known.probe
     image = F.linear(probe, weight.detach())
     if known is not None and torch.equal(image, known.image):
         return known.weight
@@ -86,6 +86,12 @@ def _current(weight: Tensor) -> Tensor | None:
         return None
     _reordered[weight] = made = _Reordered(reorder(weight), probe, image)
     return made.weight
+
+
+def _probe(size: int) -> Tensor:
+    """A random vector (size,) that leaves torch's generators, which draw the user's samples, as they are."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def packed_product(*parts: nn.Linear) -> Product:
