@@ -145,7 +145,7 @@ class StandardTransformer(ExitModel):
         view = evaluation_view(self)
         head = view.output_head
         if type(head) is nn.Linear and not is_altered(head):
-            head.forward = inference_product(head.weight)  # type: ignore[method-assign, assignment]
+            head.forward = inference_product(head.weight, head.bias)  # type: ignore[method-assign, assignment]
         return view
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
@@ -248,7 +248,10 @@ class StandardTransformer(ExitModel):
 
     def draft_logits(self, drafts: Tensor) -> Tensor:
         """g (..., D) from `draft` -> logits (..., N) over `draft_brick.vocabulary`."""
-        return self._brick().logits(drafts, self.output_head.weight)
+        brick, weight = self._brick(), self.output_head.weight
+        if type(weight) not in (Tensor, nn.Parameter):  # quantized: there are no rows to take from it
+            return self.head_logits(brick.normed(drafts))[..., brick.vocabulary]
+        return brick.logits(drafts, weight)
 
     def draft_tokens(self, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """g (..., D) from `draft` -> the most likely ids (...), and their probabilities (...) among the N tokens."""

@@ -1,11 +1,14 @@
 """The draft brick: what it computes token by token, in a round of drafts, and in whole passes."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-from ease import EaseError, StandardTransformer
+from ease import EaseError, StandardTransformer, generate
 from ease.interface import Layout
 
 Make = Callable[..., StandardTransformer]
@@ -90,6 +93,42 @@ def test_tokens_come_from_the_trimmed_vocabulary(model: StandardTransformer) -> 
     model.output_head.weight.mul_(-1)
     torch.testing.assert_close(model.draft_logits(g), -every[..., chosen])  # the copy of the head's rows is current
     assert model.float().draft_logits(g.float()).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_model_is_stored_and_copied_after_its_brick_has_drafted(model: StandardTransformer) -> None:
+    g = model.draft(*states_and_next(model))
+    expected = model.draft_logits(g)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.draft_logits(g), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_brick_drafts_with_a_quantized_head(tiny: Make) -> None:
+    model = tiny(2, draft_brick=True, draft_vocabulary=100, sharp=True, logit_softcap=5.0)
+    model.output_head = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.output_head), {nn.Linear})[0]
+    g = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        every = model.head_logits(model.draft_brick.normed(g))
+        torch.testing.assert_close(model.draft_logits(g), every[..., :100])
+    ids = torch.randint(256, (2, 5))
+    assert generate(model, ids, 6, "exact", draft_source="brick", draft_confidence=0.0).stats["drafted"] > 0
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_drafts(tiny: Make) -> None:
+    model = tiny(2, draft_brick=True)
+    ids = torch.randint(256, (2, 5))
+    assert generate(model, ids, 6, "exact", draft_source="brick", draft_confidence=0.0).stats["drafted"] > 0
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1, None])
+def test_a_brick_that_overflows_changes_no_token(least: float | None, tiny: Make) -> None:
+    model, ids = tiny(2, draft_brick=True), torch.randint(256, (2, 5))
+    with torch.no_grad():
+        model.draft_brick.fuse.weight[0, 0] = torch.nan
+    generated = generate(model, ids, 6, "exact", draft_source="brick", draft_confidence=least)
+    assert torch.equal(generated.tokens, generate(model, ids, 6).tokens)
 
 
 def test_the_brick_is_ignored_by_all_that_does_not_ask_for_it(tiny: Make) -> None:

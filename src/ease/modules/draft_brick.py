@@ -53,6 +53,9 @@ class DraftBrick(nn.Module):
         self.rotary_dim, self.softcap, self.divisor = c.rotary_size, c.logit_softcap, c.logit_divisor
         self._head_rows: dict[str, Any] = {}  # a dictionary, which views of the model for evaluation share
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_head_rows": {}}  # a copy is not stored: it holds a function
+
     def fused(self, states: Tensor, next_embeddings: Tensor) -> Tensor:
         """States h_t and embeddings of x_{t+1}, both (B, T, D), -> the input (B, T, D) of the block."""
         out: Tensor = self.fuse(torch.cat((self.state_norm(states), self.token_norm(next_embeddings)), -1))
@@ -115,7 +118,10 @@ class DraftBrick(nn.Module):
         """The rows (N, D) of a head (V, D) for `vocabulary`, copied once as long as neither changes."""
         if head.requires_grad and torch.is_grad_enabled():
             return head[self.vocabulary]
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (head, self.vocabulary)]
+        state = [
+            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype)
+            for tensor in (head, self.vocabulary)
+        ]
         if self._head_rows.get("state") != state:
             rows = head.detach()[self.vocabulary]
             self._head_rows.update(state=state, rows=rows, product=inference_product(rows))

@@ -39,7 +39,8 @@ class BrickSource(Source):
             drafted = drafted[torch.arange(len(last), device=last.device), last]
         while bool(alive.any()):
             chosen, confidence = model.draft_tokens(drafted)
-            said = confidence.double().cpu().numpy()
+            # A brick may overflow in half precision: a draft of unknown probability is not offered.
+            said = np.nan_to_num(confidence.cpu().double().numpy(), nan=0.0)
             chain *= self.reliability(said)
             alive = alive & (limits > len(tokens)) & torch.from_numpy(chain >= least)
             if not bool(alive.any()):

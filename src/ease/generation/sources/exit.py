@@ -49,8 +49,8 @@ class ExitSource(Source):
             chosen, distribution = request.choose(logits, None if seen is None else seen[rows])
             drafted, confidence = current.clone(), at_least_float32(logits.new_zeros(len(running)))
             drafted[rows], confidence[rows] = chosen, max_probability(logits)
-            said, nan = torch.stack((confidence, drafted < 0)).double().cpu().numpy()
-            if nan.any():
+            said = confidence.cpu().double().numpy()
+            if np.isnan(said).any():
                 raise EaseError(NAN_LOGITS)
             # The decision depends on the distribution and not on the token drawn from it, or sampling would be biased.
             chain *= self.reliability(said)
