@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ease import Generation, Layout, StandardTransformer, generate
+from ease import CountTable, Generation, Layout, StandardTransformer, generate
+from ease.generation.sources import BrickSource, TextSource
 
 Make = Callable[..., StandardTransformer]
 LAYERS, VOCAB = 4, 256
@@ -160,7 +161,7 @@ def test_in_every_dtype_a_row_differs_from_full_only_from_a_tie_on(dtype: torch.
 
 
 FEW = 5  # tokens in the vocabulary, so that every answer occurs often enough to be counted
-LENGTH, ROWS = 3, 2000
+LENGTH, ROWS = 4, 2000
 PROMPTS = ([1, 4, 2], [3])
 DRAWS: list[dict[str, Any]] = [
     {"temperature": 0.7},
@@ -259,6 +260,33 @@ def test_answers_have_the_distribution_of_full_decoding(
     p, acceptance = drawn(few, mode, options, **drafting)
     assert p > 1e-4
     assert mode == "full" or 0.1 <= acceptance <= 0.9
+
+
+@pytest.mark.parametrize("options", [DRAWS[0], DRAWS[-1]], ids=["temperature", "all settings"])
+@pytest.mark.parametrize("source", ["lookup", "brick", "lookup, brick"])
+def test_drafts_that_are_not_drawn_leave_the_distribution(
+    source: str, options: dict[str, Any], few: StandardTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft of a text or a brick is always the same one in its place, however improbable it is."""
+    sample = generate(few, torch.tensor([[1, 4, 2]] * 20), 20, temperature=1.0, seed=2).tokens.flatten()
+    table = CountTable.of(sample, FEW)
+    few.add_draft_brick(sample.mode().values[None], torch.randn(64, few.config.dim).double())  # drafts this token only
+    monkeypatch.setattr("ease.generation.decode._source_names", lambda *_: [source])
+    drafted: dict[str, int] = Counter()
+    for kind in (TextSource, BrickSource):
+        offer = kind.offer
+
+        def counted(self: Any, *args: Any, offer: Any = offer) -> Any:
+            drafts = offer(self, *args)
+            drafted[self.name] += int(drafts.mask.sum())
+            return drafts
+
+        monkeypatch.setattr(kind, "offer", counted)
+    least = 0.6 if "," in source else 0.0  # below it, a text offers nothing and the brick drafts
+    p, acceptance = drawn(few, "exact", options, count_table=table, draft_confidence=least)
+    assert set(filter(drafted.get, drafted)) == set(source.split(", "))
+    assert p > 1e-4
+    assert 0 < acceptance < 1
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.8, 1.25], ids=["accepts every draft", "accepts too many", "accepts too few"])
