@@ -12,6 +12,7 @@ from ease import EaseError, Policy, StandardTransformer, generate
 from ease.devices import free_memory
 from ease.generation.decode import bytes_per_token
 from ease.generation.request import Token
+from ease.model_config import RopeScaling
 
 Make = Callable[..., StandardTransformer]
 PROMPTS, LENGTH = 5, 12
@@ -156,6 +157,46 @@ def test_invalid_requests_raise_one_sentence(options: dict[str, Any], fix: str, 
     with pytest.raises(EaseError, match=fix) as error:
         generate(tiny(3), **{"ids": torch.zeros(1, 4, dtype=torch.long), "max_new_tokens": 2} | options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"mode": "exact", "draft_exit": 1}])
+def test_the_default_dtype_of_torch_has_no_effect(options: dict[str, Any], dtype: torch.dtype, tiny: Make) -> None:
+    model, (ids, _) = tiny(3, sharp=True), prompts()
+    expected = generate(model, ids, LENGTH, **options).tokens
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(generate(model, ids, LENGTH, **options).tokens, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_bias_of_a_replaced_head_is_added(tiny: Make) -> None:
+    model, (ids, _) = tiny(2), prompts()
+    model.output_head = torch.nn.Linear(32, 256)
+    with torch.no_grad():
+        model.output_head.bias[7] = 1e6
+    assert generate(model, ids, 3).tokens.eq(7).all()
+
+
+def test_drafts_end_where_rotary_positions_would_depend_on_the_length(tiny: Make) -> None:
+    """A text that stops within the limit is the same as in full mode, whatever was drafted."""
+    scaling = RopeScaling(4.0, original_max_position=12, rope_type="dynamic")
+    model, ids = tiny(3, sharp=True, rope_scaling=scaling).double(), torch.randint(256, (1, 8))
+    free = generate(model, ids, 5).tokens
+    stop = next(int(token) for place, token in enumerate(free[0]) if place and token not in free[0, :place])
+    expected = generate(model, ids, 40, stop=stop).tokens
+    exact = generate(model, ids, 40, "exact", stop=stop, draft_exit=2, draft_confidence=0.0)
+    assert torch.equal(exact.tokens, expected)
+    assert exact.stats["drafted"] > 0
+
+
+def test_exits_that_the_model_does_not_have_draft_nothing(tiny: Make) -> None:
+    model = tiny(3)
+    model.policy = Policy((3,), (0.5,))
+    for source in ("auto", "exit"):
+        with pytest.raises(EaseError, match="must lie below the last of the model's 3 layers"):
+            generate(model, torch.zeros(1, 4, dtype=torch.long), 2, "exact", draft_source=source)  # type: ignore[arg-type]
 
 
 def test_too_many_positions_and_nan_logits_raise(tiny: Make) -> None:

@@ -27,7 +27,7 @@ from ease.errors import EaseError, check_choice, check_integer, check_list, chec
 from ease.generation.exact import DraftCounts, decode_exactly
 from ease.generation.request import Request, Token
 from ease.generation.sampling import Sampling
-from ease.generation.sources import LONGEST_DRAFT, BrickSource, ExitSource, MixedSource, NoDrafts, Source, TextSource
+from ease.generation.sources import BrickSource, ExitSource, MixedSource, NoDrafts, Source, TextSource
 from ease.inputs import read_prompt
 from ease.interface import to_device
 from ease.models import StandardTransformer
@@ -127,7 +127,7 @@ def generate(
     real = _real_tokens(ids, attention_mask)
     policy = _routing_policy(model) if mode == "routed" else Policy()
     _check_drafting(model, mode, draft_source, draft_exit, draft_confidence, count_table)
-    capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens, mode)
+    capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens)
     _check_memory(model, len(ids), capacity, max_memory)
     model.check_ids(ids, model.config.vocab_size)
     model, real = model.decoding_view(), real.cpu()
@@ -221,7 +221,8 @@ def _check_drafting(
 
 
 def _exits(model: StandardTransformer) -> tuple[int, ...]:
-    """The exits that may draft."""
+    """The exits that may draft; refuses a policy with exits that the model does not have."""
+    model.policy.check(model.num_layers)
     return model.policy.exits or model.early_exits
 
 
@@ -251,7 +252,7 @@ def _source(request: Request, name: str | int, count_table: CountTable | None) -
     return brick if name == "brick" else MixedSource(TextSource(request, count_table), brick)
 
 
-def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_tokens: int, mode: Mode) -> int:
+def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_tokens: int) -> int:
     """Tokens that a row of the cache needs room for; refuses more than the model has positions."""
     positions = model.config.max_positions
     if positions is not None and longest_prompt + max_new_tokens - 1 > positions:  # the last token is never read
@@ -259,7 +260,7 @@ def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_
             f"a prompt of {longest_prompt} tokens and {max_new_tokens} new ones exceed the model's {positions} "
             "positions: shorten the prompt or lower max_new_tokens"
         )
-    return longest_prompt + max_new_tokens + (LONGEST_DRAFT if mode == "exact" else 0)
+    return longest_prompt + max_new_tokens
 
 
 def _check_memory(model: StandardTransformer, rows: int, capacity: int, max_memory: float | None) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.generation.request import Request
@@ -62,7 +63,11 @@ class Drafter:
         begin, before, rows = time.perf_counter(), request.num_generated, int(request.running.sum())
         done = np.array([len(answer) for answer in request.answers])
         missing = np.where(request.running.numpy(), request.max_new_tokens - done, 0)
-        limits = torch.from_numpy((missing - 1).clip(0, LONGEST_DRAFT))  # one is the model's own
+        scaling = request.model.config.rope_scaling
+        limit = None if scaling is None else scaling.limit
+        # The next pass reads each row's last token and its drafts; a round ends with one token of the model's own.
+        room = missing if limit is None else np.minimum(missing, limit - request.cache.length)
+        limits = torch.from_numpy((room - 1).clip(0, LONGEST_DRAFT))
         if self.least is None:
             rounds_left = missing / (done + 1)  # in rounds that gave as much as the average so far
             shares = (rounds_left / rounds_left.max()) ** SHARPNESS
@@ -118,7 +123,7 @@ def _probe(drafters: Sequence[Drafter]) -> None:
         fastest = min(fastest, drafter.pace.seconds_per_token)
 
 
-def check(request: Request, drafts: Drafts, start: object, *, equal_lengths: bool = False) -> Tensor:
+def check(request: Request, drafts: Drafts, start: NDArray[np.int64], *, equal_lengths: bool = False) -> Tensor:
     """Runs the model over current tokens and drafts and appends what full decoding confirms, and its next token.
 
     Args:
@@ -141,8 +146,9 @@ def check(request: Request, drafts: Drafts, start: object, *, equal_lengths: boo
     places = to_device(read.flatten().nonzero().squeeze(1), device)
     logits = model.logits(states.flatten(0, 1)[places], last)
     chosen, right = _accept(request, drafts, read, places, logits)
-    result = torch.zeros(3, read.numel(), device=device)  # in one tensor, to wait for the device once
-    result[:, places] = torch.stack((chosen.float(), right.float(), max_probability(logits).float()))
+    found = torch.stack((chosen.float(), right.float(), max_probability(logits).float()))
+    result = found.new_zeros(3, read.numel())  # in one tensor, to wait for the device once
+    result[:, places] = found
     tokens, accepted, confidences = result.view(3, *read.shape).cpu().unbind()
     leading = accepted.long().cumprod(1).sum(1)
     counts = (leading + 1) * request.running
