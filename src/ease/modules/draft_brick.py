@@ -115,7 +115,10 @@ class DraftBrick(nn.Module):
         return drafts * self.scale
 
     def head_rows(self, head: Tensor) -> Tensor:
-        """The rows (N, D) of a head (V, D) for `vocabulary`, copied once as long as neither changes."""
+        """The rows (N, D) of a head (V, D) for `vocabulary`, copied once as long as neither changes.
+
+        A change through `head.data` leaves no trace and is not noticed: the drafts are then those of the head before.
+        """
         if head.requires_grad and torch.is_grad_enabled():
             return head[self.vocabulary]
         state = [
