@@ -110,6 +110,7 @@ def test_a_step_on_mined_tokens_waits_twice(models: Any, fake_device: FakeDevice
         ("exact", {"draft_exit": 2, "draft_confidence": 0.2, "repetition_penalty": 1.2}, 4),
         ("exact", {"draft_exit": 2, "draft_confidence": 0.2, "temperature": 1.0}, 4),
         ("exact", {"draft_source": "lookup", "draft_confidence": 0.2}, 2),
+        ("exact", {"draft_source": "brick", "draft_confidence": 0.001}, 4),
         ("exact", {"draft_source": "lookup", "draft_confidence": 0.2, "temperature": 1.0}, 4),
     ],
 )
@@ -122,6 +123,9 @@ def test_a_decoded_token_waits_at_most_four_times(
     results = []
     for model in models:
         torch.manual_seed(3)
+        if options.get("draft_source") == "brick":
+            states = torch.randn(64, model.config.dim).double().to(model.embedding.weight.device)
+            model.add_draft_brick(torch.arange(VOCAB - 1), states)
         fake_device.waits.clear()
         results.append(ease.generate(model, batch.x, 20, mode, attention_mask=mask, stop=7, max_memory=1e9, **options))
     longest = int((results[1].exits > 0).sum(1).max())

@@ -56,16 +56,20 @@ class Reliability:
     def __call__(self, said: NDArray[np.float64] | Sequence[float]) -> NDArray[np.float64]:
         """Confidences (n,) -> the share (n,) of such drafts that was right."""
         confidences = np.asarray(said)
-        bins = np.minimum(confidences * 10, 9).astype(np.int64)
+        bins = self._bins(confidences)
         share: NDArray[np.float64] = (self.right[bins] + self.IMAGINED * confidences) / (self.all[bins] + self.IMAGINED)
         return share
 
     def learn(self, confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> None:
         """Adds drafts (n,) that were checked."""
-        bins = np.minimum(confidences * 10, 9).astype(np.int64)
+        bins = self._bins(confidences)
         for counts, weights in ((self.all, None), (self.right, right)):
             counts *= MEMORY
             counts += np.bincount(bins, weights, 10)
+
+    @staticmethod
+    def _bins(confidences: NDArray[np.float64]) -> NDArray[np.int64]:
+        return np.minimum(confidences * 10, 9).astype(np.int64)
 
 
 class Pace:

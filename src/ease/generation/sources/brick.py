@@ -68,8 +68,8 @@ class BrickSource(Source):
             for text, row in zip(texts, places.tolist(), strict=True)
         ]
         ids = to_device(torch.tensor(following), self.request.current.device)
-        rows = np.arange(len(texts))[:, None]
-        states = self.request.cache.states[rows, places]
+        rows, index = np.arange(len(texts))[:, None], self.cache.tensor
+        states = self.request.cache.states[index(rows), index(places)]
         return states, ids, torch.from_numpy(np.arange(count.max()) < count[:, None])
 
 
