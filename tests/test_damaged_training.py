@@ -114,7 +114,7 @@ def unfinished(text: torch.Tensor, text_file: Path, tmp_path: Path, monkeypatch:
     return {"phases": partial(train_phases, text=text), "unfinished run": partial(train_run, text_file=text_file)}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("phases", 20), ("unfinished run", 10)])
+@pytest.mark.parametrize(("kind", "count"), [("phases", 20), ("unfinished run", 14)])
 def test_damaged_checkpoints_give_the_same_training_or_are_refused(
     kind: str, count: int, unfinished: dict[str, Any], tmp_path: Path
 ) -> None:

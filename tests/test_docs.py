@@ -257,7 +257,7 @@ def test_the_fields_of_a_runs_files_are_listed(short_run: Path) -> None:
         assert field_names(page, heading) == set(value), heading
     files = {path.name for path in short_run.iterdir()}
     table = page.split("| file |", 1)[1].split("\n\n", 1)[0]
-    assert set(re.findall(r"^\| `([\w.]+)` \|", table, re.M)) == files | {"policy.json"}
+    assert set(re.findall(r"^\| `([\w.]+)` \|", table, re.M)) == files | {"policy.json", "counts.safetensors"}
 
 
 @every_page

@@ -104,7 +104,9 @@ def test_a_second_run_trains_nothing_and_scores_no_test_token_again(
 
 def test_every_strategy_of_the_library_is_a_line(data: dict[str, Any]) -> None:
     kinds_ = {entry["strategy"]["kind"] for entry in data["entries"]}
-    assert kinds_ == {config.__name__ for config in ease.STRATEGIES.values()} | {"ClassifierExitsConfig"}
+    # A draft brick changes no quality, only the speed of decoding.
+    trained = {config.__name__ for config in ease.STRATEGIES.values()} - {"BrickConfig"}
+    assert kinds_ == trained | {"ClassifierExitsConfig"}
 
 
 def test_with_a_classifier_exit_a_continuing_token_pays_no_head(data: dict[str, Any]) -> None:

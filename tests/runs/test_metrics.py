@@ -69,7 +69,9 @@ def test_decoding_is_timed_on_held_out_prompts_with_the_policy_of_the_line(
     assert model.policy == own, "the model stays as it was"
     assert (decoded["prompt_tokens"], decoded["new_tokens"]) == (17, 17), "position 34 is never read"
     assert [(row["batch"], row["way"]) for row in decoded["rows"]] == [
-        (batch, way) for batch in (1, 8) for way in ("full", "routed, own policy", "exact, auto", "exact, exit 1")
+        (batch, way)
+        for batch in (1, 8)
+        for way in ("full", "routed, own policy", "exact, auto", "exact, lookup", "exact, exit 1")
     ]
     rows = {(row["batch"], row["way"]): row for row in decoded["rows"]}
     assert all(row["same_tokens"] == 1.0 for (_, way), row in rows.items() if way.startswith("exact"))

@@ -81,9 +81,9 @@ def self_text(
         while made.tokens < sizes[split]:
             progress.step((done + made.tokens) / total)
             batch = made.next_prompts(greedy=sampling["temperature"] == 0, source=source)
-            options = sampling | {
-                "seed": int(np.random.SeedSequence([seed, number, made.batches]).generate_state(1)[0])
-            }
+            options = dict(sampling)
+            if sampling["temperature"]:
+                options["seed"] = int(np.random.SeedSequence([seed, number, made.batches]).generate_state(1)[0])
             made.append(continue_all(start, batch, data.seq_len, options))
         done += sizes[split]
     progress.step(1.0)
