@@ -34,6 +34,11 @@ from ease.hf.serving import ServedModel, server  # noqa: E402
 
 PROMPT, LENGTH = "def wrap(self", 24
 LISTEN = ("--host", "127.0.0.1", "--port")
+COMMAND = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it by default
+runpy.run_module("ease", run_name="__main__", alter_sys=True)
+"""
 STARTED = re.compile(r"ease: serving (.+) in mode (\w+) at (http://127\.0\.0\.1:(\d+)/v1)\n")
 
 
@@ -51,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def command(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
     """`ease serve` in a process of its own, which starts while other tests run."""
-    args = [sys.executable, "-m", "ease", "serve", str(checkpoint), *LISTEN, "0", "--dtype", "bfloat16"]
+    args = [sys.executable, "-c", COMMAND, "serve", str(checkpoint), *LISTEN, "0", "--dtype", "bfloat16"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
