@@ -9,7 +9,7 @@ of `--text`, taken in turns. Decoding is greedy, on the same weights and prompts
 - what a pass over n tokens a row costs, v_B(n): every estimate of speculative decoding needs it;
 - the ways to decode, including transformers' `generate` on the exported weights, its `assistant_early_exit` and its
   `prompt_lookup_num_tokens`; each batch of prompts is a round, ratios are the median over rounds with their range;
-- the same for one row, apart for continuations that repeat themselves;
+- the same for one row, apart for continuations that repeat themselves, and sampled texts;
 - for a model with a policy, routed decoding against its roofline (the sum of its layers, heads and steps, each timed
   alone), routed prefill against the speed-up of its counted FLOPs, and the time per token by the number of exits
   evaluated and not taken;
@@ -168,6 +168,18 @@ def compare(
             }
         )
     return rows
+
+
+def sampled(model: StandardTransformer, prompts: torch.Tensor, steps: int, temperature: float) -> dict[str, Any]:
+    """Exact decoding with lookup against full decoding of one row after another, both drawing their tokens."""
+    seconds, rounds = {"full": 0.0, "exact": 0.0}, []
+    for seed, part in enumerate(prompts.split(1)):
+        for mode, options in (("full", {}), ("exact", {"draft_source": "lookup"})):
+            answer = ease.generate(model, part, steps, mode, temperature=temperature, seed=seed, **options)  # type: ignore[arg-type]
+            seconds[mode] += answer.stats["seconds"] - answer.stats["prefill_seconds"]
+            rounds += [answer.stats["tokens_per_round"]] if mode == "exact" else []
+    ratio = seconds["full"] / seconds["exact"]
+    return {"temperature": temperature, "texts": len(prompts), "ratio": ratio, "tokens_per_round": mean_of(rounds)}
 
 
 def mean_of(values: list[float | None]) -> float | None:
@@ -332,6 +344,16 @@ def main() -> None:
             "full's continuation": lambda r: r["texts"],
             "texts": lambda r: str(r["count"]),
             "times full": lambda r: f"{r['ratio']:.2f}",
+        },
+    )
+    found["sampled"] = [sampled(model, prompts, steps, temperature) for temperature in (0.8, 1.0)]
+    print_table(
+        found["sampled"],
+        {
+            "temperature, one row": lambda r: str(r["temperature"]),
+            "texts": lambda r: str(r["texts"]),
+            "exact, times full": lambda r: f"{r['ratio']:.2f}",
+            "tokens per pass": lambda r: f"{r['tokens_per_round']:.2f}",
         },
     )
     if model.policy.exits:

@@ -100,9 +100,10 @@ CHARTS = {
         ("1 row", "8 rows"),
         {
             "full": decoding("full", "full"),
-            "exact, exit chosen while decoding": decoding("exact, auto (took 8)", "exact, auto (took full)"),
+            "exact, source chosen while decoding": decoding("exact, auto", "exact, auto"),
+            "exact, lookup and table": decoding("exact, lookup and table", "exact, lookup and table"),
             "exact, drafts from exit 8": decoding("exact, exit 8", "exact, exit 8"),
-            "routed, 99% agreement": decoding("routed, own policy", "routed, own policy"),
+            "routed": decoding("routed, own policy", "routed, own policy"),
             "transformers, full": decoding("transformers, full", "transformers, full"),
             "transformers, assistant_early_exit=8": decoding("transformers, assistant_early_exit=8", None),
         },
