@@ -348,7 +348,7 @@ KEPT: dict[str, tuple[str, str, str, Sequence[str], Sequence[int], Callable[[Row
         "decoding.md",
         "Decoding with the model with joint exits",
         "Greedy, 128 new tokens after 64 of held-out text, two threads. Speed is relative to full-depth decoding with "
-        "the same number of rows: median and range over batches of prompts. Exact decoding gives the tokens of full depth.",
+        "the same number of rows: median and range over batches. Exact decoding gives the tokens of full depth.",
         ("way", "rows", "tokens/s", "speed", "tokens per pass", "drafts accepted"),
         (0, 1, 2, 3, 5, 6),
         lambda row: True,
