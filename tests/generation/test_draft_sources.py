@@ -1,8 +1,13 @@
 """What a draft costs and how often it is right, as measured within a request."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from ease import generate
 from ease.generation.sources.base import Pace, Reliability
 
 
@@ -36,8 +41,18 @@ def test_rounds_of_one_length_leave_the_prior() -> None:
     assert before == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_price_is_a_probability() -> None:
+def test_a_slow_round_of_few_tokens_makes_no_draft_free() -> None:
     pace = Pace(prior=0.1)
     for places, seconds in ((1, 9.0), (5, 1.0)) * 5:
         pace.record(places, seconds, 1)
-    assert 0 <= pace.prices(np.ones(1)) <= 1
+    assert 0.01 <= pace.prices(np.ones(1)) <= 1
+
+
+def test_the_first_round_of_a_request_is_not_measured(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may reorder the weights of the model, which takes as long as many steps."""
+    recorded: list[int] = []
+    monkeypatch.setattr(Pace, "record", lambda self, places, seconds, tokens: recorded.append(places))
+    stats = generate(tiny(2), torch.ones(3, 4, dtype=torch.long), 9, "exact", draft_source="none").stats
+    assert (stats["rounds"], len(recorded)) == (8, 7)

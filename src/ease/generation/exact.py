@@ -80,7 +80,8 @@ class Drafter:
         self.source.learn(drafts, accepted)
         drafted, gained = int(drafts.mask.sum()), request.num_generated - before
         possible = rows + int(accepted.sum()) if equal_lengths else gained
-        self.pace.record(rows + drafted, time.perf_counter() - begin, possible)
+        if self.counts.rounds:  # the first round of a request may also allocate and reorder weights
+            self.pace.record(rows + drafted, time.perf_counter() - begin, possible)
         self.tokens += gained
         self.counts.rounds += 1
         self.counts.rows += rows

@@ -24,6 +24,9 @@ LONGEST_DRAFT = 16  # tokens that a source offers a row at most
 MEMORY = 0.9  # weight of what was known before each round, so that about ten rounds count
 
 
+LEAST_SLOPE = 0.2  # of the cost of a draft, as a share of what is expected before measuring
+
+
 class Drafts(NamedTuple):
     """Offered tokens of one round: K places, of which each row uses the first ones."""
 
@@ -106,8 +109,9 @@ class Pace:
             return self.prior / (self.prior + shares)
         rows = len(shares)
         # As if two rounds had been seen a place away from the mean, on the line of the prior.
-        slope = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
-        slope = np.maximum(1e-12, (2 * slope + xt - x * t / n) / (2 + xx - x * x / n))
+        expected = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
+        slope = (2 * expected + xt - x * t / n) / (2 + xx - x * x / n)
+        slope = np.maximum(expected * LEAST_SLOPE, slope)  # a single slow round may tilt the line
         fixed = max(0.0, t - slope * x) / max(1.0, tokens / rows)  # per token of a row
         return np.asarray(slope / (slope + shares * fixed))
 
