@@ -185,8 +185,8 @@ def test_browser_draws_the_page(browser: Any, tmp_path: Path) -> None:
     ways = [row.text.split("\n") for row in browser.find_elements("css selector", "#decoding tbody tr")]
     four = ["full", "routed,", "exact,", "exact,"]
     assert [row[0].split(" ")[0] for row in ways] == ["Single", *four, "Batch", *four]
-    assert ways[3][1].startswith("continued in full")
-    assert ways[8][1].startswith("drafted at exit 3")
+    assert ways[3][1].startswith("most tokens by lookup")
+    assert ways[8][1].startswith("most tokens by exit 3")
     # Keys choose what a chart and a table show, and walk a chart's points.
     browser.find_element("css selector", "#curves input[value=flops]").send_keys("\ue014")
     settled(browser, "document.querySelector('#curves .plot svg')?.textContent.includes('seconds of training')")
