@@ -47,6 +47,12 @@ class Layout:
         real = as_flags("attention_mask", mask)
         return cls((real.long().cumsum(1) - 1).clamp(min=0), real.long() - 1)
 
+    @classmethod
+    def of_padding(cls, mask: Any) -> Layout | None:
+        """As `from_attention_mask`, or None if no token is padding, which runs fastest without a layout."""
+        real = as_flags("attention_mask", mask)
+        return None if bool(real.all()) else cls.from_attention_mask(real)
+
     def to(self, device: torch.device | str) -> Layout:
         moved = Layout(to_device(self.positions, device), to_device(self.segments, device))
         vars(moved)["host"] = self.host
@@ -107,7 +113,7 @@ class Batch(NamedTuple):
         """
         if isinstance(item, Mapping):
             x, y, mask = read_labelled(item)
-            return cls(x, y, layout=None if mask is None or bool(mask.all()) else Layout.from_attention_mask(mask))
+            return cls(x, y, layout=None if mask is None else Layout.of_padding(mask))
         if not isinstance(item, tuple | list) or not 2 <= len(item) <= len(cls._fields):
             size = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
             raise EaseError(

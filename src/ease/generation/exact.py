@@ -117,7 +117,7 @@ def _probe(drafters: Sequence[Drafter]) -> None:
                 return
             drafter.round(equal_lengths=True)
             seconds = time.perf_counter() - begin
-            lost = seconds - fastest * (request.num_generated - before) if fastest < float("inf") else 0.0
+            lost = seconds - fastest * (request.num_generated - before)  # nothing while the first is measured
             if lost + wasted > PROBE_SHARE * fastest * request.max_new_tokens * len(request.answers):
                 break
         wasted += max(0.0, lost)
@@ -138,8 +138,7 @@ def check(request: Request, drafts: Drafts, start: NDArray[np.int64], *, equal_l
     read = torch.cat((request.running[:, None], drafts.mask), 1)  # (B, K + 1) tokens that the pass reads
     if drafts.states is None:
         ids = torch.cat((request.current[:, None], drafts.tokens), 1)
-        layout = None if bool(read.all()) else Layout(torch.zeros_like(read, dtype=torch.long), read.long() - 1)
-        states = model.run(model.embed(ids), 1, last, layout=layout, cache=request.cache)
+        states = model.run(model.embed(ids), 1, last, layout=Layout.of_padding(read), cache=request.cache)
     else:
         request.cache.resume(start, read.shape[1])
         states = model.run(drafts.states, drafts.exit + 1, last, active=read, cache=request.cache)

@@ -127,7 +127,7 @@ class Request:
             logits[row_of[places]] = chunk.to(logits)
             return chunk[:, :0]  # the logits are stored already: there is nothing to collect
 
-        layout = Layout(torch.zeros(B, T, dtype=torch.long), real.long() - 1)
+        layout = Layout.of_padding(real)
         for step in routed_forward(self.model, ids, policy, layout=layout, read=read, required=last, cache=self.cache):
             self.layers_run += (step.layer - step.first + 1) * int(step.arrived.count_nonzero())
             if step.num_leaving:

@@ -145,7 +145,7 @@ class EaseCache(Cache):
         longest = int(self.native.length.max()) + T
         if longest > self.native.capacity:
             self.native.grow(2 * longest)
-        return Layout(torch.zeros(B, T, dtype=torch.long), real.long() - 1)
+        return Layout.from_attention_mask(real)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far."""

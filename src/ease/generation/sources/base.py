@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ LONGEST_DRAFT = 16  # tokens that a source offers a row at most
 
 MEMORY = 0.9  # weight of what was known before each round, so that about ten rounds count
 
-
-LEAST_SLOPE = 0.2  # of the cost of a draft, as a share of what is expected before measuring
+LEAST_SLOPE = 0.2  # the lowest cost of another draft, as a share of the one expected before it was measured
 
 
 class Drafts(NamedTuple):
@@ -149,7 +148,7 @@ class Source(ABC):
         right = np.arange(drafts.mask.shape[1]) < accepted.numpy()[:, None]
         self.reliability.learn(drafts.confidences[checked], right[checked])
 
-    def drafts_of(self, chains: Sequence[tuple[Sequence[int], Sequence[float]]], **more: Any) -> Drafts:
+    def drafts_of(self, chains: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Drafts:
         """Drafts from each row's tokens and confidences."""
         K = max((len(tokens) for tokens, _ in chains), default=0)
         ids, confidences = np.zeros((len(chains), K), np.int64), np.zeros((len(chains), K))
@@ -158,7 +157,11 @@ class Source(ABC):
             ids[row, : len(tokens)], confidences[row, : len(tokens)] = tokens, values
             mask[row, : len(tokens)] = True
         device = self.request.current.device
-        return Drafts(to_device(torch.from_numpy(ids), device), torch.from_numpy(mask), confidences, **more)
+        return Drafts(to_device(torch.from_numpy(ids), device), torch.from_numpy(mask), confidences)
+
+    def no_drafts(self) -> Drafts:
+        """Drafts of which no row has one."""
+        return self.drafts_of([((), ())] * len(self.request.texts))
 
 
 class NoDrafts(Source):
@@ -167,4 +170,4 @@ class NoDrafts(Source):
     name, prior = "none", 1.0
 
     def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
-        return self.drafts_of([((), ())] * len(limits))
+        return self.no_drafts()

@@ -35,7 +35,7 @@ class BrickSource(Source):
             states, ids, real = self._unread(alive)
             read = self.cache.length + real.sum(1).numpy()
             last = to_device((real.sum(1) - 1).clamp(min=0), states.device)
-            drafted = model.draft(states, ids, layout=_layout(real), cache=self.cache)
+            drafted = model.draft(states, ids, layout=Layout.of_padding(real), cache=self.cache)
             drafted = drafted[torch.arange(len(last), device=last.device), last]
         while bool(alive.any()):
             chosen, confidence = model.draft_tokens(drafted)
@@ -50,10 +50,10 @@ class BrickSource(Source):
             masks.append(alive)
             alive = alive & (limits > len(tokens))
             if bool(alive.any()):
-                layout = _layout(alive[:, None])
+                layout = Layout.of_padding(alive[:, None])
                 drafted = model.draft(drafted[:, None], chosen[:, None], layout=layout, cache=self.cache)[:, 0]
         if not tokens:
-            return self.drafts_of([((), ())] * len(limits))
+            return self.no_drafts()
         self.cache.cut(read)
         return Drafts(torch.stack(tokens, 1), torch.stack(masks, 1), np.stack(confidences, 1))
 
@@ -71,7 +71,3 @@ class BrickSource(Source):
         rows, index = np.arange(len(texts))[:, None], self.cache.tensor
         states = self.request.cache.states[index(rows), index(places)]
         return states, ids, torch.from_numpy(np.arange(count.max()) < count[:, None])
-
-
-def _layout(real: Tensor) -> Layout | None:
-    return None if bool(real.all()) else Layout(torch.zeros_like(real, dtype=torch.long), real.long() - 1)

@@ -38,7 +38,7 @@ class ExitSource(Source):
         masks: list[Tensor] = []
         confidences: list[NDArray[np.float64]] = []
         while True:
-            layout = Layout(torch.zeros(len(running), 1, dtype=torch.long), running.long()[:, None] - 1)
+            layout = Layout.of_padding(running[:, None])
             state = model.run(model.embed(current[:, None]), 1, self.exit, layout=layout, cache=request.cache)
             states.append(state)
             asked = running & (limits > len(tokens))
@@ -67,8 +67,7 @@ class ExitSource(Source):
                 seen = seen.clone()
                 seen[rows] = seen[rows].scatter(1, chosen[:, None], True)
         if not tokens:
-            nothing = self.drafts_of([((), ())] * len(limits))
-            return nothing._replace(exit=self.exit, states=states[0])
+            return self.no_drafts()._replace(exit=self.exit, states=states[0])
         return Drafts(
             torch.stack(tokens, 1),
             torch.stack(masks, 1),
