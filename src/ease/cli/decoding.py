@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ease.errors import EaseError
 
 if TYPE_CHECKING:
+    from ease.generation.decode import Mode
     from ease.models import StandardTransformer
-
-    Mode = Literal["full", "routed", "exact"]
 
 
 def check_threshold(mode: str | None, threshold: float | None) -> None:

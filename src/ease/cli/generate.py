@@ -13,7 +13,6 @@ COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
 def main(args: list[str]) -> None:
     """Generate a continuation of the prompt and print it token by token."""
     from pathlib import Path
-    from typing import Literal
 
     import torch
     import tyro
@@ -24,7 +23,7 @@ def main(args: list[str]) -> None:
     from ease.cli.decoding import check_threshold, choose_mode, default_sampling, statistics
     from ease.data.counts import CountTable
     from ease.devices import choose_device
-    from ease.generation.decode import generate
+    from ease.generation.decode import DraftSource, Mode, generate
     from ease.generation.request import Token
     from ease.hf.prompting import chat_prompt
     from ease.runs.reopen import count_table, load_start
@@ -42,7 +41,7 @@ def main(args: list[str]) -> None:
         split_special_tokens: bool | None = None
         """Whether a special token that the prompt spells, such as <|im_start|>, stays text (by default as the
         tokenizer of a checkpoint says, and as a run was trained)."""
-        mode: Literal["full", "routed", "exact"] | None = None
+        mode: Mode | None = None
         """full runs every layer; routed exits early where the confidence suffices; exact drafts tokens and checks
         several at once, which gives the tokens of full up to rounding (routed by default if the model has a policy,
         else full)."""
@@ -51,7 +50,7 @@ def main(args: list[str]) -> None:
         threshold: float | None = None
         """For mode routed: confidence in [0, 1] from which on a token exits, the same at every exit (the model's own
         policy by default)."""
-        draft_source: Literal["auto", "none", "lookup", "brick", "exit"] | None = None
+        draft_source: DraftSource | None = None
         """For mode exact: what drafts, see the guide on generation (by default the fastest, measured during
         decoding)."""
         draft_exit: int | None = None
@@ -98,6 +97,8 @@ def main(args: list[str]) -> None:
     default_tokens = 100 if limit is None else max(1, min(100, limit + 1 - len(ids)))
 
     table = None
+    if given.count_table is not None and mode != "exact":  # before one is made
+        raise EaseError(f"--count-table applies to mode exact, not {mode}: leave it out")
     if given.count_table == "train":
         table = count_table(Path(given.model))
     elif given.count_table is not None:

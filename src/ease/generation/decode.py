@@ -190,7 +190,6 @@ def _check_drafting(
     count_table: CountTable | None,
 ) -> None:
     """Refuses drafting options out of range, or without effect."""
-    check_choice("draft_source", draft_source, ("auto", "none", "lookup", "brick", "exit"))
     if mode != "exact":
         for name, value, default in (
             ("draft_source", draft_source, "auto"),
@@ -200,12 +199,9 @@ def _check_drafting(
         ):
             if value != default:
                 raise EaseError(f'{name} has no effect in mode "{mode}": omit it, or use mode "exact"')
-    if draft_confidence is not None:
-        check_number("draft_confidence", draft_confidence)
-        if not 0 <= draft_confidence <= 1:
-            raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
+    if draft_confidence is not None and not 0 <= draft_confidence <= 1:
+        raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
     if draft_exit != "auto":
-        check_integer("draft_exit", draft_exit)
         if not 1 <= draft_exit < model.num_layers:
             raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
         if draft_source not in ("auto", "exit"):
