@@ -1,6 +1,5 @@
 """Training a draft brick: it learns to predict what the full model predicts, and nothing else changes."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ease import BrickConfig, Data, EaseError, StandardTransformer, Trainer, create_standard_config, train
+from ease import BrickConfig, Data, EaseError, StandardTransformer, train
 from ease.evaluation.drafts import score_drafts
 from ease.interface import Batch, Layout
 from ease.storage import digest
@@ -18,20 +17,9 @@ from ease.training.drafts import draft_loss
 Make = Callable[..., StandardTransformer]
 
 
-@pytest.fixture(scope="module")
-def _finished(tiny: Make, text_data: Callable[..., Data]) -> tuple[StandardTransformer, Data]:
-    """Three layers that have learned some of the text, and the text."""
-    model, data = tiny(3), text_data(20, 2)
-    trainer = Trainer(create_standard_config(3), 256)
-    optimizer = trainer.create_optimizer(model, 5e-3)
-    for _ in range(4):
-        trainer.train_epoch(model, data.train, optimizer)
-    return model.eval(), data
-
-
 @pytest.fixture
-def finished(_finished: tuple[StandardTransformer, Data]) -> tuple[StandardTransformer, Data]:
-    return copy.deepcopy(_finished[0]), _finished[1]
+def finished(learned: Callable[[int, int], tuple[StandardTransformer, Data]]) -> tuple[StandardTransformer, Data]:
+    return learned(3, 4)
 
 
 def tuned(model: StandardTransformer, data: Data, **options: Any) -> Any:

@@ -15,22 +15,9 @@ from ease.strategies.exit_tuning import select
 Make = Callable[..., StandardTransformer]
 
 
-@pytest.fixture(scope="session")
-def _finished(tiny: Make, text_data: Callable[..., Data]) -> tuple[StandardTransformer, Data]:
-    """Four layers of which only the last exit has learned, and the text they learned from."""
-    from ease import create_standard_config
-
-    model, data = tiny(4), text_data(20, 2)
-    trainer = Trainer(create_standard_config(4), 256)
-    optimizer = trainer.create_optimizer(model, 5e-3)
-    for _ in range(3):
-        trainer.train_epoch(model, data.train, optimizer)
-    return model.eval(), data
-
-
 @pytest.fixture
-def finished(_finished: tuple[StandardTransformer, Data]) -> tuple[StandardTransformer, Data]:
-    return copy.deepcopy(_finished[0]), _finished[1]
+def finished(learned: Callable[[int, int], tuple[StandardTransformer, Data]]) -> tuple[StandardTransformer, Data]:
+    return learned(4, 3)
 
 
 def tuned(model: StandardTransformer, data: Data, **options: Any) -> Any:

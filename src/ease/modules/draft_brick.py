@@ -100,10 +100,8 @@ class DraftBrick(nn.Module):
 
     def logits(self, drafts: Tensor, head: Tensor) -> Tensor:
         """g (..., D) -> logits (..., N) over `vocabulary`, given the rows of the model's head (V, D)."""
-        if head.requires_grad and torch.is_grad_enabled():
-            return self.capped(F.linear(self.normed(drafts), self.head_rows(head)))
-        self.head_rows(head)
-        logits: Tensor = self._head_rows["product"](self.normed(drafts))
+        rows, normed, kept = self.head_rows(head), self.normed(drafts), self._head_rows
+        logits: Tensor = kept["product"](normed) if kept.get("rows") is rows else F.linear(normed, rows)
         return self.capped(logits)
 
     def capped(self, logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ease.progress import ProgressBatches
 from ease.trainer import Trainer
 from ease.training.config import PhaseOptions, create_standard_config
 from ease.training.drafts import draft_loss, draft_step_flops
-from ease.training.phases import Data, Phase, Step
+from ease.training.phases import Data, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,8 @@ class BrickTrainer(Trainer):
         y: Tensor,
         active: Tensor | None = None,
         *,
-        state: Tensor | None = None,
         layout: Layout | None = None,
-        first: int = 1,
-        step: Step | None = None,
-        continued: dict[int, Tensor] | None = None,
+        **_: Any,
     ) -> Tensor:
         batch = Batch.of(Batch(x, y, active, layout=layout))
         return draft_loss(_native(model), batch, self.plan.drafts, self.plan.regression)
