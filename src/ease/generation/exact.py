@@ -117,7 +117,7 @@ def _probe(drafters: Sequence[Drafter]) -> None:
                 return
             drafter.round(equal_lengths=True)
             seconds = time.perf_counter() - begin
-            lost = seconds - fastest * (request.num_generated - before)  # nothing while the first is measured
+            lost = seconds - fastest * (request.num_generated - before)  # -inf for the first source
             if lost + wasted > PROBE_SHARE * fastest * request.max_new_tokens * len(request.answers):
                 break
         wasted += max(0.0, lost)

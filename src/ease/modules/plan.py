@@ -173,7 +173,7 @@ def mix(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         groups = 1
     if groups > 1 and kind.softcap is None and not causal and 0 < q.shape[2] <= FEW_QUERIES:
-        # As the queries of one head: its keys are read once, in half to three quarters of the time on a CPU.
+        # As the queries of one head, whose keys are then read once.
         B, H, n, d = q.shape
         if mask is not None:
             mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)

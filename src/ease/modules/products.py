@@ -1,9 +1,9 @@
 """Matrix products with few rows on a CPU: oneDNN with the weight in its own blocked layout.
 
 torch's `F.linear` reads a weight of float32 in its stored layout, through a routine made for many rows. A decoding step
-has few. On an AMD EPYC with one thread, a head of 65,536 by 640 took 22.6 ms for one row and 45 ms for four, and with
-the weight reordered 8.6 and 9.3 ms. The reordered weight is a copy: it is made at the first product that is large
-enough, kept as long as the weight exists, and made again when the weight has changed.
+has few. With the weight reordered, a product with a few rows takes little more time than reading the weight once. The
+reordered weight is a copy: it is made at the first product that is large enough, kept as long as the weight exists, and
+made again when the weight has changed. `benchmarks/generation.py` prints what a pass over several tokens costs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def packed_product(*parts: nn.Linear) -> Product:
     For calls without gradients and autocast.
     """
     weight = torch.cat([part.weight.detach() for part in parts])
-    transposed = weight.t().contiguous()  # half the time of the stored layout for a few rows
+    transposed = weight.t().contiguous()  # faster than the stored layout for a few rows
     if not supported(weight):
         return lambda x: x @ transposed
     reordered, least = reorder(weight), MIN_PRODUCT // weight.numel()

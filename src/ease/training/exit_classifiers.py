@@ -1,4 +1,4 @@
-"""A classifier per exit that guesses, without the head, whether a token may leave.
+"""A classifier per exit that estimates, without the head, whether a token may leave.
 
 It is a linear map of the exit's normalized state, trained in seconds on frozen states. A token that continues costs 2 D
 FLOPs instead of the head's 2 D V. It is the confidence measure "classifier".

@@ -34,7 +34,7 @@ class Drafts(NamedTuple):
     mask: Tensor
     """(B, K) true where a row has a draft, on the host."""
     confidences: NDArray[np.float64]
-    """(B, K) what the source said, on the host."""
+    """(B, K) the source's confidence in each draft, on the host."""
     exit: int = 0
     """The layer up to which current tokens and drafts have run; 0 if the source needed no layer."""
     states: Tensor | None = None
@@ -47,10 +47,11 @@ class Drafts(NamedTuple):
 class Reliability:
     """The share of drafts that were right, by the confidence that a source had in them.
 
-    Each of ten bins of confidence starts with a few imagined drafts that came true as often as the source said.
+    Each of ten bins of confidence starts as if `PRIOR_DRAFTS` had been checked, of which the share that the source
+    stated was right.
     """
 
-    IMAGINED = 4.0
+    PRIOR_DRAFTS = 4.0
 
     def __init__(self) -> None:
         self.right, self.all = np.zeros(10), np.zeros(10)
@@ -59,7 +60,9 @@ class Reliability:
         """Confidences (n,) -> the share (n,) of such drafts that was right."""
         confidences = np.asarray(said)
         bins = self._bins(confidences)
-        share: NDArray[np.float64] = (self.right[bins] + self.IMAGINED * confidences) / (self.all[bins] + self.IMAGINED)
+        share: NDArray[np.float64] = (self.right[bins] + self.PRIOR_DRAFTS * confidences) / (
+            self.all[bins] + self.PRIOR_DRAFTS
+        )
         return share
 
     def learn(self, confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> None:
@@ -95,7 +98,7 @@ class Pace:
         return float(self.sums[3] / max(1e-9, self.sums[5]))
 
     def prices(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Tokens (B,) that the time of another draft in each row gains otherwise.
+        """The price (B,) of another draft in each row: the tokens that decoding gains in the time the draft takes.
 
         A token spares the row a place of a later round. If the rounds that are left depend on the row, because it is
         the last to finish, it also spares a part of a round.
@@ -107,7 +110,7 @@ class Pace:
         if t <= 0:  # nothing recorded, or a clock too coarse
             return self.prior / (self.prior + shares)
         rows = len(shares)
-        # As if two rounds had been seen a place away from the mean, on the line of the prior.
+        # The slope of the prior counts as much as two rounds, each one place away from the mean.
         expected = self.prior * t / (n + self.prior * max(0.0, x - rows * n))
         slope = (2 * expected + xt - x * t / n) / (2 + xx - x * x / n)
         slope = np.maximum(expected * LEAST_SLOPE, slope)  # a single slow round may tilt the line

@@ -62,7 +62,7 @@ class BrickSource(Source):
         known, texts = self.cache.length, self.request.texts
         count = np.where(alive.numpy(), self.request.cache.length - known, 0)
         places = np.minimum(known[:, None] + np.arange(count.max()), self.request.cache.length[:, None] - 1)
-        # A row that has ended may have read more than its text. What is not real is not read, whatever it is.
+        # A row that has ended may have read more than its text; its ids are not real and have no effect.
         following = [
             [text[min(place + 1, len(text) - 1)] for place in row]
             for text, row in zip(texts, places.tolist(), strict=True)
