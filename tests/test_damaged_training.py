@@ -20,7 +20,7 @@ from data_damage import DAMAGES, damage
 
 from ease import ASHEMConfig, Data, StandardTransformer, TokenBatches, train
 from ease.errors import EaseError
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.runs.config import DataConfig, RunConfig, ShapeConfig
 from ease.runs.runner import run
 
@@ -35,8 +35,8 @@ class Killer(Progress):
     def __init__(self, steps: float = math.inf) -> None:
         self.steps = steps
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
-        self.steps -= not math.isnan(loss)  # mining tells its progress without a loss
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+        self.steps -= metrics is not None  # mining has none
         if self.steps < 0:
             raise Killed
 

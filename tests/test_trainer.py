@@ -34,7 +34,7 @@ from ease import (
 )
 from ease.flops import head_flops, run_flops
 from ease.interface import re_iterable
-from ease.progress import Progress, ProgressBatches
+from ease.progress import Progress, ProgressBatches, StepMetrics
 from ease.training.losses import CrossEntropy, Distillation
 from ease.training.phases import Step
 from ease.training.selection import LearnedGate, LeastConfident, classifier_loss
@@ -716,9 +716,12 @@ class Log(Progress):
     steps: list[float] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
 
-    def step(self, progress: float, loss: float) -> None:
-        self.steps.append(progress)
-        assert math.isfinite(loss)
+    metrics: list[StepMetrics] = field(default_factory=list)
+
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+        self.steps.append(fraction)
+        if metrics:
+            self.metrics.append(metrics)
 
     def epoch(self, row: Any) -> None:
         self.rows.append(row)

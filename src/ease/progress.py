@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ease.interface import Batches, re_iterable
+
+
+class StepMetrics(NamedTuple):
+    """Metrics of one optimizer step. Counts named "of the phase" include the step."""
+
+    epoch: int
+    """Epoch of the phase, counted from 1."""
+    step: int
+    """Optimizer steps of the phase."""
+    loss: float
+    """Training loss in nats, weighted over exits."""
+    exit_losses: Mapping[int, float]
+    """Layer -> mean loss in nats over the tokens scored there, before its weight."""
+    lr: float
+    """Learning rate of the first parameter group."""
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    tokens: int
+    """Scored tokens of the step."""
+    flops: float
+    """FLOPs of the phase, of all kinds."""
 
 
 class Progress:
@@ -15,12 +35,12 @@ class Progress:
     When training is resumed, past epochs are replayed to `epoch` first, followed by one call of `resumed`.
     """
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         """Called after every step.
 
         Args:
             fraction: share of the work that is done, in [0, 1].
-            loss: training loss of the step in nats; NaN where no loss is computed.
+            metrics: metrics of an optimizer step; None in work that is no training, and for steps of a resumed phase.
         """
 
     def epoch(self, row: Mapping[str, float]) -> None:

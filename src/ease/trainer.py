@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ease.training.config import create_deep_supervision_config as create_deep_s
 from ease.training.config import create_standard_config as create_standard_config
 from ease.training.optimizer import MasterAdamW, parameters_of
 from ease.training.phases import Data, History, Phase, Step, Strategy
-from ease.training.state import PhaseState, phase_identity
+from ease.training.state import PhaseState, TakenStep, phase_identity
 from ease.training.step import step_flops, step_loss
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -114,6 +115,7 @@ class Trainer:
         first: int = 1,
         step: Step | None = None,
         continued: dict[int, Tensor] | None = None,
+        exit_losses: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """The weighted loss over exits: one pass up to the deepest weighted layer, a head only where there is a weight.
 
@@ -124,7 +126,7 @@ class Trainer:
             layout: positions and segments; padding is never scored.
             first: the first layer that learns.
             step: loss weights and layer dropout of this step, instead of the configuration's.
-            continued: filled with the tokens (B, T) that continued past each exit where the selection chose.
+            continued, exit_losses: filled as `step_loss` describes.
 
         Returns:
             A scalar, in nats.
@@ -136,7 +138,7 @@ class Trainer:
         batch = Batch.of(Batch(x, y, active, state, layout=layout))
         model.check_ids(batch.x, model.config.vocab_size)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
-        return step_loss(model, self.config, batch, first, step, continued)
+        return step_loss(model, self.config, batch, first, step, continued, exit_losses)
 
     def step_flops(
         self,
@@ -154,8 +156,8 @@ class Trainer:
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
         """One pass over the batches; returns the mean loss over scored tokens, in nats."""
         total, tokens = 0.0, 0
-        for loss, scored, _ in self._steps(model, train_batches, optimizer):
-            total, tokens = total + loss * scored, tokens + scored
+        for step in self._steps(model, train_batches, optimizer):
+            total, tokens = total + step.loss * step.scored, tokens + step.scored
         return total / tokens
 
     @checked
@@ -307,9 +309,9 @@ class Trainer:
             return
         steps = self._steps(state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens)
         try:
-            for loss, scored, flops in steps:
-                state.took_step(loss, scored, flops)
-                progress.step(state.fraction_done(), loss)
+            for step in steps:
+                metrics = state.took_step(step)
+                progress.step(state.fraction_done(), metrics)
                 if state.fraction_done() >= 1:
                     break
                 if saved.due() or interrupts.pending:
@@ -341,7 +343,7 @@ class Trainer:
             raise EaseError(f"the validation loss is {metrics['loss']}: {LOWER_LR}")
         state.end_epoch(metrics["loss"])
         if state.history.stopped_early:
-            progress.step(1.0, state.loss)  # done, whatever number of epochs was allowed
+            progress.step(1.0)  # done, whatever number of epochs was allowed
         if state.over:
             return
         saved.turn()
@@ -357,12 +359,13 @@ class Trainer:
         first: int = 1,
         next_step: Callable[[], Step | None] = lambda: None,
         learned: int = 0,
-    ) -> Iterator[tuple[float, int, dict[str, float]]]:
-        """Takes one optimizer step per batch; yields its loss, its number of scored tokens, and its FLOPs by kind."""
+    ) -> Iterator[TakenStep]:
+        """Takes one optimizer step per batch."""
         model.to(self.device_of(model))
         train_mode(model)
         gated = self.config.selection.classifiers
         model.mark_stale_classifiers((), gated)
+        compute_loss = partial(self.compute_loss, model, first=first)
         for item in re_iterable(batches):
             batch = Batch.of(item)
             scored = int(batch.scored.sum())
@@ -370,9 +373,9 @@ class Trainer:
                 continue
             learned += scored
             step = next_step()
-            continued: dict[int, Tensor] = {}
-            loss = self.compute_loss(
-                model, *batch[:3], state=batch.state, layout=batch.layout, first=first, step=step, continued=continued
+            continued, losses = dict[int, Tensor](), dict[int, Tensor]()
+            loss = compute_loss(
+                *batch[:3], state=batch.state, layout=batch.layout, step=step, continued=continued, exit_losses=losses
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -380,14 +383,16 @@ class Trainer:
             learning = [p for p in parameters_of(optimizer) if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
             # The only wait for the device in a step.
-            value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+            read = [loss.detach(), norm, *losses.values()]
+            value, length, *parts = torch.stack([part.to(loss) for part in read]).tolist()
             for name, number in (("loss", value), ("gradient's norm", length)):
                 if not math.isfinite(number):
                     raise EaseError(f"the {name} is {number}: {LOWER_LR}")
             optimizer.step()
             if model.config.classifier_exits:
                 model.mark_stale_classifiers(learning, gated)
-            yield value, scored, self.step_flops(model, batch, scored, first, step, continued)
+            flops = self.step_flops(model, batch, scored, first, step, continued)
+            yield TakenStep(value, scored, flops, length, dict(zip(losses, parts, strict=True)))
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 

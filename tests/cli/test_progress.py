@@ -7,6 +7,7 @@ import io
 from rich.console import Console
 
 from ease.cli.progress import ProgressDisplay, TextProgress
+from ease.progress import StepMetrics
 
 ROW = {"epoch": 1.0, "seconds": 12.0, "val_ppl": 7.0, "val_acc": 0.5}
 
@@ -22,9 +23,10 @@ def test_text_is_written_every_ten_seconds_of_work_and_at_every_epoch() -> None:
     lines: list[str] = []
     clock = Clock()
     progress = TextProgress(lines.append, "phase 1", clock)
+    metrics = StepMetrics(1, 1, 2.0, {1: 2.0}, 1e-3, 0.5, 64, 1e6)
     for second in range(26):
         clock.now = float(second)
-        progress.step(second / 100, 2.0)
+        progress.step(second / 100, metrics)
     assert lines == ["phase 1", "  phase 1: 10%, train loss 2.000", "  phase 1: 20%, train loss 2.000"]
     progress.epoch(ROW)
     assert lines[3:] == ["  epoch   1    12.0 s  val PPL 7.00, acc 50.0%"]

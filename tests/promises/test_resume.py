@@ -30,7 +30,7 @@ from ease.cli.main import main
 from ease.cli.recipes import load_recipe
 from ease.data.batches import Example, ExampleBatches
 from ease.data.streaming import load_stream
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.runs.config import RunConfig
 from ease.runs.runner import run
 from ease.storage import CHECKPOINTS, output_folder
@@ -51,8 +51,8 @@ class Killer(Progress):
     def __init__(self, steps: float = float("inf"), at: str = "step") -> None:
         self.steps, self.at = steps, at
 
-    def step(self, progress: float, loss: float = float("nan")) -> None:
-        self.steps -= loss == loss  # what is told again has no loss
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+        self.steps -= metrics is not None  # what is told again has none
         if self.steps < 0 and self.at == "step":
             raise Killed
 
@@ -479,9 +479,9 @@ checkpoint.EVERY = 0
 left, signum = int(sys.argv[1]), int(sys.argv[2])
 
 
-def step(self, progress, loss=float("nan")):
+def step(self, fraction, metrics=None):
     global left
-    left -= loss == loss
+    left -= metrics is not None
     if left == 0:
         os.kill(os.getpid(), signum)
 

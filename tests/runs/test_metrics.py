@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ease import Policy, StandardTransformer, TokenBatches, generate
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.runs import metrics
 from ease.runs.lines import TrainedLine
 from ease.runs.metrics import decoding_metrics
@@ -47,8 +47,8 @@ class Seen(Progress):
         self.names.append(name)
         return self
 
-    def step(self, progress: float, loss: float = 0.0) -> None:
-        self.shares.append(progress)
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+        self.shares.append(fraction)
 
 
 def lined(model: StandardTransformer, policy: Policy) -> TrainedLine:

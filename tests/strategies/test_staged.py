@@ -19,7 +19,7 @@ from ease import (
     route,
     train,
 )
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.training.phases import History
 
 Make = Callable[..., StandardTransformer]
@@ -126,8 +126,8 @@ def test_mining_says_how_far_it_is(tiny: Make, text_data: Callable[..., Data]) -
         def __init__(self, name: str) -> None:
             self.steps = told.setdefault(name, [])
 
-        def step(self, progress: float, loss: float = 0.0) -> None:
-            self.steps.append(progress)
+        def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+            self.steps.append(fraction)
 
     data = text_data(4, 1)._replace(progress=Log)
     list(train(tiny(1), config((1, 1.0), (2, 0.5)).strategy(), data))

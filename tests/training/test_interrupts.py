@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ease import Data, StandardConfig, StandardTransformer, TokenBatches, train
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.training.checkpoint import deferred_interrupts
 from ease.training.phases import History
 
@@ -22,7 +22,7 @@ class Interrupt(Progress):
     def __init__(self, at: int, when: str) -> None:
         self.at, self.when, self.steps, self.places = at, when, 0, list[tuple[int, int]]()
 
-    def step(self, fraction: float, loss: float = float("nan")) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         self.steps += 1
         if self.when == "step" and self.steps == self.at:
             os.kill(os.getpid(), signal.SIGINT)

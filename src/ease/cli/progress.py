@@ -1,6 +1,5 @@
 """Progress of long commands: bars in a terminal, lines of text elsewhere."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -10,7 +9,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 
 INTERVAL = 10.0  # seconds between two lines of text within an epoch
 
@@ -22,7 +21,7 @@ class BarProgress(Progress):
         self.bars, self.name = bars, name
         self.task: TaskID = bars.add_task(name, total=1.0, metrics="")
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         self.bars.update(self.task, completed=fraction)
 
     def epoch(self, row: Mapping[str, float]) -> None:
@@ -46,10 +45,11 @@ class TextProgress(Progress):
         self.metrics, self.written = "", clock()
         write(name)
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         if self.clock() - self.written < INTERVAL:
             return
-        parts = [f"{fraction:.0%}", f"train loss {loss:.3f}" if math.isfinite(loss) else "", self.metrics]
+        loss = f"train loss {metrics.loss:.3f}" if metrics else ""
+        parts = [f"{fraction:.0%}", loss, self.metrics]
         self._write(f"  {self.name}: {', '.join(filter(None, parts))}")
 
     def epoch(self, row: Mapping[str, float]) -> None:

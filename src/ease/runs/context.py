@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from ease.data.batches import TokenBatches
 from ease.data.corpus import Corpus
 from ease.models import StandardTransformer
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from ease.runs.config import RunConfig
 
 
@@ -30,8 +29,8 @@ class MetricsLog(Progress):
     def __init__(self, path: Path, line: str, inner: Progress) -> None:
         self.path, self.line, self.inner = path, line, inner
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
-        self.inner.step(fraction, loss)
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
+        self.inner.step(fraction, metrics)
 
     def epoch(self, row: Mapping[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -138,6 +138,8 @@ class Term(NamedTuple):
     """Soft cap of the logits."""
     num_scored: int | None = None
     """Number of targets that are not -100; None counts them."""
+    exit: int = 0
+    """The exit's layer."""
 
     def parts(self, states: Tensor, head: Tensor) -> Iterator[Tensor]:
         """Summed losses (nats) of chunks of the tokens, with `states` (N, D) in place of the term's own."""
@@ -162,7 +164,7 @@ class _ExitLosses(torch.autograd.Function):
     """Sum over terms of weight * loss, whose gradients are computed term by term in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, head: Tensor, terms: Sequence[Term], *states: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Tensor, terms: Sequence[Term], sums: dict[int, Tensor], *states: Tensor) -> Tensor:
         total, grads = at_least_float32(head.new_zeros(())), []
         w = head.detach().requires_grad_(ctx.needs_input_grad[0])
         for term in terms:
@@ -172,6 +174,7 @@ class _ExitLosses(torch.autograd.Function):
                     # Accumulates in .grad over chunks and exits; the logits of a chunk are freed before the next.
                     (term.weight * loss).backward()
                     total += term.weight * loss.detach()
+                    sums[term.exit] = sums[term.exit] + loss.detach() if term.exit in sums else loss.detach()
             grads.append(h.grad)
         ctx.grads = (w.grad, grads)
         return total
@@ -181,20 +184,26 @@ class _ExitLosses(torch.autograd.Function):
         (scale,) = upstream
         head_grad, grads = ctx.grads
         ctx.grads = None
-        return None if head_grad is None else head_grad * scale, None, *(g * scale for g in grads)
+        return None if head_grad is None else head_grad * scale, None, None, *(g * scale for g in grads)
 
 
-def exit_loss(head: Tensor, terms: Sequence[Term]) -> Tensor:
+def exit_loss(head: Tensor, terms: Sequence[Term], exit_losses: dict[int, Tensor] | None = None) -> Tensor:
     """Sum over terms of weight * mean loss (nats) over the term's scored tokens; 0 where a term scores none.
 
     Args:
         head: (V, D), the shared output head.
         terms: one or more, each with tokens of its own.
+        exit_losses: filled, where gradients are enabled, with the mean loss (nats) of the terms of each exit.
     """
     counts = [int((t.targets != IGNORE).sum()) if t.num_scored is None else t.num_scored for t in terms]
     terms = [term._replace(weight=term.weight / max(1, count)) for term, count in zip(terms, counts, strict=True)]
     if torch.is_grad_enabled():
-        loss: Tensor = _ExitLosses.apply(head, terms, *(term.states for term in terms))  # type: ignore[no-untyped-call]
+        sums: dict[int, Tensor] = {}
+        states = (term.states for term in terms)
+        loss: Tensor = _ExitLosses.apply(head, terms, sums, *states)  # type: ignore[no-untyped-call]
+        if exit_losses is not None:
+            scored = {exit: sum(n for n, t in zip(counts, terms, strict=True) if t.exit == exit) for exit in sums}
+            exit_losses |= {exit: total / scored[exit] for exit, total in sums.items() if scored[exit]}
         return loss
     parts = [t.weight * part for t in terms for part in t.parts(t.states, head)]
     return torch.stack(parts).sum()

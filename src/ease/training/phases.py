@@ -139,8 +139,9 @@ class SinglePhase:
 class History:
     """The record of one phase."""
 
-    rows: list[dict[str, float]] = field(default_factory=list)
-    """Per epoch: step, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr.
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Per epoch: step, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr; where validation is
+    routed, exit_shares (layer, as a string -> share of tokens that leave there).
     For a draft brick the loss is a divergence and val_acc is its agreement; val_agreement, val_agreement_2 and
     val_agreement_3 are those of the first 1, 2, and 3 drafts of a round."""
     flops: dict[str, float] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,25 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.flops import full_depth_flops
 from ease.interface import ExitModel
+from ease.progress import StepMetrics
 from ease.storage import digest
 from ease.training.checkpoint import Checkpoint
 from ease.training.phases import History, Phase, Step
+
+
+class TakenStep(NamedTuple):
+    """An optimizer step that was taken."""
+
+    loss: float
+    """In nats."""
+    scored: int
+    """Scored tokens."""
+    flops: Mapping[str, float]
+    """FLOPs by kind."""
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    exit_losses: Mapping[int, float]
+    """Layer -> mean loss in nats."""
 
 
 class PhaseState:
@@ -49,7 +65,7 @@ class PhaseState:
         self.best_loss, self.best = math.inf, snapshot(model)
         self.start = time.perf_counter()
         self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
-        self.over, self.loss = False, math.nan
+        self.over = False
         # FLOPs of the next validation pass: those of the last one, and before the first an estimate.
         limited = phase.options.max_flops is not None
         self.validation = val_tokens * full_depth_flops(model.config, seq_len) if limited else 0.0
@@ -93,19 +109,24 @@ class PhaseState:
         """Loss weights and layer dropout of the next step, if the phase has a curriculum."""
         return self.phase.curriculum and self.phase.curriculum(self.history.steps, self.fraction_done())
 
-    def took_step(self, loss: float, scored: int, flops: Mapping[str, float]) -> None:
-        self.loss, self.total, self.tokens = loss, self.total + loss * scored, self.tokens + scored
-        for kind, count in flops.items():
-            self.history.flops[kind] = self.history.flops.get(kind, 0.0) + count
-        self.history.steps += 1
+    def took_step(self, step: TakenStep) -> StepMetrics:
+        history, lr = self.history, self.optimizer.param_groups[0]["lr"]
+        self.total, self.tokens = self.total + step.loss * step.scored, self.tokens + step.scored
+        for kind, count in step.flops.items():
+            history.flops[kind] = history.flops.get(kind, 0.0) + count
+        history.steps += 1
         self._set_lr()
+        flops = sum(history.flops.values())
+        return StepMetrics(
+            self.epoch, history.steps, step.loss, step.exit_losses, lr, step.grad_norm, step.scored, flops
+        )
 
-    def add_row(self, metrics: Mapping[str, Any], flops: float) -> dict[str, float]:
+    def add_row(self, metrics: Mapping[str, Any], flops: float) -> dict[str, Any]:
         """The row of the epoch that ended, with the metrics and FLOPs of its validation pass."""
         history, self.validation = self.history, flops
         history.flops["validation"] = history.flops.get("validation", 0.0) + flops
         history.seconds = time.perf_counter() - self.start
-        row = {
+        row: dict[str, Any] = {
             "epoch": self.epoch,
             "step": history.steps,
             "train_loss": self.total / self.tokens,
@@ -117,6 +138,8 @@ class PhaseState:
             "lr": self.optimizer.param_groups[0]["lr"],
             **{f"val_{name}": value for name, value in metrics.items() if name.startswith("agreement")},
         }
+        if len(shares := metrics.get("exit_shares", ())) > 1:
+            row["exit_shares"] = {str(exit): share for exit, share in shares.items()}  # as in the checkpoint's JSON
         history.rows.append(row)
         return row
 

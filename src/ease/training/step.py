@@ -22,6 +22,7 @@ def step_loss(
     first: int = 1,
     step: Step | None = None,
     continued: dict[int, Tensor] | None = None,
+    exit_losses: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """The weighted loss of a batch: one pass up to the deepest weighted layer, a head only where there is a weight.
 
@@ -31,6 +32,7 @@ def step_loss(
         first: the first layer that learns; the layers below run without gradients.
         step: loss weights and layer dropout of this step, instead of the configuration's.
         continued: filled with the tokens (B, T) that continued past each exit where the selection chose.
+        exit_losses: filled with the mean loss (nats) at each weighted layer, where gradients are enabled.
 
     Returns:
         A scalar, in nats.
@@ -69,7 +71,8 @@ def step_loss(
             weight = weights[layer] * (len(targets) / num_scored if selection.scores_once else 1)
             term_objective = objective if layer < last else CrossEntropy()
             normed, softcap = model.exit_norm(pick(state), layer), model.config.logit_softcap
-            terms.append(Term(normed, targets, weight, term_objective, softcap=softcap, num_scored=len(targets)))
+            term = Term(normed, targets, weight, term_objective, softcap=softcap, num_scored=len(targets), exit=layer)
+            terms.append(term)
             masks.append(scored)
         if selected is not None:
             on_host = on_host._replace(active=selected.continuing)
@@ -83,7 +86,7 @@ def step_loss(
             teacher = model.exit_norm(pick(state), last)
         pairs = zip(terms, masks, strict=True)
         terms = [part for term, scored in pairs for part in term.taught(on_host.scored[scored], teacher)]
-    return exit_loss(model.output_head.weight, terms) + selection.weight * sum(auxiliary)
+    return exit_loss(model.output_head.weight, terms, exit_losses) + selection.weight * sum(auxiliary)
 
 
 def step_flops(
