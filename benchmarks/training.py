@@ -38,8 +38,9 @@ from ease.evaluation.scoring import score
 from ease.interface import Batch
 from ease.models import StandardTransformer
 from ease.policy import Policy
-from ease.trainer import GRAD_CLIP, Trainer
+from ease.trainer import Trainer
 from ease.training.config import StageConfig, TrainingConfig, create_deep_supervision_config, create_standard_config
+from ease.training.engine import GRAD_CLIP
 from ease.training.mining import compute_confidence_threshold
 
 LR = 1e-4
@@ -295,7 +296,8 @@ def phase_two(repeats: int) -> Iterator[Row]:
         for name, model, batch, start in (("hard", grown, hard, first), ("full", full, all_tokens, 1)):
             optimizer = trainer.create_optimizer(model, LR)
             # The loop that `Trainer.run` runs, without the validation that follows it.
-            calls[name] = lambda t=trainer, m=model, b=batch, o=optimizer, s=start: list(t._steps(m, [b], o, s))
+            engine = trainer._engine(model, optimizer)
+            calls[name] = lambda t=trainer, e=engine, b=batch, s=start: list(t._steps(e, [b], s))
         hard_times, full_times = interleave(calls["hard"], calls["full"], repeats)
         share = flops_of(trainer, grown, hard, first) / flops_of(trainer, full, all_tokens, 1)
         ratios = [a / b / share for a, b in zip(hard_times, full_times)]

@@ -94,9 +94,9 @@ def test_a_step_on_mined_tokens_waits_twice(models: Any, fake_device: FakeDevice
         model.freeze_below(LAYERS + 1)
         optimizer = trainer.create_optimizer(model, 1e-2)
         fake_device.waits.clear()
-        steps = list(trainer._steps(model, mined, optimizer, LAYERS + 1))
+        steps = list(trainer._steps(trainer._engine(model, optimizer), mined, LAYERS + 1))
         assert per_unit(fake_device, len(steps)) <= 2
-        losses.append([loss for loss, *_ in steps])
+        losses.append([step.loss for step in steps])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 

@@ -54,6 +54,7 @@ from .training.config import StageConfig as StageConfig
 from .training.config import TrainingConfig as TrainingConfig
 from .training.config import create_deep_supervision_config as create_deep_supervision_config
 from .training.config import create_standard_config as create_standard_config
+from .training.execution import Execution as Execution
 from .training.exit_classifiers import learn_agreement as learn_agreement
 from .training.mining import MinedBatches as MinedBatches
 from .training.mining import collect_hard_examples as collect_hard_examples

@@ -7,7 +7,7 @@ supports all of it; nothing outside `models.py` and `modules/` depends on the in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
@@ -26,6 +26,12 @@ from ease.policy import Policy
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device; a copy from the host to CUDA does not wait for what the device is doing."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and torch.device(device).type != "mps")
+
+
+def call_layer(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
+    """Runs one layer, given what all layers of a run share."""
+    out: Tensor = layer(state, plan)
+    return out
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ class ExitModel(nn.Module, ABC):
         policy: where `ease.route` and routed generation let tokens leave.
         trained_exits: exits that a loss has trained.
         stale_classifiers: exits whose classifier was trained before what lies below it; it is refused when it is used.
+        call_layer: runs a layer of the model in training; replaced to compile or checkpoint layers.
     """
 
     config: ModelConfig
@@ -169,6 +176,7 @@ class ExitModel(nn.Module, ABC):
         self.policy = Policy()
         self.trained_exits: set[int] = set()
         self.stale_classifiers: set[int] = set()
+        self.call_layer: Callable[[nn.Module, Tensor, Any], Tensor] = call_layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("exit_layer", "routing_threshold", "policy_options"):  # until version 0.1 these held the policy

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ease.errors import EaseError, check_integer, check_names, checked
 from ease.inputs import as_ids
-from ease.interface import ExitModel, Layout, check_in_memory, evaluation_view
+from ease.interface import ExitModel, Layout, call_layer, check_in_memory, evaluation_view
 from ease.model_config import ModelConfig
 from ease.modules import (
     Adapter,
@@ -109,8 +109,9 @@ class StandardTransformer(ExitModel):
             return self._run_cached(state, first, last, layout, active, cache)
         shape = (state, c.rotary_size, layout, active)
         plan = Plan.make(*shape) if cache is None else PrefixPlan.after(cache, *shape)
+        call = self.call_layer if self.training else call_layer
         for plan.layer in range(first, last + 1):
-            state = self.layers[plan.layer - 1](state, plan)
+            state = call(self.layers[plan.layer - 1], state, plan)
         return state
 
     def _run_cached(

@@ -27,6 +27,8 @@ class StepMetrics(NamedTuple):
     """Scored tokens of the step."""
     flops: float
     """FLOPs of the phase, of all kinds."""
+    skipped: int = 0
+    """Steps of the phase that were skipped, since their loss or gradient was not finite."""
 
 
 class Progress:

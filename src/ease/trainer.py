@@ -10,6 +10,7 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -37,12 +38,12 @@ from ease.training.config import PhaseOptions, TrainingConfig
 from ease.training.config import StageConfig as StageConfig
 from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.training.config import create_standard_config as create_standard_config
-from ease.training.optimizer import MasterAdamW, parameters_of
-from ease.training.phases import Data, History, Phase, Step, Strategy
-from ease.training.state import PhaseState, TakenStep, phase_identity
+from ease.training.engine import LOWER_LR, Engine, MicroBatch, TakenStep
+from ease.training.execution import Execution
+from ease.training.optimizer import MasterAdamW, parameter_groups
+from ease.training.phases import Data, History, Phase, Step, Strategy, Training
+from ease.training.state import PhaseState, phase_identity
 from ease.training.step import step_flops, step_loss
-
-GRAD_CLIP = 1.0  # largest norm of a step's gradient
 
 
 class Trainer:
@@ -52,6 +53,7 @@ class Trainer:
         config: losses, routing, and token selection.
         vocab_size: vocabulary of the models, or the number of labels of a classifier; other models are refused.
         device: device of training, to which models are moved (by default each model stays where it is).
+        execution: precision, accumulation and what else changes speed and memory.
 
     Example:
         >>> trainer = Trainer(ease.create_standard_config(num_layers=2), vocab_size=256)
@@ -60,9 +62,15 @@ class Trainer:
     """
 
     @checked
-    def __init__(self, config: TrainingConfig, vocab_size: int, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        vocab_size: int,
+        device: str | torch.device | None = None,
+        execution: Execution = Execution(),  # noqa: B008  # never changed
+    ) -> None:
         check_integer("vocab_size", vocab_size, 1)
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.execution = config, vocab_size, execution
         self.device = None if device is None else as_device(device)
         self._warned = False
         # glibc returns large freed blocks to the system and gets them back page by page in the next step. Freeing a
@@ -91,16 +99,7 @@ class Trainer:
                 f"the trainer is for {self.vocab_size} tokens and the model has {model.config.outputs}: "
                 "give both the vocabulary size of the tokenizer"
             )
-        scales = {p: scale for k, scale in self.config.layer_lr_scales.items() for p in model.parameters_of(k)}
-        groups: dict[tuple[bool, float], list[Tensor]] = {}
-        for p in model.parameters():
-            if p.requires_grad:
-                groups.setdefault((p.ndim >= 2, scales.get(p, 1.0)), []).append(p)
-        parts = [
-            {"params": params, "lr": base_lr * scale, "weight_decay": weight_decay if decayed else 0.0}
-            for (decayed, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
-        ]
-        return MasterAdamW(parts, base_lr)
+        return MasterAdamW(parameter_groups(model, base_lr, weight_decay, self.config.layer_lr_scales), base_lr)
 
     @checked
     def compute_loss(
@@ -154,11 +153,12 @@ class Trainer:
 
     @checked
     def train_epoch(self, model: ExitModel, train_batches: Batches, optimizer: torch.optim.Optimizer) -> float:
-        """One pass over the batches; returns the mean loss over scored tokens, in nats."""
+        """One pass over the batches; returns the mean loss over the scored tokens of all steps taken, in nats."""
         total, tokens = 0.0, 0
-        for step in self._steps(model, train_batches, optimizer):
-            total, tokens = total + step.loss * step.scored, tokens + step.scored
-        return total / tokens
+        for step in self._steps(self._engine(model, optimizer), train_batches):
+            if step.finite:
+                total, tokens = total + step.loss * step.scored, tokens + step.scored
+        return total / tokens if tokens else math.nan
 
     @checked
     def scores(
@@ -267,15 +267,16 @@ class Trainer:
 
         Raises:
             EaseError: there is no batch, preparing the phase exceeded its FLOPs, the checkpoint belongs to another
-                phase, or a loss is not finite (the best weights are restored first).
+                phase, or the loss or gradient of several steps in a row, or the validation loss, is not finite (the
+                best weights are restored first).
         """
         train, val = re_iterable(phase.train), re_iterable(phase.val)
         item = next(iter(val), None)
         if item is None or not len(train):
             raise EaseError("there is no batch to train or to validate on: use more text, or smaller batches")
         x = Batch.of(item).x
-        state = PhaseState(phase, model, optimizer, len(train), len(val) * x.numel(), x.shape[1])
-        identity = phase_identity(model, phase, x) if checkpoint else ""
+        state = PhaseState(phase, self._engine(model, optimizer), len(train), len(val) * x.numel(), x.shape[1])
+        identity = phase_identity(model, phase, x, self.execution) if checkpoint else ""
         saved = Checkpoint(checkpoint, model, optimizer, train, val, self.device_of(model), identity)
         resumed = state.restore(saved.load())
         finished = state.epoch > phase.options.max_epochs
@@ -290,9 +291,10 @@ class Trainer:
                         progress.resumed(state.epoch, state.history.steps)
                     train_mode(model)
                     saved.replay()
-                while state.epoch <= phase.options.max_epochs and not state.over:
-                    self._train_epoch(state, saved, progress, interrupts)
-                    self._validate(state, saved, val, progress, interrupts)
+                with state.engine.profiled(phase.name):
+                    while state.epoch <= phase.options.max_epochs and not state.over:
+                        self._train_epoch(state, saved, progress, interrupts)
+                        self._validate(state, saved, val, progress, interrupts)
                 failed = False
             finally:
                 # After an error or an interrupt, too, the model has its best weights.
@@ -307,9 +309,11 @@ class Trainer:
         if saved.skip and state.fraction_done() >= 1:  # interrupted in the validation that ends the phase
             saved.pass_over()
             return
-        steps = self._steps(state.model, saved, state.optimizer, state.phase.first, state.step, learned=state.tokens)
+        steps = self._steps(state.engine, saved, state.phase.first, state.step, learned=state.tokens)
+        place = saved.skip
         try:
             for step in steps:
+                place = saved.place
                 metrics = state.took_step(step)
                 progress.step(state.fraction_done(), metrics)
                 if state.fraction_done() >= 1:
@@ -318,7 +322,8 @@ class Trainer:
                     state.save(saved, state.epoch)
                     interrupts.raise_pending()
         except EaseError:
-            if saved.stopped:  # training resumes here after the data has been corrected
+            if saved.stopped:  # training resumes here, after the last step, when the data has been corrected
+                saved.place = place
                 state.save(saved, state.epoch)
             raise
 
@@ -351,53 +356,39 @@ class Trainer:
             state.save(saved, state.epoch)
             interrupts.raise_pending()
 
+    def _engine(self, model: ExitModel, optimizer: torch.optim.Optimizer) -> Engine:
+        device = self.device_of(model)
+        return Engine(model.to(device), optimizer, self.execution, device)
+
     def _steps(
         self,
-        model: ExitModel,
+        engine: Engine,
         batches: Batches,
-        optimizer: torch.optim.Optimizer,
         first: int = 1,
         next_step: Callable[[], Step | None] = lambda: None,
         learned: int = 0,
     ) -> Iterator[TakenStep]:
-        """Takes one optimizer step per batch."""
-        model.to(self.device_of(model))
+        """Takes the optimizer steps of an epoch."""
+        model = engine.model
         train_mode(model)
         gated = self.config.selection.classifiers
         model.mark_stale_classifiers((), gated)
-        compute_loss = partial(self.compute_loss, model, first=first)
-        for item in re_iterable(batches):
-            batch = Batch.of(item)
-            scored = int(batch.scored.sum())
-            if not scored:
+        for group in self.execution.micro_batches(re_iterable(batches)):
+            counted = [MicroBatch(batch, int(batch.scored.sum()), {}) for batch in group]
+            parts = [part for part in counted if part.scored]
+            if not parts:
                 continue
-            learned += scored
             step = next_step()
-            continued, losses = dict[int, Tensor](), dict[int, Tensor]()
-            loss = compute_loss(
-                *batch[:3], state=batch.state, layout=batch.layout, step=step, continued=continued, exit_losses=losses
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
-            learning = [p for p in parameters_of(optimizer) if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(learning, GRAD_CLIP)
-            # The only wait for the device in a step.
-            read = [loss.detach(), norm, *losses.values()]
-            value, length, *parts = torch.stack([part.to(loss) for part in read]).tolist()
-            for name, number in (("loss", value), ("gradient's norm", length)):
-                if not math.isfinite(number):
-                    raise EaseError(f"the {name} is {number}: {LOWER_LR}")
-            optimizer.step()
-            if model.config.classifier_exits:
-                model.mark_stale_classifiers(learning, gated)
-            flops = self.step_flops(model, batch, scored, first, step, continued)
-            yield TakenStep(value, scored, flops, length, dict(zip(losses, parts, strict=True)))
+            taken = engine.step(parts, partial(self.compute_loss, model, first=first, step=step))
+            learned += taken.scored
+            if taken.finite and model.config.classifier_exits:
+                model.mark_stale_classifiers(engine.learning(), gated)
+            flops = Counter[str]()
+            for part in parts:
+                flops.update(self.step_flops(model, part.batch, part.scored, first, step, part.continued))
+            yield taken._replace(batches=len(group), flops=flops)
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
-
-
-LOWER_LR = "training stopped, and a model in memory has its last good weights again; lower the learning rate"
 
 
 @checked
@@ -407,6 +398,7 @@ def train(
     data: Data,
     *,
     device: str | torch.device | None = None,
+    execution: Execution = Execution(),  # noqa: B008  # never changed
     progress: Callable[[Phase], Progress] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
 ) -> Training:
@@ -419,6 +411,7 @@ def train(
         strategy: yields the phases.
         data: training and validation batches.
         device: device of training (the model's by default).
+        execution: precision, accumulation and what else changes speed and memory.
         progress: creates the progress callback of a phase.
         checkpoints: folder for checkpoints, one training per folder. After a kill the same call, with a new strategy
             and new batches, resumes and ends with the same bits (on a CPU); finished phases are yielded again. By
@@ -442,30 +435,7 @@ def train(
         raise EaseError(
             f"strategy must have next_phase, got {type(strategy).__name__}: of a configuration, pass its strategy()"
         )
-    return Training(_phases(model, strategy, data, device, progress, checkpoints))
-
-
-class Training:
-    """The phases of a training with their histories; iterating over it trains."""
-
-    def __init__(self, phases: Generator[tuple[Phase, History]]) -> None:
-        self._phases, self._started = phases, False
-
-    def __iter__(self) -> Iterator[tuple[Phase, History]]:
-        return self
-
-    def __next__(self) -> tuple[Phase, History]:
-        self._started = True
-        return next(self._phases)
-
-    def close(self) -> None:
-        """Ends the training where it stands, or without a start."""
-        self._started = True
-        self._phases.close()
-
-    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:  # bound, since modules vanish at exit
-        if not self._started:
-            warn("ease.train was not iterated over, so nothing was trained: loop over it", RuntimeWarning, 2)
+    return Training(_phases(model, strategy, data, device, execution, progress, checkpoints))
 
 
 def _phases(
@@ -473,13 +443,14 @@ def _phases(
     strategy: Strategy,
     data: Data,
     device: str | torch.device | None,
+    execution: Execution,
     progress: Callable[[Phase], Progress] | None,
     checkpoints: str | os.PathLike[str] | None,
 ) -> Generator[tuple[Phase, History]]:
     start, number = time.perf_counter(), 0
     while (phase := strategy.next_phase(model, data)) is not None:
         preparing = time.perf_counter() - start  # mining is part of a phase's wall-clock time, as of its FLOPs
-        trainer = (phase.trainer or Trainer)(phase.config, model.output_head.weight.shape[0], device)
+        trainer = (phase.trainer or Trainer)(phase.config, model.output_head.weight.shape[0], device, execution)
         number += 1
         checkpoint = None if checkpoints is None else Path(checkpoints) / f"phase-{number}.safetensors"
         history = trainer.run(model, phase, progress(phase) if progress else None, checkpoint)

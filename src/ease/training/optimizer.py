@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ease.interface import ExitModel
+
 MASTER = "master"  # key of a float32 copy in the optimizer's state
 
 
@@ -70,6 +72,28 @@ class MasterAdamW(torch.optim.AdamW):
                 copy.copy_(self.state[copy].get(MASTER, p))
                 self.state[copy][MASTER] = copy
                 p.copy_(copy)
+
+
+def parameter_groups(
+    model: ExitModel, lr: float, weight_decay: float, scales: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    """The parameters of a model that learn, by rate and decay: matrices are decayed, norms and other vectors are not.
+
+    Args:
+        scales: layer -> factor of the learning rate of its parameters.
+
+    Returns:
+        Groups for an optimizer; the first is the decayed one with the highest rate.
+    """
+    factors = {p: scale for layer, scale in scales.items() for p in model.parameters_of(layer)}
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault((p.ndim >= 2, factors.get(p, 1.0)), []).append(p)
+    return [
+        {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decayed else 0.0}
+        for (decayed, factor), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -6,7 +6,8 @@ dataclass that creates it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -52,8 +53,8 @@ class Phase:
         spent: FLOPs of preparing the phase, by kind.
         curriculum: the step to take, from the number of steps taken and the share of the phase that is done. By default
             every step follows `config`. Loss curricula and progressive layer dropping are written this way.
-        trainer: makes the trainer of the phase from a configuration, the number of outputs, and a device, if what
-            learns is not trained by losses at exits; `config` then only gives the policy.
+        trainer: makes the trainer of the phase from the arguments of `Trainer`, if what learns is not trained by losses
+            at exits; `config` then only gives the policy.
         route: the validation policy of the model as it is now, and the FLOPs of finding it; by default the policy of
             `config`.
 
@@ -140,8 +141,8 @@ class History:
     """The record of one phase."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Per epoch: step, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr; where validation is
-    routed, exit_shares (layer, as a string -> share of tokens that leave there).
+    """Per epoch: step, skipped, train_loss, val_loss, val_ppl, val_acc, flops so far, seconds so far, lr; where
+    validation is routed, exit_shares (layer, as a string -> share of tokens that leave there).
     For a draft brick the loss is a divergence and val_acc is its agreement; val_agreement, val_agreement_2 and
     val_agreement_3 are those of the first 1, 2, and 3 drafts of a round."""
     flops: dict[str, float] = field(default_factory=dict)
@@ -152,9 +153,34 @@ class History:
     """Whether patience ended the phase."""
     steps: int = 0
     """Optimizer steps taken."""
+    skipped: int = 0
+    """Steps that were skipped, since their loss or gradient was not finite."""
     seconds: float = 0.0
     """Wall-clock time."""
 
     def column(self, name: str) -> list[float]:
         """One value per epoch."""
         return [row[name] for row in self.rows]
+
+
+class Training:
+    """The phases of a training with their histories; iterating over it trains."""
+
+    def __init__(self, phases: Generator[tuple[Phase, History]]) -> None:
+        self._phases, self._started = phases, False
+
+    def __iter__(self) -> Iterator[tuple[Phase, History]]:
+        return self
+
+    def __next__(self) -> tuple[Phase, History]:
+        self._started = True
+        return next(self._phases)
+
+    def close(self) -> None:
+        """Ends the training where it stands, or without a start."""
+        self._started = True
+        self._phases.close()
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:  # bound, since modules vanish at exit
+        if not self._started:
+            warn("ease.train was not iterated over, so nothing was trained: loop over it", RuntimeWarning, 2)

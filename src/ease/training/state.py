@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ease.errors import EaseError
@@ -17,28 +16,16 @@ from ease.interface import ExitModel
 from ease.progress import StepMetrics
 from ease.storage import digest
 from ease.training.checkpoint import Checkpoint
+from ease.training.engine import Engine, TakenStep
+from ease.training.execution import Execution
 from ease.training.phases import History, Phase, Step
-
-
-class TakenStep(NamedTuple):
-    """An optimizer step that was taken."""
-
-    loss: float
-    """In nats."""
-    scored: int
-    """Scored tokens."""
-    flops: Mapping[str, float]
-    """FLOPs by kind."""
-    grad_norm: float
-    """Norm of the gradient before clipping."""
-    exit_losses: Mapping[int, float]
-    """Layer -> mean loss in nats."""
 
 
 class PhaseState:
     """The state of the loop over one phase.
 
     Args:
+        engine: takes its steps.
         num_batches: batches of a training epoch.
         val_tokens, seq_len: tokens of validation and of a sequence, for the first estimate of its FLOPs.
     """
@@ -46,15 +33,14 @@ class PhaseState:
     def __init__(
         self,
         phase: Phase,
-        model: ExitModel,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         num_batches: int,
         val_tokens: int,
         seq_len: int,
     ) -> None:
-        self.phase, self.model, self.optimizer = phase, model, optimizer
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.total_steps = phase.options.max_epochs * max(1, num_batches)
+        self.phase, self.engine, self.model, self.optimizer = phase, engine, engine.model, engine.optimizer
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.total_batches = phase.options.max_epochs * max(1, num_batches)
         self.history = History(flops=dict(phase.spent))
         spent, limit = sum(phase.spent.values()), phase.options.max_flops
         if limit is not None and spent >= limit:
@@ -62,13 +48,14 @@ class PhaseState:
                 f"preparing {phase.name} ({', '.join(phase.spent)}) took {spent:.3g} FLOPs, its limit is {limit:.3g}: "
                 "raise max_flops, or prepare it from less text (such as mine_epochs)"
             )
-        self.best_loss, self.best = math.inf, snapshot(model)
+        self.best_loss, self.best = math.inf, snapshot(self.model)
         self.start = time.perf_counter()
         self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
+        self.batches = 0  # used up in all epochs
         self.over = False
         # FLOPs of the next validation pass: those of the last one, and before the first an estimate.
         limited = phase.options.max_flops is not None
-        self.validation = val_tokens * full_depth_flops(model.config, seq_len) if limited else 0.0
+        self.validation = val_tokens * full_depth_flops(self.model.config, seq_len) if limited else 0.0
 
     def restore(self, saved: Mapping[str, Any] | None) -> bool:
         """Continues from what `as_dict` gave; without it, sets the first learning rate and returns False."""
@@ -78,6 +65,8 @@ class PhaseState:
         self.history = History(**saved["history"])
         self.best_loss, self.best, self.validation = saved["best_loss"], saved["best"], saved["validation"]
         self.epoch, self.total, self.tokens = saved["epoch"], saved["total"], saved["tokens"]
+        self.batches = saved["batches"]
+        self.engine.load_state_dict(saved["engine"])
         self.start -= self.history.seconds
         return True
 
@@ -90,6 +79,8 @@ class PhaseState:
             "epoch": epoch,
             "total": self.total,
             "tokens": self.tokens,
+            "batches": self.batches,
+            "engine": self.engine.state_dict(),
         }
 
     def save(self, saved: Checkpoint, epoch: int) -> None:
@@ -99,11 +90,11 @@ class PhaseState:
         saved.save(**self.as_dict(epoch), best=self.best)
 
     def fraction_done(self) -> float:
-        """The share of the phase that is done, in [0, 1], by steps or by FLOPs, whichever is larger."""
+        """The share of the phase that is done, in [0, 1], by batches or by FLOPs, whichever is larger."""
         limit = self.phase.options.max_flops
         # The validation pass that ends the epoch is part of the budget.
         spent = sum(self.history.flops.values()) + self.validation
-        return min(1.0, max(self.history.steps / self.total_steps, spent / limit if limit else 0.0))
+        return min(1.0, max(self.batches / self.total_batches, spent / limit if limit else 0.0))
 
     def step(self) -> Step | None:
         """Loss weights and layer dropout of the next step, if the phase has a curriculum."""
@@ -111,15 +102,18 @@ class PhaseState:
 
     def took_step(self, step: TakenStep) -> StepMetrics:
         history, lr = self.history, self.optimizer.param_groups[0]["lr"]
-        self.total, self.tokens = self.total + step.loss * step.scored, self.tokens + step.scored
+        self.batches += step.batches
         for kind, count in step.flops.items():
             history.flops[kind] = history.flops.get(kind, 0.0) + count
-        history.steps += 1
+        if step.finite:
+            self.total, self.tokens = self.total + step.loss * step.scored, self.tokens + step.scored
+            history.steps += 1
+        else:
+            history.skipped += 1
         self._set_lr()
         flops = sum(history.flops.values())
-        return StepMetrics(
-            self.epoch, history.steps, step.loss, step.exit_losses, lr, step.grad_norm, step.scored, flops
-        )
+        told = (step.loss, step.exit_losses, lr, step.grad_norm, step.scored, flops, history.skipped)
+        return StepMetrics(self.epoch, history.steps, *told)
 
     def add_row(self, metrics: Mapping[str, Any], flops: float) -> dict[str, Any]:
         """The row of the epoch that ended, with the metrics and FLOPs of its validation pass."""
@@ -129,7 +123,8 @@ class PhaseState:
         row: dict[str, Any] = {
             "epoch": self.epoch,
             "step": history.steps,
-            "train_loss": self.total / self.tokens,
+            "skipped": history.skipped,
+            "train_loss": self.total / self.tokens if self.tokens else math.nan,
             "val_loss": metrics["loss"],
             "val_ppl": metrics["ppl"],
             "val_acc": metrics["acc"],
@@ -165,10 +160,11 @@ def snapshot(model: ExitModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def phase_identity(model: ExitModel, phase: Phase, x: Tensor) -> str:
-    """A hash of what distinguishes a phase: its plan, the model's shape, the frozen weights, and a validation batch."""
+def phase_identity(model: ExitModel, phase: Phase, x: Tensor, execution: Execution) -> str:
+    """A hash of what distinguishes a phase: its plan and execution, the model's shape, the frozen weights, and a
+    validation batch."""
     # A mined threshold is computed again on resuming, and on another machine not to the last bit.
     config = replace(phase.config, routing_threshold=0.0)
     plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
     frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
-    return digest(plan, model.config, len(phase.train), len(phase.val), x, *frozen)
+    return digest(plan, execution.identity(), model.config, len(phase.train), len(phase.val), x, *frozen)

@@ -1,0 +1,141 @@
+"""How training is executed: the settings that change its speed and memory, whatever the strategy is.
+
+Everything here is PyTorch's own: autocast and its gradient scaler, activation checkpointing, `torch.compile`, and the
+profiler.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ease.errors import EaseError, check_counts, check_fields, first_line
+from ease.interface import Batch, ExitModel, call_layer
+
+Call = Callable[[nn.Module, Tensor, Any], Tensor]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+TRACED = {"wait": 2, "warmup": 1, "active": 3}  # steps of a phase before the profile, of its warmup, and in its trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How training is executed; no strategy depends on it.
+
+    Raises:
+        EaseError: a setting has the wrong type, or a number of tokens is below 1.
+
+    Example:
+        >>> ease.train(model, strategy, data, execution=ease.Execution(precision="bf16", batch_tokens=65_536))
+    """
+
+    batch_tokens: int | None = None
+    """Tokens of an optimizer step, padding included: gradients are accumulated over as many batches as hold that many,
+    and the loss is the mean over all their scored tokens. By default every batch is a step."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Precision of training steps. bf16 and fp16 are autocast: weights, optimizer, mining and validation stay in the
+    dtype of the model. The loss of fp16 is scaled."""
+    activation_checkpointing: bool = False
+    """Keep only the states between layers and compute the rest of a layer again in the backward pass: less memory, the
+    same results."""
+    compile: bool = False
+    """Compile the layers with torch.compile; layers of one shape share a compilation."""
+    profile: str | None = None
+    """Folder for a trace of three steps of every phase, which Perfetto and chrome://tracing open."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_counts(1, batch_tokens=self.batch_tokens)
+
+    def identity(self) -> tuple[Any, ...]:
+        """What a training must have in common with the checkpoint that it resumes from."""
+        return self.batch_tokens, self.precision
+
+    def micro_batches(self, batches: Iterable[Any]) -> Iterator[list[Batch]]:
+        """The batches of one optimizer step after the other; the last step of an epoch may have fewer tokens."""
+        group: list[Batch] = []
+        for item in batches:
+            group.append(Batch.of(item))
+            if sum(batch.x.numel() for batch in group) >= (self.batch_tokens or 0):
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which matrix products run in the chosen precision."""
+        dtype = DTYPES.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """The scaler of the loss, without effect unless the precision is fp16."""
+        return torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+
+    @contextmanager
+    def applied(self, model: ExitModel) -> Iterator[None]:
+        """A context in which the layers of a model in training run compiled and checkpointed, if so chosen."""
+        call = compiled_call() if self.compile else call_layer
+        if self.activation_checkpointing:
+            call = checkpointed(call)
+        before, model.call_layer = model.call_layer, call
+        try:
+            yield
+        finally:
+            model.call_layer = before
+
+    def profiler(self, name: str) -> AbstractContextManager[Any]:
+        """A context that writes the trace of the phase `name`; its value has `step`, or is None without a profile."""
+        if self.profile is None:
+            return nullcontext()
+        path = Path(self.profile) / f"{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')}.json"
+
+        def save(profiler: torch.profiler.profile) -> None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(str(path))
+            except (OSError, RuntimeError) as error:
+                raise EaseError(
+                    f"the trace {path} could not be written ({first_line(error)}): choose another folder"
+                ) from error
+
+        return torch.profiler.profile(schedule=torch.profiler.schedule(**TRACED, repeat=1), on_trace_ready=save)
+
+
+@functools.cache
+def compiled_call() -> Call:
+    """`call_layer`, compiled: layers are its arguments, so that those of one shape share a compilation."""
+    compiled = torch.compile(call_layer)
+
+    def call(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return compiled(layer, state, plan)
+        except TorchDynamoException as error:
+            raise EaseError(f"torch.compile failed ({first_line(error)}): leave out compile") from error
+
+    return call
+
+
+def checkpointed(call: Call) -> Call:
+    """`call`, which keeps only its argument and runs again in the backward pass."""
+
+    def keep_input(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return call(layer, state, plan)
+        now = copy.copy(plan)  # which counts the layers
+        out: Tensor = checkpoint(lambda state: call(layer, state, now), state, use_reentrant=False)
+        return out
+
+    return keep_input
