@@ -90,7 +90,7 @@ class Cumulative(ExitModel):
         self.config, self.num_layers = ModelConfig(8, 4, 3, 2), 3
         self.table, self.output_head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, *, layout: Layout | None = None, cache: None = None) -> Tensor:
         self.check_ids(ids, 8)
         return self.table(ids)
 
@@ -113,8 +113,8 @@ class Cumulative(ExitModel):
         return state / exit
 
     def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
-        self.table.requires_grad_(first == 1)
-        self.output_head.requires_grad_(first == 1 or not head)
+        self.table.requires_grad_(first == 0)
+        self.output_head.requires_grad_(first == 0 or not head)
 
 
 def test_whoever_keeps_the_seam_is_routed_scored_and_trained() -> None:

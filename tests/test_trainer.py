@@ -686,7 +686,7 @@ def test_an_interrupt_keeps_the_best_weights(tiny: Make, monkeypatch: pytest.Mon
             if row["epoch"] == 2:
                 raise KeyboardInterrupt
 
-    phase = Phase("one", config, [batch], [batch], PhaseOptions(patience=None), first=1)
+    phase = Phase("one", config, [batch], [batch], PhaseOptions(patience=None))
     with pytest.raises(KeyboardInterrupt):
         Trainer(config, 256).run(model, phase, Impatient())
     assert same(model, epochs[0])

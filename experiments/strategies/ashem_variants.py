@@ -85,7 +85,7 @@ class ASHEMVariant(Staged):
             mined.batches = single_tokens(model, mined.batches, brick)
         if c.freeze == "nothing":  # the trunk's states change during training, so every token runs all layers
             hard = [b._replace(y=b.y.masked_fill(~b.scored, IGNORE), active=None, state=None) for b in mined.batches]
-            return replace(phase, train=Shuffled(hard, self.config.seed), first=1, spent=spent)
+            return replace(phase, train=Shuffled(hard, self.config.seed), first=0, spent=spent)
         return replace(phase, freeze_head=c.freeze == "all", spent=spent)
 
 
@@ -138,7 +138,7 @@ def select(
 @torch.no_grad()
 def states(model: ease.ExitModel, batch: ease.Batch, brick: int) -> Tensor:
     """(B, T, D) the brick's output, computed again where mining could not store it."""
-    return model.run(model.embed(batch.x), 1, brick) if batch.state is None else batch.state
+    return model.run(model.embed(batch.x, layout=batch.layout), 1, brick) if batch.state is None else batch.state
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def per_token(
         trainer.step_flops(model, batch, int(batch.running.sum()), phase.first, step, continuing).values()
         for step in steps
     ]
-    model.freeze_below(1)
+    model.freeze_below(0)
     return sum(map(sum, counts)) / len(counts) / shape.seq
 
 

@@ -188,9 +188,23 @@ class ExitModel(nn.Module, ABC):
         """The exits below the last layer that a loss has trained, from shallow to deep."""
         return tuple(sorted(exit for exit in self.trained_exits if exit < self.num_layers))
 
+    @property
+    def first_exit(self) -> int:
+        """The lowest exit: 0, the head on embedding and memory, in a model with a memory; otherwise 1."""
+        return self.config.first_exit
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raises `EaseError` if the model lacks an exit of the policy below its last layer."""
+        policy.check(self.num_layers, self.first_exit)
+
     @abstractmethod
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> state (B, T, D)."""
+    def embed(self, ids: Tensor, *, layout: Layout | None = None, cache: Any = None) -> Tensor:
+        """ids (B, T) -> state (B, T, D) before layer 1.
+
+        Args:
+            layout: positions and segments; by default positions count up and there is one segment.
+            cache: from `new_cache`; the tokens are appended to it, for the runs that follow.
+        """
 
     @abstractmethod
     def run(
@@ -203,15 +217,15 @@ class ExitModel(nn.Module, ABC):
         active: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Applies layers first..last to the active tokens; inactive tokens keep their state.
+        """Applies layers first..last to the active tokens; inactive tokens keep their state. 1..0 are no layers.
 
         Args:
             state: (B, T, D).
             layout: positions and segments; by default positions count up and there is one segment.
             active: (B, T), true for tokens that have not left; by default all. Padding is never active. Every token has
                 keys and values; queries, attention output, and feed-forward are computed for active tokens only.
-            cache: keys and values of earlier tokens, from `new_cache`, which also determines positions. The run that
-                starts at layer 1 assigns the tokens their places in the cache. A `Prefix` is only read.
+            cache: keys and values of earlier tokens, from `new_cache`, which also determines positions. Unless `embed`
+                has appended the tokens, the run that starts at layer 1 does. A `Prefix` is only read.
         """
 
     @abstractmethod
@@ -233,19 +247,24 @@ class ExitModel(nn.Module, ABC):
     def parameters_of(self, layer: int) -> Iterator[nn.Parameter]:
         """The parameters of layer `layer` and its exit; for layer 1, those of the embedding too.
 
-        The shared head, and an embedding tied to it, belong to no layer.
+        The memory, the shared head, and an embedding tied to it, belong to no layer.
         """
         raise EaseError("this model does not implement parameters_of: leave out layer_lr_scales")
+
+    def memory_tables(self) -> list[nn.Parameter]:
+        """Parameters of which a step reads few rows. From then on their gradients are sparse."""
+        return []
 
     @abstractmethod
     def freeze_below(
         self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
     ) -> None:
-        """Freezes everything below layer `first` (embedding, layers, exits) and, by default, the shared head.
+        """Freezes everything below layer `first` (embedding, memory, layers, exits) and, by default, the shared head.
 
         Args:
-            first: the first layer that learns; 1 freezes nothing but classifiers.
-            head: whether the shared head is frozen if there are layers below `first`.
+            first: the first layer that learns; 0, which stands for embedding and memory, freezes nothing but
+                classifiers.
+            head: whether the shared head is frozen if `first` is above 0.
             exits: exits below `first` that learn nevertheless.
             classifiers: exits whose classifier learns.
         """
@@ -275,7 +294,7 @@ class ExitModel(nn.Module, ABC):
         return self.run(self.embed(ids), 1, layer)
 
     def forward_all_layers(self, ids: Tensor) -> list[Tensor]:
-        """ids (B, T) -> logits (B, T, V) of every exit, from shallow to deep."""
+        """ids (B, T) -> logits (B, T, V) of the exits 1 to L, from shallow to deep."""
         state, logits = self.embed(ids), []
         for layer in range(1, self.num_layers + 1):
             state = self.run(state, layer, layer)

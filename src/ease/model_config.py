@@ -22,6 +22,8 @@ from ease.errors import (
     check_number,
 )
 
+MEMORY_HASHES = 2  # parts that a row of a memory is looked up in
+
 DRAFT_VOCABULARY = 16_384  # tokens that a draft brick can draft by default, of a vocabulary of more than twice as many
 
 
@@ -34,7 +36,7 @@ class ModelConfig:
     dim: int = 64
     """Width D of the state."""
     num_layers: int = 3
-    """Layers, numbered from 1."""
+    """Layers, numbered from 1; 0 for a memory alone."""
     num_heads: int = 4
     """Query heads."""
     num_kv_heads: int | None = None
@@ -57,6 +59,10 @@ class ModelConfig:
     """An RMSNorm per head on queries and keys before the rotary turn, as in Qwen3."""
     rope_scaling: RopeScaling | None = None
     """Rotary positions stretched to a longer context (None: plain ones)."""
+    memory_orders: tuple[int, ...] = ()
+    """Lengths n of the n-grams that have rows in the memory, brick 0 (none by default: no memory and no exit 0)."""
+    memory_rows: int = 32_768
+    """Rows of the memory for each order."""
     adapter_exits: tuple[int, ...] = ()
     """Exits below the last one that have an adapter between their norm and the head."""
     adapter_dim: int = 0
@@ -123,10 +129,11 @@ class ModelConfig:
             raise EaseError(f"rope_scaling must be an object, got {reprlib.repr(scaling)}")
         check_fields(self)
         positive = (
-            *("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim"),
+            *("vocab_size", "dim", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "memory_rows"),
             *("max_positions", "window", "rotary_dim", "draft_vocabulary"),
         )
         check_counts(1, **{name: getattr(self, name) for name in positive})
+        check_counts(0 if self.memory_orders else 1, num_layers=self.num_layers)
         check_counts(0, adapter_dim=self.adapter_dim, num_labels=self.num_labels)
         for name in ("attention_scale", "attention_softcap", "logit_softcap"):
             if getattr(self, name) is not None:
@@ -138,7 +145,7 @@ class ModelConfig:
         check_number("rope_theta", self.rope_theta, 1)  # smaller bases overflow the fast angles
         check_number("norm_eps", self.norm_eps, 0)
         check_number("dropout", self.dropout)
-        for name in ("adapter_exits", "classifier_exits", "unrotated_layers", "windowed_layers"):
+        for name in ("memory_orders", "adapter_exits", "classifier_exits", "unrotated_layers", "windowed_layers"):
             layers = getattr(self, name)
             if layers is not None or name != "windowed_layers":
                 # One order for the same layers, so that equal models have equal configurations.
@@ -152,14 +159,19 @@ class ModelConfig:
             raise EaseError("wide_qk_norm needs norms on queries and keys: set qk_norm as well")
         if not (self.pre_norms or self.post_norms):
             raise EaseError("a layer needs pre_norms, post_norms or both")
-        if any(not 1 <= exit < self.num_layers for exit in self.adapter_exits) or (
+        if self.memory_orders and (self.memory_orders[0] < 1 or self.dim % MEMORY_HASHES):
+            raise EaseError(
+                f"memory_orders {list(self.memory_orders)} at dim {self.dim}: name lengths of n-grams from 1 on, and "
+                f"make dim a multiple of {MEMORY_HASHES}"
+            )
+        if any(not self.first_exit <= exit < self.num_layers for exit in self.adapter_exits) or (
             bool(self.adapter_exits) != (self.adapter_dim > 0)
         ):
             raise EaseError(
                 f"adapter_exits {list(self.adapter_exits)} with adapter_dim {self.adapter_dim}: "
                 "name exits below the last layer, and a width above 0"
             )
-        if any(not 1 <= exit < self.num_layers for exit in self.classifier_exits):
+        if any(not self.first_exit <= exit < self.num_layers for exit in self.classifier_exits):
             raise EaseError(
                 f"classifier_exits {list(self.classifier_exits)}: name exits below layer {self.num_layers}, the last"
             )
@@ -168,6 +180,8 @@ class ModelConfig:
                 f"num_labels {self.num_labels} with tie_embeddings {self.tie_embeddings}: "
                 "a classifier needs at least 2 labels and a head of its own"
             )
+        if self.draft_brick and not self.num_layers:
+            raise EaseError("a draft brick reads the last layer, and the model has none: grow it first")
         if self.draft_brick and self.num_labels is not None:
             raise EaseError("a classifier generates no text: leave out draft_brick, or num_labels")
         if self.draft_vocabulary is not None and not self.draft_brick:
@@ -210,6 +224,16 @@ class ModelConfig:
             scale=self.attention_scale,
             softcap=self.attention_softcap,
         )
+
+    @property
+    def first_exit(self) -> int:
+        """The lowest exit: 0, the head on embedding and memory, in a model with a memory; otherwise 1."""
+        return 0 if self.memory_orders else 1
+
+    @property
+    def memory_size(self) -> int:
+        """Parameters of the memory."""
+        return len(self.memory_orders) * self.memory_rows * self.dim
 
     @property
     def outputs(self) -> int:

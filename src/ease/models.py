@@ -2,7 +2,7 @@
 
 - A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
   biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`ease.hf`).
-- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`.
+- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`; with a memory, exit 0 is `memory_norm` and the head.
 - Nothing outside this file and `modules/` depends on the inside of a layer.
 """
 
@@ -24,18 +24,21 @@ from torch import Tensor, nn
 from ease.errors import EaseError, check_integer, check_names, checked
 from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout, call_layer, check_in_memory, evaluation_view
-from ease.model_config import ModelConfig
+from ease.model_config import MEMORY_HASHES, ModelConfig
 from ease.modules import (
     Adapter,
     Cache,
     CachedPlan,
     DraftBrick,
+    Memory,
     Plan,
     Prefix,
     PrefixPlan,
     TransformerBlock,
     decoding_layer,
     new_norm,
+    with_stored_tokens,
+    with_tokens_before,
 )
 from ease.modules.functional import is_altered
 from ease.modules.products import inference_product
@@ -63,6 +66,8 @@ class StandardTransformer(ExitModel):
         check_names(type(self).__name__, options, [f.name for f in fields(ModelConfig)[4:]])
         self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
+        self.memory = Memory(c) if c.memory_orders else None
+        self.memory_norm = new_norm(c, dim) if c.memory_orders else None
         self.layers = nn.ModuleList(self._new_layer(layer) for layer in range(1, num_layers + 1))
         self.exit_norms = nn.ModuleList(new_norm(c, dim) for _ in range(num_layers))
         self.exit_classifiers = nn.ModuleDict({str(e): nn.Linear(dim, 1) for e in c.classifier_exits})
@@ -78,17 +83,54 @@ class StandardTransformer(ExitModel):
     def num_layers(self) -> int:  # type: ignore[override]
         return len(self.layers)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, *, layout: Layout | None = None, cache: Cache | None = None) -> Tensor:
         ids = as_ids("ids", ids)
         if ids.device.type == "cpu":  # elsewhere a check would wait for the device: callers check before they move ids
             self.check_ids(ids, self.config.vocab_size)
-        return self.embedded(self.embedding(ids))
+        if cache is not None:
+            self._place(ids, layout, cache)
+        state = self._with_memory(ids, self._scaled(self.embedding(ids)), layout, cache)
+        if cache is not None:
+            cache.store(cache.states, state)
+        return state
 
-    def embedded(self, vectors: Tensor) -> Tensor:
-        """The state (B, T, D) before layer 1 of tokens whose rows of the embedding are `vectors` (B, T, D)."""
-        if self.config.embedding_scale != 1:  # rounded to the model's dtype, as Gemma does
-            vectors = vectors * float(torch.tensor(self.config.embedding_scale, dtype=vectors.dtype))
-        return F.dropout(vectors, self.config.dropout, self.embedding.training)
+    def embedded(self, vectors: Tensor, *, layout: Layout | None = None, cache: Cache | None = None) -> Tensor:
+        """As `embed`, for tokens whose rows of the embedding are `vectors` (B, T, D).
+
+        Raises:
+            EaseError: the model has a memory, which reads ids.
+        """
+        if self.memory is not None:
+            raise EaseError("the memory of this model looks token ids up: give input_ids in place of embeddings")
+        state = F.dropout(self._scaled(vectors), self.config.dropout, self.embedding.training)
+        if cache is not None:
+            self._place(state, layout, cache)
+            cache.store(cache.states, state)
+        return state
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        if self.config.embedding_scale == 1:
+            return vectors
+        # Rounded to the model's dtype, as Gemma does.
+        return vectors * float(torch.tensor(self.config.embedding_scale, dtype=vectors.dtype))
+
+    def _place(self, tokens: Tensor, layout: Layout | None, cache: Cache) -> None:
+        """Appends tokens (B, T, ...) to the cache, without their states."""
+        cache.place(np.ones(tokens.shape[:2], np.bool_) if layout is None else layout.host.real.numpy())
+        cache.embedded = True
+        if cache.ids is not None:
+            cache.store(cache.ids, tokens)
+
+    def _with_memory(self, ids: Tensor, state: Tensor, layout: Layout | None, cache: Cache | None) -> Tensor:
+        """state (B, T, D) of ids (B, T) plus their rows of the memory; the cache holds the ids already."""
+        if self.memory is not None:
+            if cache is None:
+                tokens = with_tokens_before(ids, self.memory.reach, layout)
+            else:
+                assert cache.ids is not None
+                tokens = with_stored_tokens(cache.ids, cache.tensor(cache.slots), self.memory.reach)
+            state = state + self.memory(tokens)
+        return F.dropout(state, self.config.dropout, self.embedding.training)
 
     def run(
         self,
@@ -102,6 +144,8 @@ class StandardTransformer(ExitModel):
     ) -> Tensor:
         check_integer("the first layer", first)
         check_integer("the last layer", last)
+        if (first, last) == (1, 0):
+            return state
         if not 1 <= first <= last <= self.num_layers:
             raise EaseError(f"the model has layers 1..{self.num_layers}, got {first}..{last}")
         c = self.config
@@ -118,8 +162,12 @@ class StandardTransformer(ExitModel):
         self, state: Tensor, first: int, last: int, layout: Layout | None, active: Tensor | None, cache: Cache
     ) -> Tensor:
         real = np.ones(state.shape[:2], np.bool_) if layout is None else layout.host.real.numpy()
-        if first == 1:
-            cache.place(state, real)
+        if first == 1 and not cache.embedded:
+            if self.memory is not None:
+                raise EaseError("the memory needs the ids of the cached tokens: give the cache to `embed`, too")
+            cache.place(real)
+            cache.store(cache.states, state)
+        cache.embedded = False
         running = real if active is None else active.cpu().numpy() & real
         if not running.any():
             return state
@@ -139,7 +187,14 @@ class StandardTransformer(ExitModel):
         c, like = self.config, self.embedding.weight
         check_in_memory(like)
         blocks = [decoding_layer(layer) for layer in self.layers]
-        return Cache(blocks, rows, capacity, c.kv_heads, c.head_size, c.rotary_size, like, key)
+        shape = rows, capacity, c.kv_heads, c.head_size, c.rotary_size
+        return Cache(blocks, *shape, like, key, keeps_ids=self.memory is not None)
+
+    def memory_tables(self) -> list[nn.Parameter]:
+        if self.memory is None:
+            return []
+        self.memory.sparse_gradient = True
+        return [self.memory.table]
 
     def decoding_view(self) -> Self:
         """A copy in evaluation mode that shares the weights, with a head that is faster for few rows on a CPU."""
@@ -150,12 +205,15 @@ class StandardTransformer(ExitModel):
         return view
 
     def exit_norm(self, state: Tensor, exit: int) -> Tensor:
-        if not 1 <= exit <= self.num_layers:
-            raise EaseError(f"the model has exits 1..{self.num_layers}, got {exit}")
-        normed: Tensor = self.exit_norms[exit - 1](state)
+        normed: Tensor = self._norm_of(exit)(state)
         if str(exit) in self.exit_adapters:
             normed = self.exit_adapters[str(exit)](normed)
         return normed if self.config.logit_divisor == 1 else normed / self.config.logit_divisor
+
+    def _norm_of(self, exit: int) -> nn.Module:
+        if not self.first_exit <= exit <= self.num_layers:
+            raise EaseError(f"the model has exits {self.first_exit}..{self.num_layers}, got {exit}")
+        return self.exit_norms[exit - 1] if exit else cast(nn.Module, self.memory_norm)
 
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
@@ -166,7 +224,7 @@ class StandardTransformer(ExitModel):
                 "train it again (ease.learn_agreement), or use another measure"
             )
         # From the exit's norm only: an adapter in front of the head would cost more than the classifier.
-        normed = self.exit_norms[exit - 1](state)
+        normed = self._norm_of(exit)(state)
         classifier: Any = self.exit_classifiers[str(exit)]
         if not isinstance(classifier.weight, Tensor):  # quantized
             return cast(Tensor, classifier(normed)).squeeze(-1).sigmoid()
@@ -195,7 +253,7 @@ class StandardTransformer(ExitModel):
         self.stale_classifiers -= set(learned)
         changed = set(map(id, trained))
         for exit in set(self.config.classifier_exits) - set(learned):
-            below = (self.embedding, *self.layers[:exit], self.exit_norms[exit - 1])
+            below = (*self._brick_0(), *self.layers[:exit], self._norm_of(exit))
             if any(id(parameter) in changed for module in below for parameter in module.parameters()):
                 self.stale_classifiers.add(exit)
 
@@ -241,10 +299,14 @@ class StandardTransformer(ExitModel):
         """
         brick = self._brick()
         if cache is not None:
-            drafts = self._run_cached(brick.fused(states, self.embed(ids)), 1, 1, layout, None, cache)
-            normed: Tensor = brick.norm(drafts)
+            self._place(ids, layout, cache)
+            embeddings = self._with_memory(ids, self._scaled(self.embedding(ids)), layout, cache)
+            fused = brick.fused(states, embeddings)
+            cache.store(cache.states, fused)
+            normed: Tensor = brick.norm(self._run_cached(fused, 1, 1, layout, None, cache))
             return normed
-        out: Tensor = brick(states, self.embed(ids), Plan.make(states, self.config.rotary_size, layout, None))
+        plan = Plan.make(states, self.config.rotary_size, layout, None)
+        out: Tensor = brick(states, self.embed(ids, layout=layout), plan)
         return out
 
     def draft_logits(self, drafts: Tensor) -> Tensor:
@@ -264,8 +326,8 @@ class StandardTransformer(ExitModel):
     def new_draft_cache(self, rows: int, capacity: int) -> Cache:
         """A cache of the draft brick for `capacity` tokens in each of `rows` rows."""
         c = self.config
-        block = decoding_layer(self._brick().block)
-        return Cache([block], rows, capacity, c.kv_heads, c.head_size, c.rotary_size, self.embedding.weight)
+        block, shape = decoding_layer(self._brick().block), (rows, capacity, c.kv_heads, c.head_size, c.rotary_size)
+        return Cache([block], *shape, self.embedding.weight, keeps_ids=self.memory is not None)
 
     def _brick(self) -> DraftBrick:
         if self.draft_brick is None:
@@ -294,7 +356,7 @@ class StandardTransformer(ExitModel):
         weight = self.embedding.weight
         for k in range(old, num_layers):
             layer: Any
-            if init == "copy":
+            if init == "copy" and old:
                 layer = copy.deepcopy(self.layers[max(0, 2 * old - num_layers) + (k - old) % old])
                 layer.attention.kind = self.config.attention_kind(k + 1)
             elif init == "identity":
@@ -303,7 +365,7 @@ class StandardTransformer(ExitModel):
             else:
                 raise EaseError(f"init must be identity or copy, got {init!r}")
             self.layers.append(layer.to(weight).requires_grad_().train(self.training))
-            self.exit_norms.append(copy.deepcopy(self.exit_norms[old - 1]).requires_grad_())
+            self.exit_norms.append(copy.deepcopy(self._norm_of(old)).requires_grad_())
         if self.draft_brick is not None:
             warnings.warn(
                 f"the draft brick reads the states of layer {old} and is dropped: train another for the new last layer "
@@ -323,7 +385,7 @@ class StandardTransformer(ExitModel):
     def freeze_below(
         self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
     ) -> None:
-        if first > 1 and not head and self.config.tie_embeddings:
+        if first > 0 and not head and self.config.tie_embeddings:
             raise EaseError(
                 "a trainable head on a frozen trunk would change the embedding that it is tied to: "
                 "use tie_embeddings=False, or freeze the head"
@@ -333,14 +395,19 @@ class StandardTransformer(ExitModel):
             self.draft_brick.requires_grad_(False)
         for name, classifier in self.exit_classifiers.items():
             classifier.requires_grad_(int(name) in classifiers)
-        if first > 1:
-            for module in (self.embedding, *self.layers[: first - 1], *self.exit_norms[: first - 1]):
+        if first > 0:
+            for module in (*self._brick_0(), *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)
             for name, adapter in self.exit_adapters.items():
                 adapter.requires_grad_(int(name) >= first or int(name) in exits)
             for exit in exits:
-                self.exit_norms[exit - 1].requires_grad_(True)
+                self._norm_of(exit).requires_grad_(True)
             self.output_head.requires_grad_(not head)
+
+    def _brick_0(self) -> list[nn.Module]:
+        """What is below layer 1: the embedding, and the memory with its exit."""
+        memory = () if self.memory is None or self.memory_norm is None else (self.memory, self.memory_norm)
+        return [self.embedding, *memory]
 
     def _new_draft_brick(self) -> DraftBrick:
         brick = DraftBrick(self.config)
@@ -361,7 +428,7 @@ class StandardTransformer(ExitModel):
                     nn.init.zeros_(module.bias)
         # Each branch adds to the residual stream; this scale keeps the sum from growing with depth (GPT-2).
         for end in (layer.attention.o_proj, layer.ffn.down_proj):
-            nn.init.normal_(end.weight, std=(2 * self.config.num_layers * end.in_features) ** -0.5)
+            nn.init.normal_(end.weight, std=(2 * max(1, self.config.num_layers) * end.in_features) ** -0.5)
 
 
 class DeepSupervisionTransformer(StandardTransformer):
@@ -385,7 +452,7 @@ class DeepSupervisionTransformer(StandardTransformer):
     ) -> None:
         super().__init__(vocab_size, dim, num_layers, num_heads, **options)
         self.policy = Policy.of(exit_layer, routing_threshold)
-        self.policy.check(num_layers)
+        self.check_policy(self.policy)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -435,10 +502,11 @@ def check_sizes(
         ("layers.0.ffn.gate_proj.weight", 0, names["hidden_dim"], c.ffn_size),
         *adapters,
         ("draft_brick.vocabulary", 0, "draft_vocabulary", c.draft_vocabulary),
+        ("memory.table", 0, "memory_rows", len(c.memory_orders) * c.memory_rows * MEMORY_HASHES),
     ]:
         shape = shapes.get(stored_name(native), ())
         if axis < len(shape) and shape[axis] != size:
             raise EaseError(f"{file} has {field} {size}, but the weights have {shape[axis]}: {fix}")
     # Fields whose tensor is absent are caught by the comparison of all tensors, which makes the layers without memory.
-    if not layers:
+    if not layers and c.num_layers:
         raise EaseError(f"{file} has {names['num_layers']} {c.num_layers}, but the weights have no layers: {fix}")

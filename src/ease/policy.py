@@ -36,7 +36,7 @@ class Policy:
     `ease.routing`.
 
     Args:
-        exits: layers, from shallow to deep, all below the last one.
+        exits: layers, from shallow to deep, all below the last one; 0 stands for embedding and memory.
         thresholds: one in (0, 1] per exit; a token leaves if its confidence is at least the threshold. With infinity no
             token leaves. An exit with threshold 0 does not route and is dropped.
         confidence: the confidence measure, a key of `ease.routing.confidence.MEASURES`.
@@ -73,8 +73,8 @@ class Policy:
         for threshold in thresholds:
             if not (0 <= threshold <= 1 or threshold == math.inf):
                 raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
-        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 1):
-            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1, got {list(exits)}")
+        if list(exits) != sorted(set(exits)) or (exits and exits[0] < 0):
+            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1 (0: embedding and memory), got {list(exits)}")
         routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
         object.__setattr__(self, "exits", tuple(e for e, _ in routing))
         object.__setattr__(self, "thresholds", tuple(t for _, t in routing))
@@ -137,8 +137,10 @@ class Policy:
         """The fields other than exits and thresholds that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self)[2:] if getattr(self, f.name) != f.default}
 
-    def check(self, num_layers: int) -> None:
+    def check(self, num_layers: int, first_exit: int = 0) -> None:
         """Raises `EaseError` if a model of `num_layers` layers has one of the exits not below its last layer."""
+        if self.exits and self.exits[0] < first_exit:
+            raise EaseError("exit_layer 0 needs a model with a memory: set memory_orders, or choose exits from 1 on")
         if self.exits and self.exits[-1] >= num_layers:
             raise EaseError(
                 f"exit_layer {self.exits[-1]} must lie below the last of the model's {num_layers} layers while "

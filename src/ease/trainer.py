@@ -93,7 +93,7 @@ class Trainer:
         """
         check_number("base_lr", base_lr, 0)
         check_number("weight_decay", weight_decay, 0)
-        self.config.check(model.num_layers)
+        self.config.check(model.num_layers, first_exit=model.first_exit)
         if model.config.outputs != self.vocab_size:
             raise EaseError(
                 f"the trainer is for {self.vocab_size} tokens and the model has {model.config.outputs}: "
@@ -111,7 +111,7 @@ class Trainer:
         *,
         state: Tensor | None = None,
         layout: Layout | None = None,
-        first: int = 1,
+        first: int = 0,
         step: Step | None = None,
         continued: dict[int, Tensor] | None = None,
         exit_losses: dict[int, Tensor] | None = None,
@@ -133,7 +133,7 @@ class Trainer:
         Raises:
             EaseError: x and y differ in shape, ids lie outside the vocabulary, or the model is too shallow.
         """
-        self.config.check(model.num_layers, first)
+        self.config.check(model.num_layers, first, model.first_exit)
         batch = Batch.of(Batch(x, y, active, state, layout=layout))
         model.check_ids(batch.x, model.config.vocab_size)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
@@ -144,7 +144,7 @@ class Trainer:
         model: ExitModel,
         batch: Batch,
         scored: int,
-        first: int = 1,
+        first: int = 0,
         step: Step | None = None,
         continued: Mapping[int, Tensor] = {},
     ) -> dict[str, float]:
@@ -234,7 +234,7 @@ class Trainer:
             )
             return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
         finally:
-            model.freeze_below(1)
+            model.freeze_below(0)
 
     def freeze(self, model: ExitModel, phase: Phase) -> None:
         """Freezes what a phase does not train."""
@@ -364,7 +364,7 @@ class Trainer:
         self,
         engine: Engine,
         batches: Batches,
-        first: int = 1,
+        first: int = 0,
         next_step: Callable[[], Step | None] = lambda: None,
         learned: int = 0,
     ) -> Iterator[TakenStep]:

@@ -146,7 +146,7 @@ def test_one_phase_is_plain_training(tiny: Make, text_data: Callable[..., Data])
     model = tiny(2)
     strategy = config((2, 1.0)).strategy()
     ((phase, _),) = train(model, strategy, text_data(2, 1))
-    assert phase.first == 1
+    assert phase.first == 0
     assert strategy.policy() == Policy()
 
 

@@ -193,7 +193,7 @@ def calibrate(
     """
     if not policy.exits:
         raise EaseError("the policy has no exits to calibrate: give a policy with exits")
-    policy.check(model.num_layers)
+    model.check_policy(policy)
     progress = progress or Progress()
     candidates = candidate_thresholds(Sequences(model, propose, policy).views)
     deciding, unseen = Sequences(model, decide, policy), Sequences(model, held_out, policy)

@@ -78,7 +78,7 @@ class Scores:
             "acc": self.correct.float().mean().item(),
             "shallow_ratio": 1 - shares[self.num_layers],
             # The original recipe's formula, for any number of exits: layers run over layers in the model.
-            "compute_cost": sum(share * layer for layer, share in shares.items()) / (depth or self.num_layers),
+            "compute_cost": sum(share * layer for layer, share in shares.items()) / (depth or self.num_layers or 1),
             "exit_shares": shares,
             "flops_per_token": self.flops / self.processed,
             "seconds": self.seconds,
@@ -163,7 +163,7 @@ def score(
         >>> routed.metrics()["ppl"], (routed.exits == 2).float().mean()
     """
     policy = policy or Policy()
-    policy.check(model.num_layers)
+    model.check_policy(policy)
     model = evaluation_view(model)
     device = next(model.parameters()).device if device is None else as_device(device)
     parts: list[Tensor] = []

@@ -172,7 +172,7 @@ def _real_tokens(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def _routing_policy(model: StandardTransformer) -> Policy:
     """The model's policy; refuses one without exits, or with exits that the model does not have."""
-    model.policy.check(model.num_layers)
+    model.check_policy(model.policy)
     if not model.policy.exits:
         raise EaseError(
             "the model's policy has no exits: set model.policy = ease.Policy(exits=(1,), thresholds=(0.9,)), or use "
@@ -202,8 +202,8 @@ def _check_drafting(
     if draft_confidence is not None and not 0 <= draft_confidence <= 1:
         raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
     if draft_exit != "auto":
-        if not 1 <= draft_exit < model.num_layers:
-            raise EaseError(f"draft_exit must lie in 1..{model.num_layers - 1}, got {draft_exit}")
+        if not model.first_exit <= draft_exit < model.num_layers:
+            raise EaseError(f"draft_exit must lie in {model.first_exit}..{model.num_layers - 1}, got {draft_exit}")
         if draft_source not in ("auto", "exit"):
             raise EaseError(f'draft_exit has no effect with draft_source "{draft_source}": omit one of them')
     if count_table is not None:
@@ -218,7 +218,7 @@ def _check_drafting(
 
 def _exits(model: StandardTransformer) -> tuple[int, ...]:
     """The exits that may draft; refuses a policy with exits that the model does not have."""
-    model.policy.check(model.num_layers)
+    model.check_policy(model.policy)
     return model.policy.exits or model.early_exits
 
 

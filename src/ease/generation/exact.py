@@ -138,7 +138,9 @@ def check(request: Request, drafts: Drafts, start: NDArray[np.int64], *, equal_l
     read = torch.cat((request.running[:, None], drafts.mask), 1)  # (B, K + 1) tokens that the pass reads
     if drafts.states is None:
         ids = torch.cat((request.current[:, None], drafts.tokens), 1)
-        states = model.run(model.embed(ids), 1, last, layout=Layout.of_padding(read), cache=request.cache)
+        layout = Layout.of_padding(read)
+        states = model.embed(ids, layout=layout, cache=request.cache)
+        states = model.run(states, 1, last, layout=layout, cache=request.cache)
     else:
         request.cache.resume(start, read.shape[1])
         states = model.run(drafts.states, drafts.exit + 1, last, active=read, cache=request.cache)
@@ -155,7 +157,7 @@ def check(request: Request, drafts: Drafts, start: NDArray[np.int64], *, equal_l
     if equal_lengths:
         counts = counts.clamp(max=int(counts[request.running].min()))
     # A confirmed draft left at the exit that drafted it; every other token is full decoding's.
-    drafted = (torch.arange(read.shape[1]) < leading[:, None]) & (drafts.exit > 0)
+    drafted = (torch.arange(read.shape[1]) < leading[:, None]) & (drafts.states is not None)
     exits = torch.where(drafted, drafts.exit, last)
     said = F.pad(torch.from_numpy(drafts.confidences), (0, 1))
     request.cache.cut(start + counts.numpy())

@@ -98,7 +98,7 @@ class EaseConfig(PreTrainedConfig):
                 "ease.ModelConfig in `model`"
             ) from error
         model.policy = Policy.of(self.exits, self.thresholds, **(self.policy_options or {}))
-        model.policy.check(model.num_layers)
+        model.check_policy(model.policy)
         model.trained_exits, model.stale_classifiers = set(self.trained_exits), set(self.stale_classifiers)
         return model
 

@@ -242,7 +242,7 @@ class EasePreTrainedModel(PreTrainedModel):
         if isinstance(threshold, Real):
             thresholds *= len(layers)
         policy = Policy.of(layers, thresholds, **self.model.policy.options)
-        policy.check(self.model.num_layers)
+        self.model.check_policy(policy)
         self.model.policy = policy
         self.config.exits = list(layers)
         self.config.thresholds = thresholds
@@ -320,13 +320,9 @@ class EasePreTrainedModel(PreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        if inputs_embeds is None and input_ids is not None:
-            ids, state = input_ids, self.model.embed(input_ids)
-        elif inputs_embeds is not None and input_ids is None:
-            ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-            state = self.model.embedded(inputs_embeds)
-        else:
+        if (given is None) or (input_ids is not None and inputs_embeds is not None):
             raise EaseError("give either input_ids (B, T) or inputs_embeds (B, T, D)")
+        ids = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device) if input_ids is None else input_ids
         prefix = cache if isinstance(cache, Prefix) else None
         cache = None if isinstance(cache, Prefix) else cache
         if cache is None:
@@ -340,6 +336,8 @@ class EasePreTrainedModel(PreTrainedModel):
         else:
             layout = cache.admit(ids, attention_mask, position_ids)
         columns, model = kept(ids, layout), self.model
+        place = {"layout": layout, "cache": None if cache is None else cache.native}
+        state = model.embed(ids, **place) if inputs_embeds is None else model.embedded(inputs_embeds, **place)
         if prefix is not None or (cache is None and (self.training or not self.policy.exits)):
             return full_pass(model, self.layer_run, state, layout, columns, output_hidden_states, prefix), None
         return routed_pass(model, ids, state, layout, columns, output_hidden_states, cache), cache

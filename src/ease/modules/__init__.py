@@ -10,6 +10,7 @@ from ease.modules.cached_plan import CachedPlan
 from ease.modules.decoding import decoding_layer
 from ease.modules.draft_brick import DraftBrick
 from ease.modules.ffn import FFN
+from ease.modules.memory import Memory, with_stored_tokens, with_tokens_before
 from ease.modules.norm import new_norm
 from ease.modules.plan import Plan
 from ease.modules.prefix import Prefix, PrefixPlan
@@ -21,6 +22,7 @@ __all__ = [
     "Cache",
     "CachedPlan",
     "DraftBrick",
+    "Memory",
     "Plan",
     "Prefix",
     "PrefixPlan",
@@ -28,4 +30,6 @@ __all__ = [
     "TransformerBlock",
     "decoding_layer",
     "new_norm",
+    "with_stored_tokens",
+    "with_tokens_before",
 ]

@@ -43,15 +43,19 @@ class Cache:
         rotary_dim: dimensions of a head that are rotated.
         like: a tensor (..., D) of the model's device and dtype.
         key: what the cache is for (mode and policy); `check` raises for any other use.
+        keeps_ids: whether the ids of the tokens are stored, which a memory reads.
 
     Attributes:
         keys, values: (L, B, H_kv, capacity, head_dim).
         states: (B, capacity, D), the current state of each token, or the one it left with.
+        ids: (B, capacity) ids of the tokens, if they are stored.
         length: (B,) tokens read so far.
         filled: (L, B) tokens with keys and values in that layer, at most `length`.
         slots: (B, T) places of the tokens of the current run.
+        real: (B, T) false where these are padding.
         ropes: attention kind -> the rotary factors of all places.
         planned: the last `CachedPlan` and what it was made from.
+        embedded: whether the tokens of the next run have their places already.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Cache:
         rotary_dim: int,
         like: Tensor,
         key: object = None,
+        keeps_ids: bool = False,
     ) -> None:
         self.blocks, self.capacity, self.key = blocks, capacity, key
         self.rotary_dim, self.ropes = rotary_dim, dict[AttentionKind, Rope]()
@@ -72,10 +77,13 @@ class Cache:
         self.keys = like.new_zeros(layers, rows, kv_heads, capacity, head_dim)
         self.values = like.new_zeros(layers, rows, kv_heads, capacity, head_dim)
         self.states = like.new_zeros(rows, capacity, dim)
+        self.ids = like.new_zeros(rows, capacity, dtype=torch.long) if keeps_ids else None
         self.length: Ints = np.zeros(rows, np.int64)
         self.filled: Ints = np.zeros((layers, rows), np.int64)
         self.slots: Ints = np.zeros((rows, 0), np.int64)
+        self.real: Bools = np.zeros((rows, 0), np.bool_)
         self.planned: tuple[object, Any] | None = None
+        self.embedded = False
 
     def rope(self, kind: AttentionKind) -> Rope:
         """The rotary factors, two tensors (1, 1, capacity, rotary_dim), of all places for layers of a kind."""
@@ -102,25 +110,30 @@ class Cache:
         """(B, T) the places, on the host, that the next tokens will get; `real` (B, T) is false for padding."""
         return torch.from_numpy(self.length)[:, None] + real.cpu().long().cumsum(1) - 1
 
-    def place(self, states: Tensor, real: Bools) -> None:
-        """Appends the real tokens of states (B, T, D) to their rows."""
+    def place(self, real: Bools) -> None:
+        """Gives the next tokens their places: the real ones (B, T) are appended to their rows."""
         length = self.length + real.sum(1)
         if length.max() > self.capacity:
             raise EaseError(
                 f"the cache has {self.capacity} places per row, but a row would need {length.max()}: make it larger"
             )
-        self.slots = self.length[:, None] + real.cumsum(1) - 1
+        self.slots, self.real = self.length[:, None] + real.cumsum(1) - 1, real
         self.length = length
-        if real.all() and all_equal(length):
-            self.states[:, length[0] - real.shape[1] : length[0]] = states
+
+    def store(self, stored: Tensor, values: Tensor) -> None:
+        """Writes values (B, T, ...) of the tokens that `place` appended into `stored` (B, capacity, ...)."""
+        length = self.length
+        if self.real.all() and all_equal(length):
+            stored[:, length[0] - self.real.shape[1] : length[0]] = values
             return
-        rows, cols = np.nonzero(real)
+        rows, cols = np.nonzero(self.real)
         places = self.tensor(rows * self.capacity + self.slots[rows, cols])
-        self.states.flatten(0, 1)[places] = states[self.tensor(rows), self.tensor(cols)]
+        stored.flatten(0, 1)[places] = values[self.tensor(rows), self.tensor(cols)]
 
     def resume(self, length: Ints, count: int) -> None:
         """Sets the tokens of the next run: the `count` tokens of each row after its first `length` (B,)."""
-        self.slots = length[:, None] + np.arange(count)
+        self.embedded = True
+        self.slots, self.real = length[:, None] + np.arange(count), np.ones((len(length), count), np.bool_)
 
     def cut(self, length: Ints | Tensor) -> None:
         """Removes all but the first `length` (B,) tokens of each row."""
@@ -132,12 +145,14 @@ class Cache:
         more = capacity - self.capacity
         self.keys, self.values = (F.pad(store, (0, 0, 0, more)) for store in (self.keys, self.values))
         self.states = F.pad(self.states, (0, 0, 0, more))
+        self.ids = None if self.ids is None else F.pad(self.ids, (0, more))
         self.ropes, self.capacity, self.planned = {}, capacity, None
 
     def select(self, rows: Ints) -> None:
         """Replaces the rows by those with these indices, which may repeat, as beam search requires."""
         index = self.tensor(rows)
         self.keys, self.values, self.states = self.keys[:, index], self.values[:, index], self.states[index]
+        self.ids = None if self.ids is None else self.ids[index]
         self.length, self.filled = self.length[rows], self.filled[:, rows]
 
     def tensor(self, index: Ints | Bools) -> Tensor:

@@ -140,7 +140,7 @@ def routed_forward(
             (n, ...) are concatenated in `ExitStep.read`. The logits of all tokens never exist at the same time.
         required: (B, T) tokens whose prediction the caller needs; the head at layer `last` is evaluated for no others.
         cache: keys and values of the tokens before `ids`, from `model.new_cache`.
-        state: (B, T, D) states before layer 1, instead of the embeddings of `ids`.
+        state: (B, T, D) states before layer 1, as `model.embed` gives them for `ids`, layout and cache.
         watch: called with the states (B, T, D) before layer 1 and after every layer that runs.
 
     Raises:
@@ -157,12 +157,12 @@ def routed_forward(
     decides = arrived & (arrived.flip(1).cumsum(1).flip(1) == 1) if by_row else arrived
     if cache is not None:
         cache.check(policy)
+    state, first = model.embed(ids, layout=layout, cache=cache) if state is None else state, 1
     positions = None
     if policy.by_position:
         default = torch.arange(ids.shape[1]).expand_as(ids) if layout is None else layout.host.positions
-        positions = to_device((default if cache is None else cache.next(real)).flatten(), ids.device)
+        positions = to_device((default if cache is None else torch.from_numpy(cache.slots)).flatten(), ids.device)
     required = None if required is None else required.cpu()
-    state, first = model.embed(ids) if state is None else state, 1
     if watch is not None:
         watch(state)
     if not bool(real.any()):
@@ -304,7 +304,7 @@ def route(
         if not exits and any(thresholds):
             raise EaseError("the model's policy has no exit: give exit_layer as well as routing_threshold")
         policy = Policy.of(exits, thresholds, **policy.options)
-    policy.check(model.num_layers)
+    model.check_policy(policy)
     ids, attention_mask = read_prompt(ids, attention_mask)
     model, device = evaluation_view(model), next(model.parameters()).device
     model.check_ids(ids, model.config.vocab_size)

@@ -60,7 +60,7 @@ class BrickConfig(PhaseOptions):
             batch = next(running_batches(data.val, next(model.parameters()).device))
             with torch.no_grad():
                 view = evaluation_view(model)
-                states = view.run(view.embed(batch.x), 1, model.num_layers, layout=batch.layout)
+                states = view.run(view.embed(batch.x, layout=batch.layout), 1, model.num_layers, layout=batch.layout)
             model.add_draft_brick(frequent[: shape.draft_vocabulary], states[batch.running])
         elif self.vocabulary not in (None, model.config.draft_vocabulary):
             raise EaseError(

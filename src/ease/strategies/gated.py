@@ -64,7 +64,7 @@ class GatedConfig(PhaseOptions):
             raise EaseError(f"first_share must lie in [0, 1), got {self.first_share}: the last phase needs a share")
         if not self.first_share and self.growth:
             raise EaseError("growth needs phases before the last: set first_share above 0")
-        if list(self.bricks) != sorted(set(self.bricks)) or min(self.bricks, default=1) < 1:
+        if list(self.bricks) != sorted(set(self.bricks)) or min(self.bricks, default=0) < 0:
             raise EaseError(f"growth must name depths below exit {self.exits[0]}, from shallow to deep")
         self.check_phases(len(self.bricks) + 1)
         self.gates()

@@ -39,7 +39,7 @@ class GrowthConfig(PhaseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
+        if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise EaseError(f"layers must name two or more depths, from shallow to deep, got {list(self.layers)}")
         shares = self.shares
         if shares and (len(shares) != len(self.layers) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):

@@ -45,7 +45,7 @@ class OpenGrowthConfig(PhaseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.shallow_layers < self.deep_layers:
+        if not 0 <= self.shallow_layers < self.deep_layers:
             raise EaseError(
                 f"deep_layers ({self.deep_layers}) must be more than shallow_layers ({self.shallow_layers}), at least 1"
             )

@@ -112,7 +112,7 @@ class Staged:
                 f"phase {self.done + 1} starts from {below.layers} layers but the model has {model.num_layers}: plan "
                 f"phase {max(1, self.done)} with {model.num_layers} layers (phase{max(1, self.done)}-layers of ASHEM)"
             )
-        first, batches, spent = 1, data.train, {}
+        first, batches, spent = 0, data.train, {}
         if self.done:
             first = model.num_layers + 1
             mined = MinedBatches(
@@ -134,7 +134,8 @@ class Staged:
     def _phase(self, plan: PhaseConfig, first: int, batches: Batches, data: Data, **options: Any) -> Phase:
         """The next phase: layers `first` and up learn from `batches`; validation routes at the exits mined so far."""
         self.done += 1
-        brick: Sequence[int] = range(first, plan.layers + 1) if plan.supervise == "every" else (plan.layers,)
+        every = range(min(max(1, first), plan.layers), plan.layers + 1)
+        brick: Sequence[int] = every if plan.supervise == "every" else (plan.layers,)
         config = TrainingConfig(
             layer_weights={layer: 1 / len(brick) for layer in brick},
             exit_layer=tuple(self.exits) or 1,

@@ -22,11 +22,11 @@ class StageConfig:
     """A contiguous run of layers, one brick, with a weight on the loss at every layer of it.
 
     Args:
-        layers: (first, last), counted from 1, both included.
+        layers: (first, last), counted from 1, both included; 0 stands for embedding and memory.
         loss_weight: weight of the loss at each of these layers; with 0 the exit's head is never evaluated.
 
     Raises:
-        EaseError: the layers are reversed or below 1.
+        EaseError: the layers are reversed or below 0.
     """
 
     layers: tuple[int, int]
@@ -39,8 +39,8 @@ class StageConfig:
         first, last = self.layers
         check_integer("the first layer of a stage", first, least=-(2**63))
         check_integer("the last layer of a stage", last, least=-(2**63))
-        if first < 1:
-            raise EaseError(f"stage layers {tuple(self.layers)}: layers are counted from 1")
+        if first < 0:
+            raise EaseError(f"stage layers {tuple(self.layers)}: layers are counted from 1 (0: embedding and memory)")
         if first > last:
             raise EaseError(f"stage layers {tuple(self.layers)} are reversed: write ({last}, {first})")
 
@@ -87,8 +87,8 @@ class TrainingConfig:
             for layer in range(stage.layers[0], stage.layers[1] + 1):
                 weights[layer] = weights.get(layer, 0.0) + stage.loss_weight
         weights = dict(sorted((self.layer_weights or weights).items()))
-        if any(layer < 1 for layer in weights):
-            raise EaseError(f"layer_weights names layer {min(weights)}: layers are counted from 1")
+        if any(layer < 0 for layer in weights):
+            raise EaseError(f"layer_weights names layer {min(weights)}: layers are counted from 1 (0: memory)")
         parts = [stage.loss_weight for stage in self.stages or ()] + list(weights.values())
         if any(not (w >= 0 and math.isfinite(w)) for w in parts):
             raise EaseError(f"loss weights must be finite and not negative, got {parts}: use 0 to leave a layer out")
@@ -113,7 +113,7 @@ class TrainingConfig:
     def policy(self) -> Policy:
         return Policy.of(self.exit_layer, self.routing_threshold)
 
-    def check(self, num_layers: int, first: int = 1) -> None:
+    def check(self, num_layers: int, first: int = 0, first_exit: int = 0) -> None:
         """Raises `EaseError` if a model of `num_layers` layers, of which `first` and up learn, does not fit."""
         deepest = max(self._weights)
         if deepest > num_layers:
@@ -131,7 +131,9 @@ class TrainingConfig:
                 f"the selection chooses at exit {min(self.selection.keep)}, in the frozen trunk below layer {first}, "
                 "which runs all tokens: choose an exit from there up, or mine the tokens (ease.MinedBatches)"
             )
-        self.policy.check(num_layers)
+        if min(self.weights) < first_exit:
+            raise EaseError("the loss at layer 0 needs a model with a memory: set memory_orders, or leave layer 0 out")
+        self.policy.check(num_layers, first_exit)
 
     def describe(self) -> str:
         """A description in a few lines of text."""

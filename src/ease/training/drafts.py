@@ -43,7 +43,7 @@ def draft_pass(model: StandardTransformer, batch: Batch, length: int) -> DraftPa
     model.check_ids(batch.x, model.config.vocab_size)
     batch = batch.to(next(model.parameters()).device)
     with torch.no_grad():
-        embeddings = model.embed(batch.x)
+        embeddings = model.embed(batch.x, layout=batch.layout)
         states = model.run(embeddings, 1, model.num_layers, layout=batch.layout)
     segments, layout = torch.zeros_like(batch.x), None
     if batch.layout is not None:

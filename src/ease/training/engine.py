@@ -13,7 +13,7 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.interface import Batch, ExitModel
 from ease.training.execution import Execution
-from ease.training.optimizer import parameters_of
+from ease.training.optimizer import clip_gradients, parameters_of
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 
@@ -116,7 +116,7 @@ class Engine:
                 sums[layer] = sums.get(layer, 0) + value * (scored / total)
         self.scaler.unscale_(self.optimizer)
         # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
-        norm = torch.nn.utils.clip_grad_norm_(self.learning(), GRAD_CLIP)
+        norm = clip_gradients(self.learning(), GRAD_CLIP)
         # The only wait for the device in a step.
         length, *means = torch.stack([part.to(loss) for part in (norm, *sums.values())]).tolist()
         exits = dict(zip(sums, means, strict=True))

@@ -42,7 +42,7 @@ def lessons(model: StandardTransformer, batches: Batches, exits: Sequence[int]) 
     device, last = next(model.parameters()).device, model.num_layers
     for item in re_iterable(batches):
         batch = Batch.of(item).to(device)
-        state, first = model.embed(batch.x), 1
+        state, first = model.embed(batch.x, layout=batch.layout), 1
         at_exit: dict[int, Tensor] = {}
         for exit in (*exits, last):
             state = model.run(state, first, exit, layout=batch.layout)
@@ -123,7 +123,7 @@ def learn_agreement(
     Raises:
         EaseError: no exit is given, or one is not below the last layer, or no token is scored.
     """
-    Policy.of(tuple(exits), (1.0,) * len(exits)).check(model.num_layers)
+    model.check_policy(Policy.of(tuple(exits), (1.0,) * len(exits)))
     if not exits:
         raise EaseError("no exit to learn the agreement of: name one or more")
     weights, losses = fit_classifiers(model, lessons(model, batches, exits), "agreement", steps=steps, decay=decay)

@@ -317,7 +317,7 @@ class MinedBatches:
             elif batch.state is None:  # no token left before, so no head has to be evaluated again
                 moved = batch.to(next(model.parameters()).device)
                 with torch.no_grad():
-                    state = model.run(model.embed(moved.x), 1, self.layer, layout=moved.layout)
+                    state = model.run(model.embed(moved.x, layout=moved.layout), 1, self.layer, layout=moved.layout)
                 running = batch._replace(active=None).running
                 flops = run_flops(model.config, self.layer, running, batch.layout)
                 batch = batch._replace(state=state, flops=flops)

@@ -4,6 +4,10 @@ An update of a parameter in half precision is lost if it is smaller than the spa
 bfloat16 starts at 1, where the spacing is 2^-7, and AdamW moves it by about the learning rate. The optimizer therefore
 updates float32 copies (master weights, Micikevicius et al. 2018, arXiv:1710.03740, section 3.1) and rounds them into
 the model after every step.
+
+The table of a memory has a sparse gradient: a step updates the rows that it read and no others, each divided by the
+root of the mean square of its gradients (Adam's second moment with one number per row, as in Adafactor, Shazeer and
+Stern 2018, arXiv:1804.04235), without momentum and weight decay.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 from ease.interface import ExitModel
 
 MASTER = "master"  # key of a float32 copy in the optimizer's state
+ROW_DECAY = 0.95  # of the mean square of a row's gradients, per step that reads the row
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -51,13 +56,30 @@ class MasterAdamW(torch.optim.AdamW):
         for copy, p in self._copies:
             copy.data = torch.where(copy.to(p) == p, copy.to(p.device), p.float())
             copy.grad = None if p.grad is None else p.grad.float()
+        sparse = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if is_sparse(p.grad)]
+        for p, gradient, group in sparse:
+            self._step_rows(p, gradient.coalesce(), group["lr"], group["eps"])
+            p.grad = None  # `AdamW.step` refuses sparse gradients
         super().step()
+        for p, gradient, _ in sparse:
+            p.grad = gradient
         for copy, p in self._copies:
             copy.grad = None
             if copy in self.state:  # AdamW has no state of a parameter that never had a gradient
                 p.copy_(copy)
                 self.state[copy][MASTER] = copy
         return loss
+
+    def _step_rows(self, p: Tensor, gradient: Tensor, lr: float, eps: float) -> None:
+        """Updates the rows of p (N, D) that a coalesced sparse gradient names."""
+        rows, values, state = gradient.indices()[0], gradient.values(), self.state[p]
+        if not state:
+            state["square"], state["step"] = p.new_zeros(len(p)), p.new_zeros(len(p))
+        square = state["square"][rows].mul_(ROW_DECAY).add_(values.square().mean(1), alpha=1 - ROW_DECAY)
+        steps = state["step"][rows] + 1
+        state["square"][rows], state["step"][rows] = square, steps
+        scale = (square / (1 - ROW_DECAY**steps)).sqrt_().add_(eps)
+        p.index_add_(0, rows, values / scale[:, None], alpha=-lr)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -86,14 +108,33 @@ def parameter_groups(
         Groups for an optimizer; the first is the decayed one with the highest rate.
     """
     factors = {p: scale for layer, scale in scales.items() for p in model.parameters_of(layer)}
+    tables = set(model.memory_tables())
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault((p.ndim >= 2, factors.get(p, 1.0)), []).append(p)
+            groups.setdefault((p.ndim >= 2 and p not in tables, factors.get(p, 1.0)), []).append(p)
     return [
         {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decayed else 0.0}
         for (decayed, factor), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
+
+
+def is_sparse(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.is_sparse
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales the gradients of `parameters` so that their norm is at most `limit`, and returns the norm before."""
+    dense = []
+    for p in parameters:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+        dense.append(p.grad.values() if p.grad.is_sparse else p.grad)
+    norm = torch.nn.utils.get_total_norm(dense)
+    torch._foreach_mul_(dense, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

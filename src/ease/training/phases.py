@@ -67,7 +67,7 @@ class Phase:
     train: Batches
     val: Batches
     options: PhaseOptions = field(default_factory=PhaseOptions)
-    first: int = 1
+    first: int = 0
     exits: Sequence[int] = ()
     freeze_head: bool = True
     restore_best: bool = True

@@ -169,7 +169,7 @@ class LearnedGate:
 def check_keep(keep: Mapping[int, float], deepest: int) -> None:
     """Raises `EaseError` for exits at or above layer `deepest`, and for shares outside (0, 1]."""
     for exit, share in keep.items():
-        if not 1 <= exit < deepest:
+        if not 0 <= exit < deepest:
             raise EaseError(f"the selection names exit {exit}: choose one below layer {deepest}, the last with a loss")
         if not 0 < share <= 1:
             raise EaseError(f"the share of tokens that continue past exit {exit} must lie in (0, 1], got {share}")

@@ -19,7 +19,7 @@ def step_loss(
     model: ExitModel,
     config: TrainingConfig,
     batch: Batch,
-    first: int = 1,
+    first: int = 0,
     step: Step | None = None,
     continued: dict[int, Tensor] | None = None,
     exit_losses: dict[int, Tensor] | None = None,
@@ -44,9 +44,9 @@ def step_loss(
     learns = torch.is_grad_enabled()
     device, on_host = next(model.parameters()).device, batch
     batch = batch.to(device)
-    at = 0 if batch.state is None else first - 1
-    with torch.set_grad_enabled(learns and first == 1):
-        state = model.embed(batch.x) if batch.state is None else batch.state
+    at = 0 if batch.state is None else max(0, first - 1)
+    with torch.set_grad_enabled(learns and first == 0):
+        state = model.embed(batch.x, layout=batch.layout) if batch.state is None else batch.state
     terms: list[Term] = []
     masks: list[Tensor] = []  # (B, T) the scored tokens of each term, where `on_host` is
     auxiliary: list[Tensor] = []
@@ -94,7 +94,7 @@ def step_flops(
     config: TrainingConfig,
     batch: Batch,
     scored: int,
-    first: int = 1,
+    first: int = 0,
     step: Step | None = None,
     continued: Mapping[int, Tensor] = {},
 ) -> dict[str, float]:
@@ -111,13 +111,13 @@ def step_flops(
     weights, skip = step or Step(config.weights)
     shape, last, teacher = model.config, model.num_layers, config.objective.teacher
     deepest = last if teacher else max(weights)
-    trunk = run_flops(shape, min(first - 1, deepest), batch._replace(active=None).running, batch.layout)
+    trunk = run_flops(shape, min(max(0, first - 1), deepest), batch._replace(active=None).running, batch.layout)
     # A frozen head passes a gradient on but needs none of its own.
     factor = 3 if model.output_head.weight.requires_grad else 2
     training: float = 0
-    below = 0
+    below = -1
     for exit in [*continued, deepest]:
-        layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(first, below + 1), exit + 1))
+        layers = sum(1 - skip.get(layer, 0.0) for layer in range(max(1, first, below + 1), exit + 1))
         training += 3 * layers * run_flops(shape, 1, batch.running, batch.layout)
         heads = scored
         if exit in continued:
@@ -139,4 +139,4 @@ def pause_layers(at: int, first: int, exits: Iterable[int], skip: Iterable[int])
     """
     exits, skip = set(exits), set(skip)
     pauses = exits | skip | {layer - 1 for layer in skip} | {first - 1}
-    return sorted(layer for layer in pauses if at < layer <= max(exits))
+    return sorted(layer for layer in pauses if at < layer <= max(exits) or layer == at == 0)

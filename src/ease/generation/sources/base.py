@@ -36,9 +36,9 @@ class Drafts(NamedTuple):
     confidences: NDArray[np.float64]
     """(B, K) the source's confidence in each draft, on the host."""
     exit: int = 0
-    """The layer up to which current tokens and drafts have run; 0 if the source needed no layer."""
+    """The layer up to which current tokens and drafts have run."""
     states: Tensor | None = None
-    """(B, K + 1, D) states after that layer; None for layer 0."""
+    """(B, K + 1, D) states after that layer; None if the source did not run the model."""
     distributions: Sequence[tuple[Tensor, Tensor]] = ()
     """Per place, the rows (B,) with a drawn token, on the host, and the probabilities (n, V) that these were drawn
     from; empty where the source always offers the same token in the same place."""

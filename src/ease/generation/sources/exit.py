@@ -39,7 +39,8 @@ class ExitSource(Source):
         confidences: list[NDArray[np.float64]] = []
         while True:
             layout = Layout.of_padding(running[:, None])
-            state = model.run(model.embed(current[:, None]), 1, self.exit, layout=layout, cache=request.cache)
+            state = model.embed(current[:, None], layout=layout, cache=request.cache)
+            state = model.run(state, 1, self.exit, layout=layout, cache=request.cache)
             states.append(state)
             asked = running & (limits > len(tokens))
             if not bool(asked.any()):
