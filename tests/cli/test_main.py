@@ -25,6 +25,7 @@ from ease.runs.store import load_model
 RECIPES = [
     *("demo", "standard", "deep", "deep-supervision", "ashem", "staged", "tune", "layerskip"),
     *("brick", "discriminative", "early-exit", "open-growth", "growth", "gated"),
+    *("memory", "ashem-memory", "growth-memory"),
 ]
 
 

@@ -133,6 +133,7 @@ def check(setting: Setting, folder: Path, lives: list[Killer]) -> None:
 SHORT = {"lr": 3e-3, "max_epochs": 3, "schedule": "cosine", "warmup": 0.1}
 STRATEGIES: dict[str, Any] = {
     "ashem": ease.ASHEMConfig(phase1_max_epochs=3, phase2_max_epochs=3, phase2_lr=3e-3, schedule="cosine"),
+    "ashem, on a memory": ease.ASHEMConfig(phase1_layers=0, phase1_max_epochs=3, phase2_max_epochs=3, phase2_lr=3e-3),
     "ashem, as the seed did": ease.ASHEMConfig(phase1_max_epochs=2, phase2_max_epochs=2, protocol="original"),
     "n-stage": ease.StagedConfig(
         tuple(PhaseConfig(layers=n, ratio=r, supervise="every", **SHORT) for n, r in ((1, 1.0), (2, 0.5), (3, 0.3))),
@@ -156,7 +157,10 @@ STRATEGIES: dict[str, Any] = {
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_ends_the_same(name: str, text: torch.Tensor, tmp_path: Path) -> None:
     config = STRATEGIES[name]
-    make = lambda: (small(config.num_layers or 3), config.strategy(), data_of(text))  # noqa: E731
+    depth, shape = 3 if config.num_layers is None else config.num_layers, {}
+    if not depth:
+        shape = {"memory_orders": (2, 3), "memory_rows": 50}
+    make = lambda: (small(depth, **shape), config.strategy(), data_of(text))  # noqa: E731
     check(make, tmp_path, [Killer(2), Killer(1, "epoch"), Killer(0), Killer(7), Killer(0, "epoch"), Killer(4)])
 
 

@@ -47,7 +47,7 @@ def test_core_options_become_a_policy(exit_layer: Any, threshold: Any, exits: An
         ((1, 2, 3), (0.5, 0.5), "give one threshold per exit"),
         ((2, 1), (0.5, 0.5), "from shallow to deep"),
         ((1, 1), (0.5, 0.5), "from shallow to deep"),
-        (0, 0.5, "counted from 1"),
+        (-1, 0.5, "counted from 1"),
         ((-1, 2), (0.5, 0.5), "counted from 1"),
     ],
 )

@@ -45,8 +45,8 @@ class Generation:
     tokens: Tensor
     """(B, N) ids; 0 after the end of a row."""
     exits: Tensor
-    """(B, N) the exit that predicted each token; 0 after the end of a row. In exact mode the exit that drafted it, and
-    the last one for tokens that no exit drafted or that replaced a draft."""
+    """(B, N) the exit that predicted each token; after the end of a row 0, or -1 in a model with exit 0. In exact mode
+    the exit that drafted it, and the last one for tokens that no exit drafted or that replaced a draft."""
     confidences: Tensor
     """(B, N) the confidence of that exit."""
     stats: dict[str, Any]
@@ -159,7 +159,7 @@ def generate(
     stats = _timing(request, start, prefilled, end)
     if mode == "exact":
         stats |= _draft_stats(drafts, request.num_generated - len(ids))
-    return Generation(*_padded(request.answers), stats)
+    return Generation(*_padded(request.answers, model.first_exit - 1), stats)
 
 
 def _real_tokens(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -276,10 +276,10 @@ def bytes_per_token(model: StandardTransformer) -> int:
     return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
 
 
-def _padded(answers: list[list[Token]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, exits, and confidences (B, N) of the answers, each row padded with zeros."""
+def _padded(answers: list[list[Token]], no_exit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, exits, and confidences (B, N) of the answers, each row padded: exits with `no_exit`, others with zeros."""
     shape = len(answers), max(map(len, answers))
-    tokens, exits = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    tokens, exits = torch.zeros(shape, dtype=torch.long), torch.full(shape, no_exit)
     confidences = torch.zeros(shape)
     for row, answer in enumerate(answers):
         for column, token in enumerate(answer):

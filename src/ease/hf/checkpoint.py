@@ -3,12 +3,13 @@
 - What the native model cannot hold exactly is refused by name: every key of config.json is known or refused, and so
   is every tensor. No code of a checkpoint is run, and no pickle is opened.
 - A folder that ease writes is a stock checkpoint. What only ease uses (parameters of the exits below the last, the
-  draft brick, and the policy) is in its subfolder `ease/`, which stock tools ignore.
+  draft brick, the memory, and the policy) is in its subfolder `ease/`, which stock tools ignore.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -150,7 +151,7 @@ def read_configuration(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None
         # The two formats name the remaining fields of the policy differently.
         policy_options = (saved.get("policy_options") if native else saved.get("options")) or {}
         policy = Policy.of(saved["exits"], saved["thresholds"], **policy_options)
-        policy.check(config.num_layers)
+        policy.check(config.num_layers, config.first_exit)
         calibration = dict(saved.get("calibration") or {})
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
@@ -201,8 +202,10 @@ def save_pretrained(
 ) -> None:
     """Saves a model so that stock `AutoModelForCausalLM.from_pretrained` loads it with the same final-exit logits.
 
+    No stock model has a memory (`memory_orders`): there the logits are those without it, and a warning says so.
+
     The folder appears whole or not at all. Weights above 5 GB are sharded. What a stock checkpoint has no place for
-    (exits, policy, dropout) is in its subfolder `ease/`, from which `from_pretrained` restores it.
+    (exits, memory, policy, dropout) is in its subfolder `ease/`, from which `from_pretrained` restores it.
 
     Args:
         model: the model.
@@ -224,6 +227,14 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     hub = require("huggingface_hub", "hf")
+    if not model.num_layers:
+        raise EaseError("the model has no layers, and a stock model needs one: grow it first, or save its run folder")
+    if model.config.memory_orders:
+        warnings.warn(
+            "no stock model has a memory: it is in the subfolder ease/, and the exported model gives other logits in "
+            "stock transformers than in ease",
+            stacklevel=2,
+        )
     policy = model.policy
     reads = [*reads, *([tokenizer] if isinstance(tokenizer, str | os.PathLike) else [])]
     with output_folder(Path(folder), overwrite, reads=reads) as partial:

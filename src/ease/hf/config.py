@@ -396,6 +396,8 @@ def _explicit(config: ModelConfig) -> ModelConfig:
         classifier_exits=(),
         draft_brick=False,
         draft_vocabulary=None,
+        memory_orders=(),
+        memory_rows=ModelConfig.memory_rows,
         max_positions=None,
     )
 

@@ -90,7 +90,7 @@ class Pass(NamedTuple):
     logits: Tensor
     """(B, K, V) logits of the kept columns."""
     exits: Tensor | None = None
-    """(B, T) the layer at which each token left, 0 for padding; None for a pass at full depth."""
+    """(B, T) the layer at which each token left; for padding 0, or -1 in a model with exit 0; None at full depth."""
     hidden_states: tuple[Tensor, ...] | None = None
     """(B, T, D) states before layer 1 and after each layer, the last one normalized for the head; None if not asked
     for. A token that has left keeps its state."""
@@ -168,7 +168,7 @@ def routed_pass(
         return chunk[:, :0]
 
     real = torch.ones(B, T, dtype=torch.bool) if layout is None else layout.host.real
-    exits = real * model.num_layers
+    exits = torch.where(real, model.num_layers, model.first_exit - 1)
     for step in routed_forward(
         model,
         ids,

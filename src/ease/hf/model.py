@@ -65,8 +65,8 @@ class EaseOutput(CausalLMOutputWithPast):
     """The output of transformers' causal models, with the exits of a routed pass.
 
     Args:
-        exits: (B, T), the layer at which each token left, 0 for padding; None at full depth. With a cache, T counts the
-            tokens of this call, as in `logits`.
+        exits: (B, T), the layer at which each token left; for padding 0, or -1 in a model with exit 0; None at full
+            depth. With a cache, T counts the tokens of this call, as in `logits`.
     """
 
     exits: Tensor | None = None

@@ -65,7 +65,7 @@ def stock_name(name: str, config: ModelConfig) -> str | None:
     """The name of a native parameter in a stock checkpoint; None for what only ease has."""
     if name == f"exit_norms.{config.num_layers - 1}.weight":
         return NORM
-    if name.startswith(("exit_", "draft_brick.")):
+    if name.startswith(("exit_", "draft_brick.", "memory")):
         return None
     present = tuple(kind for kind in ("pre_norms", "post_norms") if getattr(config, kind))
     norms = {f".{native}.": f".{stock}." for native, stock in NORM_NAMES[present].items()}
@@ -86,7 +86,7 @@ def stock_parts(model: StandardTransformer, model_type: str) -> tuple[dict[str, 
         model_type: the family of the stock model.
 
     Returns:
-        Name of a stored tensor -> the native parameters that are its rows, and the tensors of exits and of the draft
+        Name of a stored tensor -> the native parameters that are its rows, and the tensors of exits, memory and draft
         brick, which stock models do not have.
     """
     stock: dict[str, list[str]] = {}

@@ -261,7 +261,7 @@ class Routed(NamedTuple):
     logits: Tensor
     """(B, T, V) logits of the exit that each token took."""
     exits: Tensor
-    """(B, T) that exit; 0 for padding."""
+    """(B, T) that exit; for padding 0, or -1 in a model with exit 0."""
     confidences: Tensor
     """(B, T) its confidence."""
 
@@ -311,7 +311,7 @@ def route(
     ids = to_device(ids, device)
     layout = None if attention_mask is None else Layout.from_attention_mask(attention_mask).to(device)
     logits = model.new_logits(*ids.shape)
-    left_at = torch.zeros(ids.shape, dtype=ids.dtype, device=device)
+    left_at = torch.full(ids.shape, model.first_exit - 1, dtype=ids.dtype, device=device)
     confidences = torch.zeros(ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for step in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk):
         if step.read is not None:

@@ -24,6 +24,8 @@ class ShapeConfig:
         hidden_dim: gated units of the feed-forward network; None means 8/3 of `dim`.
         dropout: dropout probability on the output of each branch.
         tie_embeddings: use the embedding matrix as the output head.
+        memory_orders: lengths of the n-grams that the memory, brick 0, has rows for; empty means no memory.
+        memory_rows: rows of the memory per order.
     """
 
     dim: int = 128
@@ -32,6 +34,8 @@ class ShapeConfig:
     hidden_dim: int | None = None
     dropout: float = 0.0
     tie_embeddings: bool = False
+    memory_orders: tuple[int, ...] = ()
+    memory_rows: int = 32_768
 
     def __post_init__(self) -> None:
         check_fields(self)
