@@ -25,6 +25,8 @@ class Scale:
     """Depths of the standard models; the first is phase 1's, after which tokens may exit."""
     deep: int = 2
     """Layers of the models with an early exit."""
+    memory: bool = False
+    """Whether the lines with a memory are trained, in place of most strategies without one."""
     more: Mapping[str, Line] = field(default_factory=dict)
     """Lines in addition to every strategy."""
 
@@ -39,6 +41,7 @@ SCALES = {
     "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
     "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2)),
     "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4)),
+    "s-memory": Scale(sizes(48, 2e12, (1e-2, 2e-2), mine_epochs=4), memory=True),
     "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
     "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
     "words": Scale({"lrs": (1e-2,)}, None, depths=(2, 3, 4), deep=4, more=wikitext_words.VARIANTS),

@@ -9,6 +9,7 @@ from experiments.harness.line import BASE, CONTINUED, Line, Trial, baselines, gr
 from experiments.harness.measuring import Report
 from experiments.harness.running import Experiment
 from experiments.strategies.classifier_exits import classifier_exits
+from experiments.tiers import memory
 from experiments.tiers.scales import SCALES, Scale, make_lab
 
 CLASSIFIER_EXITS = ("ASHEM", "early exit", "stacking, with exit", "open growth", "tuned exit")
@@ -31,6 +32,12 @@ def experiment(name: str, data: str, command: str, allow_overlap: bool = False) 
 
 def strategies(scale: Scale) -> dict[str, Line]:
     """The baselines and every strategy, the most informative first and each line after the one that it starts from."""
+    plain = every_strategy(scale)
+    return memory.lines(plain, scale.depths[0], scale.deep) if scale.memory else plain
+
+
+def every_strategy(scale: Scale) -> dict[str, Line]:
+    """The lines without a memory."""
     brick, deep, most = scale.depths[0], scale.deep, scale.depths[-1]
     joint = {"num_layers": deep, "exit_layer": brick, "routing_threshold": 0.0}
     opened = {"shallow_layers": brick, "deep_layers": deep}
