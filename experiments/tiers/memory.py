@@ -1,4 +1,4 @@
-"""Lines with a memory, brick 0, beside the same lines without: what tables cost nothing, and what bricks add to them."""
+"""Lines with a memory, brick 0, beside lines without: what tables give at no FLOPs, and what bricks add to them."""
 
 from __future__ import annotations
 
@@ -61,5 +61,3 @@ def ashem(layers: int, trial: Trial) -> ease.ASHEMConfig:
     return ease.ASHEMConfig(
         phase1_layers=0, phase2_layers=layers, mine_epochs=trial.lab.mine_epochs, seed=trial.seed, **own, **options
     )
-
-

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ease.interface import Layout
+from ease.interface import ExitModel, Layout
 from ease.model_config import ModelConfig
 
 
@@ -61,6 +61,24 @@ def draft_flops(config: ModelConfig, running: Tensor, length: int) -> int:
 def draft_head_flops(config: ModelConfig, tokens: int) -> int:
     """The head's rows for the draft vocabulary, evaluated for `tokens` tokens."""
     return 2 * tokens * config.dim * (config.draft_vocabulary or 0)
+
+
+def parameters_read(model: ExitModel) -> dict[str, int]:
+    """What a pass at full depth reads for one token: all parameters but the other rows of embedding and memory.
+
+    Returns:
+        "parameters": their number, "bytes": their size, and "memory": the part of their number that is in the memory.
+    """
+    c = model.config
+    memory = len(c.memory_orders) * c.dim
+    unread = c.memory_size - memory + (0 if c.tie_embeddings else (c.vocab_size - 1) * c.dim)
+    every = list(model.parameters())
+    size = every[0].element_size()
+    return {
+        "parameters": sum(p.numel() for p in every) - unread,
+        "bytes": sum(p.numel() * p.element_size() for p in every) - unread * size,
+        "memory": memory,
+    }
 
 
 def full_depth_flops(config: ModelConfig, seq_len: int) -> float:

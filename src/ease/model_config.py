@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -373,3 +375,60 @@ class RopeScaling:
         """The index of the pair, of dim / 2, that turns `turns` times within the original context."""
         assert self.original_max_position is not None
         return dim * math.log(self.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sizes of stored weights
+
+
+def check_sizes(
+    config: ModelConfig,
+    shapes: Mapping[str, Sequence[int]],
+    file: object,
+    fix: str,
+    *,
+    stored_name: Callable[[str], str] = lambda name: name,
+    fields: Mapping[str, str] = {},
+) -> None:
+    """Compares a configuration with the shapes of stored weights, before a module of that size is made.
+
+    A number in a JSON file costs nothing to write and may ask for more layers or memory than any machine has; the
+    header of a weights file cannot, since its shapes have to add up to the size of the file.
+
+    Args:
+        config: the configuration.
+        shapes: name of a stored tensor -> its shape.
+        file: the file of the configuration, for messages.
+        fix: what the message of an error recommends.
+        stored_name: native name of a parameter -> its name in `shapes`.
+        fields: name of a field of `ModelConfig` -> its name in `file`, where that differs.
+
+    Raises:
+        EaseError: a field does not fit the weights; the message names file, field and fix.
+    """
+    c = config
+    names = {field: fields.get(field, field) for field in ("num_layers", "vocab_size", "dim", "hidden_dim")}
+    heads, kv_heads = (f"{fields.get(n, n)} x head_dim" for n in ("num_heads", "num_kv_heads"))
+    layers = {int(hit[1]) for name in shapes if (hit := re.search(r"(?:^|\.)layers\.([0-9]{1,18})\.", name))}
+    if layers and c.num_layers != max(layers) + 1:
+        raise EaseError(
+            f"{file} has {names['num_layers']} {c.num_layers}, but the weights have {max(layers) + 1} layers: {fix}"
+        )
+    adapters = [(f"exit_adapters.{exit}.up_proj.weight", 0, "adapter_dim", c.adapter_dim) for exit in c.adapter_exits]
+    for native, axis, field, size in [
+        ("embedding.weight", 0, names["vocab_size"], c.vocab_size),
+        ("embedding.weight", 1, names["dim"], c.dim),
+        ("output_head.weight", 0, names["vocab_size"] if c.num_labels is None else "num_labels", c.outputs),
+        ("layers.0.attention.q_proj.weight", 0, heads, c.num_heads * c.head_size),
+        ("layers.0.attention.k_proj.weight", 0, kv_heads, c.kv_heads * c.head_size),
+        ("layers.0.ffn.gate_proj.weight", 0, names["hidden_dim"], c.ffn_size),
+        *adapters,
+        ("draft_brick.vocabulary", 0, "draft_vocabulary", c.draft_vocabulary),
+        ("memory.table", 0, "memory_rows", len(c.memory_orders) * c.memory_rows * MEMORY_HASHES),
+    ]:
+        shape = shapes.get(stored_name(native), ())
+        if axis < len(shape) and shape[axis] != size:
+            raise EaseError(f"{file} has {field} {size}, but the weights have {shape[axis]}: {fix}")
+    # Fields whose tensor is absent are caught by the comparison of all tensors, which makes the layers without memory.
+    if not layers and c.num_layers:
+        raise EaseError(f"{file} has {names['num_layers']} {c.num_layers}, but the weights have no layers: {fix}")

@@ -74,7 +74,10 @@ class Policy:
             if not (0 <= threshold <= 1 or threshold == math.inf):
                 raise EaseError(f"routing_threshold must lie in [0, 1], got {threshold}")
         if list(exits) != sorted(set(exits)) or (exits and exits[0] < 0):
-            raise EaseError(f"exit_layer must name layers from shallow to deep, counted from 1 (0: embedding and memory), got {list(exits)}")
+            raise EaseError(
+                "exit_layer must name layers from shallow to deep, counted from 1 (0: embedding and memory), got "
+                f"{list(exits)}"
+            )
         routing = [(e, t) for e, t in zip(exits, thresholds, strict=True) if t > 0]
         object.__setattr__(self, "exits", tuple(e for e, _ in routing))
         object.__setattr__(self, "thresholds", tuple(t for _, t in routing))

@@ -120,7 +120,10 @@ def complete(
     eos = -1 if task.eos is None else task.eos
     mode = mode if model.policy.exits else "full"
     result = generate(model, x, max_new_tokens, mode, attention_mask=layout.real, stop=eos)
-    rows = [tokens[(exits >= model.first_exit) & (tokens != eos)].tolist() for tokens, exits in zip(result.tokens, result.exits)]
+    rows = [
+        tokens[(exits >= model.first_exit) & (tokens != eos)].tolist()
+        for tokens, exits in zip(result.tokens, result.exits)
+    ]
     return [task.tokenizer.decode(row) for row in rows]
 
 

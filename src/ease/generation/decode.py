@@ -277,7 +277,7 @@ def bytes_per_token(model: StandardTransformer) -> int:
 
 
 def _padded(answers: list[list[Token]], no_exit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, exits, and confidences (B, N) of the answers, each row padded: exits with `no_exit`, others with zeros."""
+    """Tokens, exits, and confidences (B, N) of the answers, padded with zeros, exits with `no_exit`."""
     shape = len(answers), max(map(len, answers))
     tokens, exits = torch.zeros(shape, dtype=torch.long), torch.full(shape, no_exit)
     confidences = torch.zeros(shape)

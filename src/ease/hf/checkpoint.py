@@ -44,7 +44,8 @@ from ease.hf.weights import (
     without_prefix,
 )
 from ease.model_config import ModelConfig
-from ease.models import DeepSupervisionTransformer, StandardTransformer, check_sizes
+from ease.model_config import check_sizes
+from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.storage import check_fingerprint, output_folder, write_json
 

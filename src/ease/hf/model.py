@@ -336,8 +336,11 @@ class EasePreTrainedModel(PreTrainedModel):
         else:
             layout = cache.admit(ids, attention_mask, position_ids)
         columns, model = kept(ids, layout), self.model
-        place = {"layout": layout, "cache": None if cache is None else cache.native}
-        state = model.embed(ids, **place) if inputs_embeds is None else model.embedded(inputs_embeds, **place)
+        native = None if cache is None else cache.native
+        if inputs_embeds is None:
+            state = model.embed(ids, layout=layout, cache=native)
+        else:
+            state = model.embedded(inputs_embeds, layout=layout, cache=native)
         if prefix is not None or (cache is None and (self.training or not self.policy.exits)):
             return full_pass(model, self.layer_run, state, layout, columns, output_hidden_states, prefix), None
         return routed_pass(model, ids, state, layout, columns, output_hidden_states, cache), cache

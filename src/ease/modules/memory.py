@@ -42,7 +42,7 @@ class Memory(nn.Module):
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Tokens (..., reach + 1), the newest first, -> rows of the table (..., orders, HASHES)."""
-        state, found = torch.zeros_like(tokens[..., 0]), []
+        state, found = torch.zeros_like(tokens[..., 0]), list[Tensor]()
         for length, token in enumerate(tokens.unbind(-1), 1):
             state = (state + token + 2) * STEP
             state = state ^ (state >> 29)
@@ -57,7 +57,8 @@ class Memory(nn.Module):
         """Tokens (..., reach + 1), the newest first and NO_TOKEN where there is none, -> states (..., D)."""
         bags = self.indices(tokens).transpose(-1, -2)
         sums = F.embedding_bag(bags.flatten(0, -2), self.table, mode="sum", sparse=self.sparse_gradient)
-        return sums.view(*tokens.shape[:-1], -1)
+        states: Tensor = sums.view(*tokens.shape[:-1], -1)
+        return states
 
 
 def with_tokens_before(ids: Tensor, count: int, layout: Layout | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from ease.evaluation.drafts import score_drafts
 from ease.evaluation.scoring import score
 from ease.evaluation.sequences import Sequences
 from ease.evaluation.shares import threshold_continuing
+from ease.flops import parameters_read
 from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.runs.lines import TrainedLine
@@ -94,6 +95,8 @@ def _line_metrics(
     return {
         "name": line.name,
         "num_layers": model.num_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes_per_token": parameters_read(model)["bytes"],
         "train_flops": line.total_flops,
         "train_seconds": line.seconds,
         "flops_by": dict(line.flops),

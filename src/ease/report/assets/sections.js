@@ -104,7 +104,7 @@ const LINE_HEAD = [
   "hard-token perplexity",
   "tokens by exit",
   "layers run per token",
-  "FLOPs per token",
+  "FLOPs per token, bytes of parameters read",
   "training FLOPs, time",
   "scoring time, speed",
 ];
@@ -134,7 +134,12 @@ function lineRows(run, split) {
       i === 0 || !isNumber(before) ? hard : fromBefore,
       shareBar(figures.exit_shares, exits),
       percent(figures.compute_cost),
-      [flops(figures.flops_per_token), time && h("small", h("br"), time)],
+      [
+        flops(figures.flops_per_token),
+        isNumber(line.bytes_per_token) &&
+          h("small", h("br"), `${flops(line.bytes_per_token)}B of ${flops(line.parameters)} parameters`),
+        time && h("small", h("br"), time),
+      ],
       [flops(line.train_flops), h("small", h("br"), duration(line.train_seconds))],
       [
         duration(figures.seconds),
