@@ -51,7 +51,8 @@ class Memory(nn.Module):
                     mixed = (state + hashed) * FIRST
                     mixed = (mixed ^ (mixed >> 32)) * SECOND
                     found.append((mixed >> 24) % self.rows + len(found) * self.rows)
-        return torch.stack(found, -1).unflatten(-1, (len(self.orders), HASHES))
+        indices: Tensor = torch.stack(found, -1).unflatten(-1, (len(self.orders), HASHES))
+        return indices
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (..., reach + 1), the newest first and NO_TOKEN where there is none, -> states (..., D)."""
