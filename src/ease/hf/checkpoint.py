@@ -43,8 +43,7 @@ from ease.hf.weights import (
     without_copies,
     without_prefix,
 )
-from ease.model_config import ModelConfig
-from ease.model_config import check_sizes
+from ease.model_config import ModelConfig, check_sizes
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.storage import check_fingerprint, output_folder, write_json

@@ -30,8 +30,7 @@ import torch
 from ease.devices import choose_dtype
 from ease.errors import EaseError, check_boolean, check_integer, check_layers, check_string, first_line
 from ease.files import check_checksums, set_usual_mode, write_checksums
-from ease.model_config import ModelConfig
-from ease.model_config import check_sizes
+from ease.model_config import ModelConfig, check_sizes
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
 from ease.storage import (
