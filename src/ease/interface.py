@@ -97,6 +97,7 @@ class Batch(NamedTuple):
         state: (B, T, D) output of the frozen trunk for x.
         flops: FLOPs of computing `state` for this batch.
         layout: padding and packed documents; padding is never scored.
+        part: whether these are the rows that one of several processes takes of a batch.
     """
 
     x: Tensor
@@ -105,6 +106,7 @@ class Batch(NamedTuple):
     state: Tensor | None = None
     flops: float = 0.0
     layout: Layout | None = None
+    part: bool = False
 
     @classmethod
     def of(cls, item: Any) -> Batch:

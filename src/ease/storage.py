@@ -64,7 +64,7 @@ def output_folder(
         raise EaseError(f"{out} is a symbolic link: give the folder itself")
     out = out.resolve()  # `.` has no name
     check_overwrite(out, overwrite, reads)
-    partial = out.with_name(f".{out.name}.partial" + ("" if resumable else f"-{os.getpid()}"))
+    partial = partial_folder(out) if resumable else out.with_name(f"{partial_folder(out).name}-{os.getpid()}")
     if partial.is_symlink():  # its target would be emptied and written
         raise EaseError(f"{partial} is a symbolic link: remove it, or choose another folder")
     parent_is_new = not out.parent.exists()
@@ -99,6 +99,12 @@ def output_folder(
             if parent_is_new and not out.exists():
                 with suppress(OSError):
                     out.parent.rmdir()
+
+
+def partial_folder(out: Path) -> Path:
+    """The folder that a resumable `output_folder` gives."""
+    out = out.resolve()
+    return out.with_name(f".{out.name}.partial")
 
 
 def check_overwrite(out: Path, overwrite: bool, reads: Iterable[str | os.PathLike[str]] = ()) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ from ease.training.config import PhaseOptions, TrainingConfig
 from ease.training.config import StageConfig as StageConfig
 from ease.training.config import create_deep_supervision_config as create_deep_supervision_config
 from ease.training.config import create_standard_config as create_standard_config
+from ease.training.distributed import (
+    any_of,
+    in_all,
+    part_of,
+    processes,
+    share_random_state,
+    share_weights,
+    total,
+)
 from ease.training.engine import LOWER_LR, Engine, MicroBatch, TakenStep
 from ease.training.execution import Execution
 from ease.training.optimizer import MasterAdamW, parameter_groups
@@ -224,10 +234,13 @@ class Trainer:
     ) -> History:
         """Executes a phase: freezes the trunk, trains, restores the best weights, and unfreezes the trunk.
 
+        In a process group, all processes train the model together: each takes its rows of the same batches.
+
         Args:
             checkpoint: file for the checkpoints of the phase; if it exists, the phase resumes from it.
         """
         self.freeze(model, phase)
+        share_weights(model)
         try:
             optimizer = self.create_optimizer(
                 model.to(self.device_of(model)), phase.options.lr, phase.options.weight_decay
@@ -318,9 +331,7 @@ class Trainer:
                 progress.step(state.fraction_done(), metrics)
                 if state.fraction_done() >= 1:
                     break
-                if saved.due() or interrupts.pending:
-                    state.save(saved, state.epoch)
-                    interrupts.raise_pending()
+                self._save_if_due(state, saved, interrupts)
         except EaseError:
             if saved.stopped:  # training resumes here, after the last step, when the data has been corrected
                 saved.place = place
@@ -334,7 +345,8 @@ class Trainer:
         phase, model = state.phase, state.model
         before = random_state(self.device_of(model))  # batches may draw from torch's generator
         try:
-            with interrupts.allowed():  # scoring changes nothing else, so that an interrupt needs no wait
+            # Scoring changes nothing else, so that an interrupt needs no wait, except for other processes.
+            with interrupts.allowed() if processes() == 1 else nullcontext():
                 policy, route_flops = phase.route(model) if phase.route else (None, 0.0)
                 # Up to the deepest loss: where only exits learn, the layers above them give the same every time.
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)
@@ -352,8 +364,13 @@ class Trainer:
         if state.over:
             return
         saved.turn()
-        if saved.due() or interrupts.pending:
+        self._save_if_due(state, saved, interrupts)
+
+    def _save_if_due(self, state: PhaseState, saved: Checkpoint, interrupts: Interrupts) -> None:
+        """Saves in all processes if any of them is due to or is interrupted, and then ends all."""
+        if any_of(saved.due() or interrupts.pending):
             state.save(saved, state.epoch)
+            interrupts.pending = any_of(interrupts.pending)
             interrupts.raise_pending()
 
     def _engine(self, model: ExitModel, optimizer: torch.optim.Optimizer) -> Engine:
@@ -373,8 +390,9 @@ class Trainer:
         train_mode(model)
         gated = self.config.selection.classifiers
         model.mark_stale_classifiers((), gated)
+        share_random_state()  # batches may draw from it
         for group in self.execution.micro_batches(re_iterable(batches)):
-            counted = [MicroBatch(batch, int(batch.scored.sum()), {}) for batch in group]
+            counted = [MicroBatch(part_of(whole), in_all(whole, int(whole.scored.sum())), {}) for whole in group]
             parts = [part for part in counted if part.scored]
             if not parts:
                 continue
@@ -384,9 +402,9 @@ class Trainer:
             if taken.finite and model.config.classifier_exits:
                 model.mark_stale_classifiers(engine.learning(), gated)
             flops = Counter[str]()
-            for part in parts:
-                flops.update(self.step_flops(model, part.batch, part.scored, first, step, part.continued))
-            yield taken._replace(batches=len(group), flops=flops)
+            for batch, _, continued in parts:
+                flops.update(self.step_flops(model, batch, int(batch.scored.sum()), first, step, continued))
+            yield taken._replace(batches=len(group), flops=dict(zip(flops, total(*flops.values()), strict=True)))
         if not learned:
             raise EaseError("the epoch has no token to learn from: use more text, or targets that are not all -100")
 

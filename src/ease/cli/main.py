@@ -12,6 +12,7 @@ from typing import Any
 
 from ease import interrupts
 from ease.errors import EaseError
+from ease.launcher import launched, num_launched
 from ease.version import __version__
 
 # Every command is a module with USAGE, HELP and main(args). None imports torch before it runs, so help is quick, and
@@ -74,13 +75,16 @@ def _run(args: list[str]) -> int:
         elif args[0] == "--version":
             print(f"ease {__version__}")
         elif args[0] in COMMANDS:
+            if num_launched() > 1 and args[0] not in ("run", "tune"):
+                raise EaseError(f"`ease {args[0]}` runs in one process: only `ease run` and `ease tune` take several")
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: print(f"ease: note: {message}", file=sys.stderr)
+                warnings.showwarning = lambda message, *_: _tell(f"note: {message}")
                 _command(args[0]).main(args[1:])
         else:
             raise EaseError(f"unknown command {args[0]!r}: use {', '.join(COMMANDS)} (ease --help)")
     except EaseError as error:
-        print(f"ease: {error}", file=sys.stderr)
+        if num_launched() == 1 or _is_first_error():
+            print(f"ease: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None:
@@ -88,6 +92,18 @@ def _run(args: list[str]) -> int:
         print(f"ease: cannot use {error.filename} ({error.strerror}): check the path and the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # its message names what was saved
-        print(f"ease: interrupted; {stop if stop.args else 'nothing was written'}", file=sys.stderr)
+        _tell(f"interrupted; {stop if stop.args else 'nothing was written'}")
         return interrupts.STATUS
     return 0
+
+
+def _tell(text: str) -> None:
+    """Prints a line to stderr, in the first of several processes."""
+    if not launched():
+        print(f"ease: {text}", file=sys.stderr)
+
+
+def _is_first_error() -> bool:
+    from ease.training.distributed import first_to_report
+
+    return first_to_report()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from ease.cli.recipes import load_recipe, recipes, summary_of
 from ease.errors import EaseError
+from ease.launcher import launched
 
 USAGE = "RECIPE [--data D] [--out DIR] [overrides]"
 HELP = "train, compare, score, write a run folder"
@@ -49,6 +50,9 @@ def main(args: list[str]) -> None:
     if "--compare-layers" in options and "standard" not in given.config.compare:
         raise EaseError("--compare-layers are the depths of the standard baselines: add standard to --compare")
     out = given.out or Path("runs") / given.config.name
+    if launched():  # the first process shows what all do
+        runner.run(given.config, out, overwrite=given.overwrite)
+        return
     console = error_console()
     with ProgressDisplay(console) as progress:
         say = lambda text: console.print(f"ease: {text}", markup=False, soft_wrap=True)  # noqa: E731

@@ -18,6 +18,7 @@ from ease.interface import evaluation_view, running_batches
 from ease.models import StandardTransformer
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import head_chunk
+from ease.training.distributed import gather_batches, part_of, total
 from ease.training.drafts import draft_pass
 
 LONGEST_CHAIN = 3
@@ -58,8 +59,8 @@ def score_drafts(model: StandardTransformer, batches: Iterable[Any]) -> DraftSco
     config, last = model.config, model.num_layers
     losses, confidences, flops, processed = [], [], 0.0, 0
     chains: list[list[Tensor]] = [[] for _ in range(LONGEST_CHAIN)]
-    for batch in running_batches(batches, next(model.parameters()).device):
-        batch = batch._replace(active=None)
+    for whole in running_batches(batches, next(model.parameters()).device):
+        batch = part_of(whole._replace(active=None))
         found, running = draft_pass(model, batch, LONGEST_CHAIN), batch.running
         full = _in_chunks(model, found.states, lambda part: model.logits(part, last).argmax(-1))
         agreed = torch.ones_like(full, dtype=torch.bool)
@@ -70,20 +71,21 @@ def score_drafts(model: StandardTransformer, batches: Iterable[Any]) -> DraftSco
             chains[n].append(agreed[valid])
         first, valid = found.drafts[0], found.valid[0]
         states = model.exit_norm(found.states[valid], last)
-        for part, state in zip(first[valid].split(head_chunk(model)), states.split(head_chunk(model)), strict=True):
-            losses.append(_divergence(model, part, state))
-            confidences.append(model.draft_tokens(part)[1])
+        chunks = list(zip(first[valid].split(head_chunk(model)), states.split(head_chunk(model)), strict=True))
+        losses.append(torch.cat([_divergence(model, *chunk) for chunk in chunks]))
+        confidences.append(torch.cat([model.draft_tokens(part)[1] for part, _ in chunks]))
         flops += run_flops(config, last, running, batch.layout) + head_flops(config, len(states))
         flops += draft_flops(config, running[:, 1:], LONGEST_CHAIN)
         flops += draft_head_flops(config, sum(int(part.sum()) for part in found.valid))
         processed += int(running.sum())
-    if not sum(map(len, losses)):
+    scored_tokens, flops, processed = total(sum(map(len, losses)), flops, processed)
+    if not scored_tokens:
         raise EaseError("there is no token to score: give at least one batch of two tokens per row")
-    joined = tuple(torch.cat(parts).cpu() for parts in chains)
+    joined = tuple(gather_batches(parts).cpu() for parts in chains)
     exits, seconds = torch.full((len(joined[0]),), last), time.perf_counter() - start
-    found_losses, found_confidences = (torch.cat(parts).float().cpu() for parts in (losses, confidences))
+    found_losses, found_confidences = (gather_batches(parts).float().cpu() for parts in (losses, confidences))
     return DraftScores(
-        found_losses, joined[0], exits, found_confidences, last, flops, seconds, processed, chains=joined
+        found_losses, joined[0], exits, found_confidences, last, flops, seconds, int(processed), chains=joined
     )
 
 

@@ -26,6 +26,7 @@ from ease.interface import IGNORE, Batch, ExitModel, check_batches, evaluation_v
 from ease.policy import Policy
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import routed_forward
+from ease.training.distributed import gather_batches, part_of, total
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def score(
 ) -> Scores:
     """Runs a model over batches and scores every token whose target is not -100.
 
+    Of several processes, each runs its rows of every batch, and all get the scores of all tokens.
+
     Args:
         model: the model; the call runs in evaluation mode whatever its mode, which stays as it is.
         batches: an iterable of what `Batch.of` reads: (x, y) with integers (B, T), `Batch`, or dictionaries.
@@ -171,7 +174,7 @@ def score(
     processed = 0
     start = time.perf_counter()
     for item in check_batches(batches):
-        batch = Batch.of(item)._replace(active=None)
+        batch = part_of(Batch.of(item)._replace(active=None))
         # Before the batch is moved to the device, since the host reads all of these.
         model.check_ids(batch.x, model.config.vocab_size)
         model.check_ids(batch.y[batch.y != IGNORE], model.config.outputs)
@@ -187,11 +190,13 @@ def score(
                 row = torch.cat([step.read, torch.stack([exits, step.leaving_confidence], 1)], 1)
                 columns[step.leaving] = row.float()
         parts.append(columns[to_device(scored, device)])
-    if not sum(map(len, parts)):
+    scored_tokens, flops, processed = total(sum(map(len, parts)), flops, processed)
+    if not scored_tokens:
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
-    losses, correct, exits, confidences = torch.cat(parts).cpu().unbind(1)
+    losses, correct, exits, confidences = gather_batches(parts).cpu().unbind(1)
     seconds = time.perf_counter() - start
-    return Scores(losses, correct > 0, exits.long(), confidences, last or model.num_layers, flops, seconds, processed)
+    last = last or model.num_layers
+    return Scores(losses, correct > 0, exits.long(), confidences, last, flops, seconds, int(processed))
 
 
 def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ease.data.corpus import Corpus
 from ease.models import StandardTransformer
 from ease.progress import Progress, StepMetrics
 from ease.runs.config import RunConfig
+from ease.training.distributed import process
 
 
 class MetricsLog(Progress):
@@ -68,6 +69,8 @@ class RunContext:
 
     def progress_of(self, line: str, label: str | None = None) -> Progress:
         """Progress of the training of a line, logged to metrics.jsonl and shown under `label`."""
+        if process():
+            return Progress()
         return MetricsLog(self.folder / "metrics.jsonl", line, self.progress(label or line))
 
     def batches(self, split: str) -> TokenBatches:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ease.data.corpus import Corpus, load_corpus
 from ease.data.tokenizers import save_tokenizer
-from ease.devices import choose_device, machine
+from ease.devices import machine
 from ease.errors import EaseError
 from ease.files import write_checksums
 from ease.flops import head_flops, layer_flops
@@ -27,13 +28,14 @@ from ease.runs.baselines import train_baselines
 from ease.runs.config import SELF, RunConfig
 from ease.runs.context import RunContext
 from ease.runs.explorer import explorer_data
-from ease.runs.lines import train_strategy
+from ease.runs.lines import StrategyLines, TrainedLine, train_strategy
 from ease.runs.metrics import decoding_metrics, draft_metrics, run_metrics
 from ease.runs.reopen import load_start
 from ease.runs.self_text import self_text
 from ease.runs.store import FILES, START, can_resume, save_model, start_files
-from ease.storage import fingerprint, output_folder, write_json
+from ease.storage import fingerprint, output_folder, partial_folder, write_json
 from ease.strategies import STRATEGIES
+from ease.training.distributed import in_turn, leave_group, process, process_group, processes
 from ease.version import __version__
 
 
@@ -50,6 +52,9 @@ def run(
     The folder appears when the run is complete. Until then its files are in `.NAME.partial` in the same parent folder,
     from which the same call resumes after a kill or an interrupt.
 
+    Of processes that torchrun started, all train, and the first one reports progress and writes. The run may be resumed
+    with another number of them.
+
     Args:
         config: configuration of the run.
         out: the run folder.
@@ -58,65 +63,92 @@ def run(
         say: receives a sentence when an unfinished run is resumed.
 
     Returns:
-        The content of summary.json.
+        The content of summary.json; nothing in processes other than the first.
 
     Raises:
         EaseError: the folder exists or cannot be written, an unfinished run has another configuration, or data, model
             and configuration do not fit together.
     """
-    device = choose_device(config.device)
-    reads = (config.data.source.removeprefix(SELF).removeprefix("hf:"), *([config.start] if config.start else []))
-    with output_folder(out, overwrite, resumable=True, reads=reads) as folder:
-        data = config.data
-        given = None
-        if config.start is not None:
-            given = load_start(config.start, config.dtype, split_special_tokens=data.split_special_tokens)
-        start, tokenizer, eos = (given.model, given.tokenizer, given.eos) if given else (None, data.tokenizer, None)
+    with process_group(config.device) as device:
+        first = process() == 0
+        reads = (config.data.source.removeprefix(SELF).removeprefix("hf:"), *([config.start] if config.start else []))
+        with output_folder(out, overwrite, resumable=True, reads=reads) if first else nullcontext():
+            if not first:
+                progress, say = (lambda line: Progress()), (lambda text: None)
+            with in_turn():
+                context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
+            trained = train_strategy(context)
+            lines = [*trained.lines, *train_baselines(context, trained)]
+            number = processes()
+            leave_group()  # one process does the rest
+            return _write(context, trained, lines, record, number) if first else {}
+
+
+def _prepare(
+    config: RunConfig[Any],
+    folder: Path,
+    device: str,
+    overwrite: bool,
+    progress: Callable[[str], Progress],
+    say: Callable[[str], None],
+) -> tuple[RunContext, dict[str, Any]]:
+    """Model, data, and folder of a run, before its training, and what config.json records about the data."""
+    data, first = config.data, process() == 0
+    given = None
+    if config.start is not None:
+        given = load_start(config.start, config.dtype, split_special_tokens=data.split_special_tokens)
+    start, tokenizer, eos = (given.model, given.tokenizer, given.eos) if given else (None, data.tokenizer, None)
+    if first:
         shutil.rmtree(folder / START, ignore_errors=True)
         if given and given.checkpoint is not None:
             copy_prompting(given.checkpoint, folder / START, config=True)
-        limit = None if start is None else start.config.max_positions
-        if limit is not None and data.seq_len > limit:
-            raise EaseError(
-                f"{config.start} has {limit} positions: set --data.seq-len to at most that, not {data.seq_len}"
-            )
-        text, own = data.source, data.source.startswith(SELF)
-        if given and own:
-            given.model.to(device)
-            making = progress("making text")
-            text = str(self_text(data, given, folder, seed=config.seed, overwrite=overwrite, progress=making))
-        # No two splits of text that the model made have a prompt in common, however alike its continuations are.
-        allowed = data.allow_overlap or own
-        corpus = load_corpus(text, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=allowed)
-        if own:
-            corpus = replace(corpus, name=SELF + Path(data.source.removeprefix(SELF)).name)
+    limit = None if start is None else start.config.max_positions
+    if limit is not None and data.seq_len > limit:
+        raise EaseError(f"{config.start} has {limit} positions: set --data.seq-len to at most that, not {data.seq_len}")
+    text, own = data.source, data.source.startswith(SELF)
+    if given and own:
+        given.model.to(device)
+        making = progress("making text")
+        text = str(self_text(data, given, folder, seed=config.seed, overwrite=overwrite, progress=making))
+    # No two splits of text that the model made have a prompt in common, however alike its continuations are.
+    allowed = data.allow_overlap or own
+    corpus = load_corpus(text, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=allowed)
+    if own:
+        corpus = replace(corpus, name=SELF + Path(data.source.removeprefix(SELF)).name)
+    if first:
         if can_resume(folder, run_identity(config, corpus, start), overwrite):
             say(f"resuming the unfinished run in {folder}")
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # resumed lines report their past epochs again
-        context = RunContext(config, folder, corpus, device, progress, start)
-        context.batches("test")  # raises on a text that is too short, before training
-        trained = train_strategy(context)
-        final, mined = trained.final, getattr(trained.strategy, "mined", [])
-        lines = [*trained.lines, *train_baselines(context, trained)]
+    context = RunContext(config, folder, corpus, device, progress, start)
+    context.batches("test")  # raises on a text that is too short, before training
+    local = Path(data.source).exists()
+    record: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
+    if own:
+        record["source"] = SELF  # the text is in the run's own folder
+    record |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}
+    record["split_special_tokens"] = bool(corpus.tokenizer.encode_special_tokens)
+    return context, record
 
-        summary = describe(config, corpus, final.model, context.device)
-        val, test = context.batches("val"), context.batches("test")
-        scoring = context.progress("scoring")
-        summary |= run_metrics(lines, trained.base, final, val, test, mined, context.in_sample, scoring)
-        summary["generation"] = decoding_metrics(final, test, progress)
-        summary["drafts"] = draft_metrics(final.model, test)
-        local = Path(data.source).exists()
-        source: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
-        if own:
-            source["source"] = SELF  # the text is in the run's own folder
-        source |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}
-        source["split_special_tokens"] = bool(corpus.tokenizer.encode_special_tokens)
-        save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=source)
-        save_tokenizer(corpus.tokenizer, folder / "tokenizer.json")
-        write_json(folder / "summary.json", summary)
-        write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
-        write_checksums(folder, (*FILES, *start_files(folder)))
-        write_report([folder], folder / "report.html")
+
+def _write(
+    context: RunContext, trained: StrategyLines, lines: list[TrainedLine], record: dict[str, Any], number: int
+) -> dict[str, Any]:
+    """Scores the lines of a run that `number` processes trained, and writes its folder; gives summary.json."""
+    config, folder, corpus, progress = context.config, context.folder, context.corpus, context.progress
+    final, mined = trained.final, getattr(trained.strategy, "mined", [])
+    summary = describe(config, corpus, final.model, context.device)
+    summary["machine"]["processes"] = number
+    val, test = context.batches("val"), context.batches("test")
+    scoring = progress("scoring")
+    summary |= run_metrics(lines, trained.base, final, val, test, mined, context.in_sample, scoring)
+    summary["generation"] = decoding_metrics(final, test, progress)
+    summary["drafts"] = draft_metrics(final.model, test)
+    save_model(folder, final.model, final.policy, ease_version=__version__, run=summary["config"], data=record)
+    save_tokenizer(corpus.tokenizer, folder / "tokenizer.json")
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "explorer.json", explorer_data(final, corpus, test, summary["sweep"]["points"]))
+    write_checksums(folder, (*FILES, *start_files(folder)))
+    write_report([folder], folder / "report.html")
     return summary
 
 

@@ -24,6 +24,7 @@ from ease.progress import Progress
 from ease.runs.config import SELF, DataConfig
 from ease.runs.reopen import Start
 from ease.storage import MADE, digest, fingerprint, has_checkpoints, read_json, write_json
+from ease.training.distributed import process
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,6 +73,8 @@ def self_text(
                 "command, choose another --out, or discard it (--overwrite)"
             )
         shutil.rmtree(out)
+    if process():
+        return out  # the first process has made it
     if not out.is_dir():
         out.mkdir()
         write_json(out / PLAN, plan)

@@ -18,6 +18,7 @@ from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.progress import ProgressBatches
 from ease.training.config import PhaseOptions, TrainingConfig
+from ease.training.distributed import total
 from ease.training.losses import Objective, objective_named
 from ease.training.mining import Quantile, check_ratio, lowest, read_states
 from ease.training.phases import Data, Phase
@@ -135,9 +136,10 @@ def select(
             quantile.add(confidence[batch.scored])
             found.append((batch, confidence))
             flops += step.flops
+    quantile.merge()
     confidences, scored = [confidence for _, confidence in found], [batch.scored for batch, _ in found]
     hard = lowest(confidences, scored, quantile(ratio), ratio, by_row=model.config.num_labels is not None)
     return [
         batch._replace(y=batch.y.masked_fill(low != (tokens == "hard"), IGNORE))
         for (batch, _), low in zip(found, hard, strict=True)
-    ], flops
+    ], total(flops)[0]

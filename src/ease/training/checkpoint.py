@@ -4,6 +4,7 @@
   replaced atomically, and the one before is kept: if the newest is damaged, the phase resumes from that one.
 - It contains no strategy. On resuming, a strategy yields its phases again; a finished phase is loaded instead of
   trained, after which the next one starts with the same model, batches, and random state as before.
+- Of several processes, which have the same state, the first one writes. A run may resume with another number of them.
 - Within an epoch the position among its batches is saved; batches that were trained on are skipped.
 """
 
@@ -30,6 +31,7 @@ from ease.files import parse_json, set_usual_mode
 from ease.interface import ExitModel
 from ease.interrupts import SIGNALS, handle
 from ease.storage import digest
+from ease.training.distributed import barrier, process, processes, total_count
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
 
@@ -126,9 +128,13 @@ class Checkpoint:
             UserWarning: the newest file is damaged, and the one before was loaded.
 
         Raises:
-            EaseError: every file is damaged, or the file belongs to another phase.
+            EaseError: every file is damaged, the file belongs to another phase, or not every process sees it.
         """
-        state = self._read()
+        state = None if process() else self._read()  # which may rename a file
+        barrier()
+        state = self._read() if process() else state
+        if total_count(state is not None) not in (0, processes()):
+            raise EaseError(f"not every process finds {self.path}: put it on a disk that all machines share")
         if state is None:
             return None
         if state["identity"] != self.identity:
@@ -181,6 +187,8 @@ class Checkpoint:
 
     def _write(self, **state: Any) -> None:
         assert self.path is not None
+        if process():
+            return
         weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         exits = {name: sorted(getattr(self.model, name)) for name in ("trained_exits", "stale_classifiers")}
         random = random_state(self.device)
@@ -198,6 +206,8 @@ class Interrupts:
         if self._allowed or self.pending:
             raise KeyboardInterrupt
         self.pending = True
+        if process():
+            return
         with suppress(RuntimeError):  # the signal came while something else was printed
             print("ease: interrupted: the step ends and the state is saved", file=sys.stderr, flush=True)
 

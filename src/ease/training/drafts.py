@@ -15,6 +15,7 @@ from ease.errors import EaseError
 from ease.flops import draft_flops, draft_head_flops, run_flops
 from ease.interface import Batch, Layout
 from ease.models import StandardTransformer
+from ease.training.distributed import total_count
 from ease.training.losses import Distillation, Term, exit_loss
 
 
@@ -75,7 +76,7 @@ def draft_loss(model: StandardTransformer, batch: Batch, length: int, regression
             Term(brick.normed(drafts), scored, 1 / length, Distillation(), goal, brick.softcap, num_scored=len(goal))
         )
         distance = F.smooth_l1_loss(brick.normed(drafts).float(), goal.float(), reduction="sum")
-        apart.append(distance / max(1, goal.numel()))
+        apart.append(distance / max(1, total_count(goal.numel())))
     loss = exit_loss(brick.head_rows(model.output_head.weight), terms)
     return loss + regression * torch.stack(apart).mean()
 

@@ -20,6 +20,7 @@ from ease.errors import EaseError, check_choice
 from ease.interface import IGNORE, capped, to_device
 from ease.routing.confidence import at_least_float32
 from ease.routing.forward import DEVICE_LOGITS
+from ease.training.distributed import total
 
 # Logits that exist at a time in PyTorch's fused loss on a CPU: 8 MiB in float32. Its automatic choice is up to twice
 # slower at small widths; more logits spill from the cache, and fewer than 128 tokens make slow products.
@@ -137,7 +138,7 @@ class Term(NamedTuple):
     softcap: float | None = None
     """Soft cap of the logits."""
     num_scored: int | None = None
-    """Number of targets that are not -100; None counts them."""
+    """Number of targets of this process that are not -100; None counts them."""
     exit: int = 0
     """The exit's layer."""
 
@@ -147,9 +148,10 @@ class Term(NamedTuple):
 
     def taught(self, seen: Tensor, teacher: Tensor) -> list[Term]:
         """The term with a teacher (n, D) for the n tokens with `seen` (N,), and cross entropy for all other tokens."""
-        if bool(seen.all()):
+        with_teacher, tokens = total(int(seen.sum()), len(seen))
+        if with_teacher == tokens:
             return [self._replace(teacher=teacher)]
-        share = int(seen.sum()) / len(seen)
+        share = with_teacher / tokens
         part, rest = (
             self._replace(
                 states=self.states[tokens], targets=self.targets[tokens], weight=part * self.weight, num_scored=None
@@ -165,7 +167,7 @@ class _ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: Tensor, terms: Sequence[Term], sums: dict[int, Tensor], *states: Tensor) -> Tensor:
-        total, grads = at_least_float32(head.new_zeros(())), []
+        loss_sum, grads = at_least_float32(head.new_zeros(())), []
         w = head.detach().requires_grad_(ctx.needs_input_grad[0])
         for term in terms:
             h = term.states.detach().requires_grad_()
@@ -173,11 +175,11 @@ class _ExitLosses(torch.autograd.Function):
                 for loss in term.parts(h, w):
                     # Accumulates in .grad over chunks and exits; the logits of a chunk are freed before the next.
                     (term.weight * loss).backward()
-                    total += term.weight * loss.detach()
+                    loss_sum += term.weight * loss.detach()
                     sums[term.exit] = sums[term.exit] + loss.detach() if term.exit in sums else loss.detach()
-            grads.append(h.grad)
+            grads.append(torch.zeros_like(h) if h.grad is None else h.grad)  # a process may have no token of a term
         ctx.grads = (w.grad, grads)
-        return total
+        return loss_sum
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -194,8 +196,11 @@ def exit_loss(head: Tensor, terms: Sequence[Term], exit_losses: dict[int, Tensor
         head: (V, D), the shared output head.
         terms: one or more, each with tokens of its own.
         exit_losses: filled, where gradients are enabled, with the mean loss (nats) of the terms of each exit.
+
+    Returns:
+        A scalar. Of several processes, each gets its own tokens' part of every mean over the tokens of all.
     """
-    counts = [int((t.targets != IGNORE).sum()) if t.num_scored is None else t.num_scored for t in terms]
+    counts = total(*(int((t.targets != IGNORE).sum()) if t.num_scored is None else t.num_scored for t in terms))
     terms = [term._replace(weight=term.weight / max(1, count)) for term, count in zip(terms, counts, strict=True)]
     if torch.is_grad_enabled():
         sums: dict[int, Tensor] = {}
@@ -203,7 +208,7 @@ def exit_loss(head: Tensor, terms: Sequence[Term], exit_losses: dict[int, Tensor
         loss: Tensor = _ExitLosses.apply(head, terms, sums, *states)  # type: ignore[no-untyped-call]
         if exit_losses is not None:
             scored = {exit: sum(n for n, t in zip(counts, terms, strict=True) if t.exit == exit) for exit in sums}
-            exit_losses |= {exit: total / scored[exit] for exit, total in sums.items() if scored[exit]}
+            exit_losses |= {exit: loss_sum / scored[exit] for exit, loss_sum in sums.items() if scored[exit]}
         return loss
     parts = [t.weight * part for t in terms for part in t.parts(t.states, head)]
     return torch.stack(parts).sum()

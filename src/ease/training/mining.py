@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ease.devices import as_device
@@ -20,6 +21,7 @@ from ease.flops import run_flops
 from ease.interface import Batch, Batches, ExitModel, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
 from ease.routing.forward import ExitStep, routed_forward
+from ease.training.distributed import gather, gather_batches, part_of, place, processes, total, total_count
 
 EXACT_QUANTILE = 2**24  # the largest number of values that torch.quantile takes
 BINS = 2**20
@@ -50,15 +52,32 @@ class Quantile:
         self.parts.append(values)
         self.count += values.numel()
         if self.count > self.exact:
-            if self.bins is None:
-                self.bins = torch.zeros(BINS, dtype=torch.long)
-                self.least, self.most = torch.ones(BINS).double(), torch.zeros(BINS).double()
-            values = torch.cat(self.parts)
-            at = (values * BINS).long().clamp(0, BINS - 1)
-            self.bins += at.bincount(minlength=BINS)
-            self.least.scatter_reduce_(0, at, values, "amin")
-            self.most.scatter_reduce_(0, at, values, "amax")
-            self.parts = []
+            self._to_bins()
+
+    def _to_bins(self) -> None:
+        if self.bins is None:
+            self.bins = torch.zeros(BINS, dtype=torch.long)
+            self.least, self.most = torch.ones(BINS).double(), torch.zeros(BINS).double()
+        values = torch.cat([self.least[:0], *self.parts])
+        at = (values * BINS).long().clamp(0, BINS - 1)
+        self.bins += at.bincount(minlength=BINS)
+        self.least.scatter_reduce_(0, at, values, "amin")
+        self.most.scatter_reduce_(0, at, values, "amax")
+        self.parts = []
+
+    def merge(self) -> None:
+        """Adds the values of all other processes, with the error that one process would have."""
+        if processes() == 1:
+            return
+        self.count = total_count(self.count)
+        if self.count <= self.exact:
+            self.parts = [gather(torch.cat([torch.zeros(0).double(), *self.parts]))]
+            return
+        self._to_bins()
+        assert self.bins is not None
+        dist.all_reduce(self.bins)
+        dist.all_reduce(self.least, dist.ReduceOp.MIN)
+        dist.all_reduce(self.most, dist.ReduceOp.MAX)
 
     def __call__(self, share: float) -> float:
         if not self.count:
@@ -79,6 +98,7 @@ def lowest(
 
     These are the tokens below the threshold, unless several tokens have the confidence at which the share ends. Of
     those, the missing number is selected at equal distances in the order of the text, independently of the batch size.
+    Several processes select the same number in all, each among its own batches.
 
     Args:
         confidences: (B, T) per batch.
@@ -92,12 +112,14 @@ def lowest(
     """
     below = [confidence < threshold for confidence in confidences]
     values = torch.cat([confidence[mask] for confidence, mask in zip(confidences, counted, strict=True)])
-    wanted = max(1, math.ceil(share * (len(values) - 1)))
-    found = sum(int((low & mask).sum()) for low, mask in zip(below, counted, strict=True))
-    if found == wanted or share * len(values) < 0.5:  # the share of a few tokens may round to none
+    number = total_count(len(values))
+    wanted = max(1, math.ceil(share * (number - 1)))
+    found = total_count(sum(int((low & mask).sum()) for low, mask in zip(below, counted, strict=True)))
+    if found == wanted or share * number < 0.5:  # the share of a few tokens may round to none
         return below
-    highest = values.kthvalue(wanted).values
-    missing, ties, seen = wanted - int((values < highest).sum()), int((values == highest).sum()), 0
+    highest = gather(values).kthvalue(wanted).values
+    missing = wanted - total_count(int((values < highest).sum()))
+    seen, ties = place(int((values == highest).sum()))
     chosen = []
     for confidence, mask in zip(confidences, counted, strict=True):
         tied = (confidence == highest) & mask
@@ -122,7 +144,7 @@ def read_states(
     """Every batch with a running token, its step at full depth up to `exit`, and the confidences (B, T) there."""
     model = evaluation_view(model)
     device = next(model.parameters()).device if device is None else as_device(device)
-    for batch in running_batches(re_iterable(batches), device):
+    for batch in map(part_of, running_batches(re_iterable(batches), device)):
         (step,) = routed_forward(model, batch.x, Policy(), layout=batch.layout, last=exit)
         yield batch, step, spread(step)
 
@@ -162,6 +184,7 @@ def compute_confidence_threshold(
     quantile = Quantile()
     for batch, _, confidence in read_states(model, batches, device, exit):
         quantile.add(confidence[batch.scored])
+    quantile.merge()
     return quantile(target_ratio)
 
 
@@ -204,9 +227,9 @@ def collect_hard_examples(
     for batch, step, confidence in read_states(model, batches, device, exit):
         hard = (confidence < threshold) & batch.scored
         parts.append((batch.x[hard], step.state[hard], batch.y[hard], confidence[hard]))
-    if not sum(len(part[0]) for part in parts):
+    if not total_count(sum(len(part[0]) for part in parts)):
         raise EaseError(no_hard_token_message(threshold))
-    inputs, states, targets, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
+    inputs, states, targets, confidences = (gather_batches(column) for column in zip(*parts, strict=True))
     return HardExamples(inputs=inputs, hidden_states=states, targets=targets, confidences=confidences)
 
 
@@ -250,34 +273,36 @@ class MinedBatches:
         check_seed(seed)
         self.model, self.policy, self.layer = model, policy, model.num_layers
         self.generator = torch.Generator().manual_seed(seed)
-        self.flops, kept, total = 0.0, 0, 0
+        flops_here, kept, scored = 0.0, 0, 0
         quantile = Quantile()
         found: list[tuple[Batch, Tensor]] = []
         view = evaluation_view(model)
         passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
-        for batch in running_batches(passes, "cpu"):  # on the host, where a training step reads masks without a wait
+        # On the host, where a training step reads masks without a wait.
+        for batch in map(part_of, running_batches(passes, "cpu")):
             step, flops = self._mine(view, batch)
-            self.flops += flops
+            flops_here += flops
             confidence = spread(step).cpu()
-            total += int(batch.scored.sum())
+            scored += int(batch.scored.sum())
             quantile.add(confidence[step.arrived & batch.scored])
             size = step.state.numel() * step.state.element_size()
             state = step.state if kept + size <= budget else None
             kept += size if state is not None else 0
             found.append((batch._replace(active=step.arrived, state=state), confidence))
+        quantile.merge()
+        self.flops, self.total = total(flops_here)[0], total_count(scored)
         # The share is of all tokens, the quantile over those still running.
-        share = min(1.0, ratio * total / max(1, quantile.count))
+        share = min(1.0, ratio * self.total / max(1, quantile.count))
         self.threshold = quantile(share) if share < 1 else 1.0
         self.batches = [batch for batch, _ in found]
         if share < 1:
-            confidences, scored = [confidence for _, confidence in found], [batch.scored for batch, _ in found]
+            confidences, counted = [confidence for _, confidence in found], [batch.scored for batch, _ in found]
             by_row = model.config.num_labels is not None
-            hard = lowest(confidences, scored, self.threshold, share, by_row=by_row)
+            hard = lowest(confidences, counted, self.threshold, share, by_row=by_row)
             self.batches = [
                 batch._replace(active=batch.running & low) for batch, low in zip(self.batches, hard, strict=True)
             ]
-        self.hard = sum(int(batch.scored.sum()) for batch in self.batches)
-        self.total = total
+        self.hard = total_count(sum(int(batch.scored.sum()) for batch in self.batches))
         if not self.hard:
             raise EaseError(no_hard_token_message(self.threshold))
 

@@ -20,6 +20,7 @@ from ease.flops import classifier_flops, exit_flops
 from ease.interface import Batch, ExitModel, to_device
 from ease.model_config import ModelConfig
 from ease.routing.forward import compute_confidence
+from ease.training.distributed import first_process, gather, place
 from ease.training.losses import Objective
 
 CLASSIFIER_SAMPLE_EVERY = 8  # one token in this many trains an exit's classifier and pays for the head of its target
@@ -197,6 +198,8 @@ def least_confident(
 ) -> Tensor:
     """(B, T) true for the share of the arrived tokens with the lowest confidence; at least one, if any arrived.
 
+    Of several processes, each gets its part of the choice that one process would make among all arrived tokens.
+
     Args:
         confidence: model, states (n, D) and exit -> confidence (n,).
         state: (B, T, D) at the exit.
@@ -206,8 +209,10 @@ def least_confident(
         raise EaseError("tokens cannot be selected in a model that makes one decision per sequence: use AllTokens")
     places = arrived.flatten().nonzero().squeeze(1)
     values = confidence(model, state.flatten(0, 1)[to_device(places, state.device)], exit)
-    count = min(len(places), max(1, round(share * len(places))))
-    continuing = places[values.topk(count, largest=False).indices.to(places.device)]
+    before, arrived_in_all = place(len(places))
+    count = min(arrived_in_all, max(1, round(share * arrived_in_all)))
+    chosen = gather(values).topk(count, largest=False).indices.to(places.device) - before
+    continuing = places[chosen[(chosen >= 0) & (chosen < len(places))]]
     return torch.zeros_like(arrived).flatten().index_fill(0, continuing, True).view_as(arrived)
 
 
@@ -226,11 +231,14 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
         state: (N, D) states of the scored tokens.
         targets: (N,) token ids.
     """
-    sample = to_device(torch.randperm(len(targets))[: classifier_sample_size(len(targets))], state.device)
+    before, tokens = place(len(targets))
+    size = classifier_sample_size(tokens)
+    sample = first_process(torch.randperm(tokens)[:size]) - before
+    sample = to_device(sample[(sample >= 0) & (sample < len(targets))], state.device)
     state, targets = state[sample], targets[sample]
     with torch.no_grad():
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
     confidence = model.exit_confidence(state, exit).float()
     # A binary cross entropy takes no NaN. Where there is one, training has diverged, which its loss reports.
     loss = F.binary_cross_entropy(confidence.nan_to_num(0.5), chance.nan_to_num(0.5), reduction="sum")
-    return torch.where(chance.isfinite().all(), loss / max(1, len(targets)), chance.sum())
+    return torch.where(chance.isfinite().all(), loss / max(1, size), chance.sum())

@@ -10,6 +10,7 @@ from torch import Tensor
 from ease.flops import exit_flops, run_flops
 from ease.interface import Batch, ExitModel
 from ease.training.config import TrainingConfig
+from ease.training.distributed import first_process, place, total_count
 from ease.training.losses import CrossEntropy, Term, exit_loss
 from ease.training.phases import Step
 from ease.training.selection import scored_selector
@@ -35,7 +36,7 @@ def step_loss(
         exit_losses: filled with the mean loss (nats) at each weighted layer, where gradients are enabled.
 
     Returns:
-        A scalar, in nats.
+        A scalar, in nats. Of several processes, each gets the part of its own tokens; the loss is their sum.
     """
     weights, skip = step or Step(config.weights)
     last, objective, selection = model.num_layers, config.objective, config.selection
@@ -51,11 +52,13 @@ def step_loss(
     masks: list[Tensor] = []  # (B, T) the scored tokens of each term, where `on_host` is
     auxiliary: list[Tensor] = []
     pick = scored_selector(on_host.scored, device)
-    num_scored = max(1, len(pick(batch.y))) if selection.scores_once else 0
+    num_scored = max(1, total_count(len(pick(batch.y)))) if selection.scores_once else 0
     for layer in pause_layers(at, first, [*weights, *choices, deepest], skip):
         running = on_host.active if layer >= first else None  # the frozen trunk runs all tokens
         if layer in skip:
-            stays = (torch.rand(len(batch.x)) >= skip[layer])[:, None].expand(batch.x.shape)
+            before, rows = place(len(batch.x))
+            drawn = first_process(torch.rand(rows))[before : before + len(batch.x)]
+            stays = (drawn >= skip[layer])[:, None].expand(batch.x.shape)
             running = stays if running is None else running & stays.to(running.device)
         with torch.set_grad_enabled(learns and layer >= first):
             state = model.run(state, at + 1, layer, layout=batch.layout, active=running)
@@ -68,7 +71,7 @@ def step_loss(
             pick = scored_selector(scored, device)
             targets = pick(batch.y)
             # If a token is scored only where it leaves, every token has the same weight, whatever the shares are.
-            weight = weights[layer] * (len(targets) / num_scored if selection.scores_once else 1)
+            weight = weights[layer] * (total_count(len(targets)) / num_scored if selection.scores_once else 1)
             term_objective = objective if layer < last else CrossEntropy()
             normed, softcap = model.exit_norm(pick(state), layer), model.config.logit_softcap
             term = Term(normed, targets, weight, term_objective, softcap=softcap, num_scored=len(targets), exit=layer)
