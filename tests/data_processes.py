@@ -134,7 +134,7 @@ def start(number: int, module: str, *args: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def ended(running: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+def ended(running: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[tuple[int, str, str]]:
     """Exit status, output, and errors of each process."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in running]

@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ease.devices import choose_device
 from ease.errors import EaseError, first_line
@@ -76,7 +77,7 @@ def total(*counts: float) -> list[float]:
         return list(counts)
     sums = torch.tensor(counts, dtype=torch.float64)
     dist.all_reduce(sums)
-    return sums.tolist()  # type: ignore[no-any-return]
+    return sums.tolist()
 
 
 def total_count(count: int) -> int:
@@ -133,7 +134,7 @@ def _sizes(count: int) -> list[int]:
     counts = torch.zeros(processes(), dtype=torch.long)
     counts[process()] = count
     dist.all_reduce(counts)
-    return counts.tolist()  # type: ignore[no-any-return]
+    return counts.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -193,8 +194,8 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _sum_sparse(p: Tensor) -> Tensor:
     """The rows of a table that any process has looked up, with the sums of their gradients."""
-    grad = torch.sparse_coo_tensor(size=p.shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad
-    grad = grad.coalesce()
+    none = (torch.zeros(1, 0, dtype=torch.long, device=p.device), p.new_zeros(0, *p.shape[1:]))
+    grad = (torch.sparse_coo_tensor(*none, p.shape) if p.grad is None else p.grad).coalesce()
     rows, values = gather(grad.indices().T.contiguous()), gather(grad.values())
     return torch.sparse_coo_tensor(rows.T, values, p.shape).coalesce()
 
@@ -259,7 +260,7 @@ def in_turn() -> Iterator[None]:
 def first_to_report() -> bool:
     """Whether no process of this launch has reported an error yet. Each process asks once, before its own report."""
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
         return bool(store.add(f"ease/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except Exception:  # the store has ended with its process: better twice than never
         return True
