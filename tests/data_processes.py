@@ -32,7 +32,9 @@ from ease import (
     train,
 )
 from ease.data.batches import Example, ExampleBatches
+from ease.progress import Progress
 from ease.strategies.staged import PhaseConfig
+from ease.training import checkpoint
 from ease.training.distributed import process, process_group, processes
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,42 @@ def curve(config: Any, model: StandardTransformer, data: Data, folder: Path | No
     return found
 
 
+class _Stopped(Exception):
+    """The end of a training that is resumed later."""
+
+
+class _Stop(Progress):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def step(self, fraction: float, metrics: Any = None) -> None:
+        self.steps -= 1
+        if not self.steps:
+            raise _Stopped
+
+
+def interrupted(name: str, folder: Path, phase: str, steps: int) -> None:
+    """Trains with checkpoints after every step, and stops in a phase."""
+    (config, layers), data = STRATEGIES[name], windows()
+    stop = lambda now: _Stop(steps) if now.name == phase else Progress()  # noqa: E731
+    torch.manual_seed(1)
+    checkpoint.EVERY = 0.0
+    try:
+        list(train(new_model(layers), config.strategy(), data, checkpoints=folder, progress=stop))
+    except _Stopped:
+        return
+    raise AssertionError("the training was not stopped")
+
+
+def _fails_in_one() -> dict[str, list[float]]:
+    """A training in which the second process cannot read its text."""
+    data = windows()
+    if process() == 1:
+        data = data._replace(train=[*data.train, object()])
+    config, layers = STRATEGIES["standard"]
+    return curve(config, new_model(layers), data)
+
+
 def _examples() -> dict[str, list[float]]:
     config, layers = STRATEGIES["gated"]
     return curve(config, new_model(layers), examples())
@@ -145,9 +183,11 @@ def ended(running: Sequence[subprocess.Popen[str]], timeout: float = 400) -> lis
 
 
 def main(out: str, *names: str) -> None:
-    """Runs the named trainings in one group of processes, and writes what they give."""
+    """Runs the named trainings in one group of processes, and writes what they give; continues that of `out`, if any."""
     torch.set_num_threads(1)
     with process_group("cpu"):
+        if Path(out).is_dir():
+            interrupted("ashem", Path(out), "phase 2", 2)
         found = {name: TRAININGS[name]() for name in names or TRAININGS}
         Path(out).with_suffix(f".{process()}-of-{processes()}.json").write_text(json.dumps(found), encoding="utf-8")
 
