@@ -183,7 +183,7 @@ def ended(running: Sequence[subprocess.Popen[str]], timeout: float = 400) -> lis
 
 
 def main(out: str, *names: str) -> None:
-    """Runs the named trainings in one group of processes, and writes what they give; continues that of `out`, if any."""
+    """Runs the named trainings in one group of processes and writes what they give; continues that of `out`."""
     torch.set_num_threads(1)
     with process_group("cpu"):
         if Path(out).is_dir():

@@ -68,4 +68,3 @@ def test_four_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     found = run_in(4, tmp_path, names)
     for name in names:
         assert_same(name, found)
-

@@ -85,6 +85,11 @@ def total_count(count: int) -> int:
     return int(total(count)[0])
 
 
+def in_all(batch: Batch, count: int) -> int:
+    """A count of tokens in the rows of a batch, as the number in the rows that all processes take."""
+    return total_count(count) if batch.part else count
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     return total(flag)[0] > 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ease.errors import EaseError
 from ease.interface import Batch, ExitModel
+from ease.training.distributed import sum_gradients, total
 from ease.training.execution import Execution
 from ease.training.optimizer import clip_gradients, parameters_of
 
@@ -31,7 +32,7 @@ class MicroBatch(NamedTuple):
 
     batch: Batch
     scored: int
-    """Number of its scored tokens."""
+    """Number of its scored tokens, of all processes."""
     continued: dict[int, Tensor]
     """Exit -> the tokens (B, T) that continued past it, as `Trainer.compute_loss` fills it."""
 
@@ -104,23 +105,24 @@ class Engine:
             EaseError: `MAX_SKIPPED` steps in a row were skipped.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        total, sums = sum(part.scored for part in parts), dict[int, Tensor]()
+        tokens, sums = sum(part.scored for part in parts), dict[int, Tensor]()
         for batch, scored, continued in parts:
             losses = dict[int, Tensor]()
             given = {"state": batch.state, "layout": batch.layout, "continued": continued, "exit_losses": losses}
             with self.execution.applied(self.model):
                 with self.execution.autocast(self.device):
                     loss = compute_loss(*batch[:3], **given)
-                self.scaler.scale(loss * (scored / total)).backward()
+                self.scaler.scale(loss * (scored / tokens)).backward()
             for layer, value in {WEIGHTED: loss.detach(), **losses}.items():
-                sums[layer] = sums.get(layer, 0) + value * (scored / total)
+                sums[layer] = sums.get(layer, 0) + value * (scored / tokens)
+        sum_gradients(parameters_of(self.optimizer))
         self.scaler.unscale_(self.optimizer)
         # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
         norm = clip_gradients(self.learning(), GRAD_CLIP)
         # The only wait for the device in a step.
         length, *means = torch.stack([part.to(loss) for part in (norm, *sums.values())]).tolist()
-        exits = dict(zip(sums, means, strict=True))
-        taken = TakenStep(exits.pop(WEIGHTED), total, length, exits)
+        exits = dict(zip(sums, total(*means), strict=True))
+        taken = TakenStep(exits.pop(WEIGHTED), tokens, length, exits)
         if taken.finite:
             self.optimizer.step()
         self.skipped = 0 if taken.finite else self.skipped + 1

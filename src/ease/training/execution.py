@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ease.errors import EaseError, check_counts, check_fields, first_line
 from ease.interface import Batch, ExitModel, call_layer
+from ease.training.distributed import in_all
 
 Call = Callable[[nn.Module, Tensor, Any], Tensor]
 
@@ -67,7 +68,7 @@ class Execution:
         group: list[Batch] = []
         for item in batches:
             group.append(Batch.of(item))
-            if sum(batch.x.numel() for batch in group) >= (self.batch_tokens or 0):
+            if self.batch_tokens is None or sum(in_all(b, b.x.numel()) for b in group) >= self.batch_tokens:
                 yield group
                 group = []
         if group:
