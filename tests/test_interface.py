@@ -113,8 +113,8 @@ class Cumulative(ExitModel):
         return state / exit
 
     def freeze_below(self, first: int, *, head: bool = True, exits: Sequence[int] = ()) -> None:
-        self.table.requires_grad_(first == 0)
-        self.output_head.requires_grad_(first == 0 or not head)
+        self.table.requires_grad_(first <= 1)
+        self.output_head.requires_grad_(first <= 1 or not head)
 
 
 def test_whoever_keeps_the_seam_is_routed_scored_and_trained() -> None:

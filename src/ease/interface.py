@@ -264,9 +264,9 @@ class ExitModel(nn.Module, ABC):
         """Freezes everything below layer `first` (embedding, memory, layers, exits) and, by default, the shared head.
 
         Args:
-            first: the first layer that learns; 0, which stands for embedding and memory, freezes nothing but
-                classifiers.
-            head: whether the shared head is frozen if `first` is above 0.
+            first: the first layer that learns. The embedding belongs to layer 1 or, in a model with a memory, to layer
+                0; with that layer, nothing is frozen but classifiers.
+            head: whether the shared head is frozen if anything below `first` is.
             exits: exits below `first` that learn nevertheless.
             classifiers: exits whose classifier learns.
         """

@@ -2,8 +2,8 @@
 
 - A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
   biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`ease.hf`).
-- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`. Exit 0, in a model with a memory, is `memory_norm`
-  and the head.
+- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`. With a memory, exit 0 is `memory_norm` and the
+  head.
 - Nothing outside this file and `modules/` depends on the inside of a layer.
 """
 
@@ -385,7 +385,7 @@ class StandardTransformer(ExitModel):
     def freeze_below(
         self, first: int, *, head: bool = True, exits: Sequence[int] = (), classifiers: Sequence[int] = ()
     ) -> None:
-        if first > 0 and not head and self.config.tie_embeddings:
+        if first > self.first_exit and not head and self.config.tie_embeddings:
             raise EaseError(
                 "a trainable head on a frozen trunk would change the embedding that it is tied to: "
                 "use tie_embeddings=False, or freeze the head"
@@ -395,7 +395,7 @@ class StandardTransformer(ExitModel):
             self.draft_brick.requires_grad_(False)
         for name, classifier in self.exit_classifiers.items():
             classifier.requires_grad_(int(name) in classifiers)
-        if first > 0:
+        if first > self.first_exit:
             for module in (*self._brick_0(), *self.layers[: first - 1], *self.exit_norms[: first - 1]):
                 module.requires_grad_(False)
             for name, adapter in self.exit_adapters.items():

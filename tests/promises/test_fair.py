@@ -140,7 +140,7 @@ def test_a_step_on_a_frozen_trunk_costs_what_torch_counts(
     work = counted(lambda: trainer.compute_loss(model, x, x, active, state=state, first=3).backward())
     assert work == expected["training"] + expected["trunk"]
     assert bool(expected["trunk"]) != stored
-    model.freeze_below(0)
+    model.freeze_below(1)
 
 
 @pytest.mark.usefixtures("plain")
@@ -202,7 +202,7 @@ def test_a_step_in_which_a_share_goes_on_costs_what_torch_counts(
     assert list(continued) == [exit for exit, share in keep.items() if share < 1]
     expected = trainer.step_flops(model, batch, int(batch.scored.sum()), first, continued=continued)
     assert work == expected["training"] + expected["trunk"]
-    model.freeze_below(0)
+    model.freeze_below(1)
 
 
 @pytest.mark.usefixtures("plain")

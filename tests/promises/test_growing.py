@@ -168,5 +168,5 @@ def test_freeze_below_names_exactly_what_learns(tied: bool, head: bool, tiny: Ma
     assert learning == {"layers.2", "exit_norms.2"} | shared
     train_mode(model)
     assert [layer.training for layer in model.layers] == [False, False, True]
-    model.freeze_below(0)
+    model.freeze_below(1)
     assert all(p.requires_grad for p in model.parameters())

@@ -49,7 +49,7 @@ def test_the_default_is_the_plan_of_three() -> None:
 def test_three_phases_run_and_leave_a_policy_of_two_exits(done: Any) -> None:
     model, strategy, runs, data = done
     assert [phase.name for phase, _ in runs] == ["phase 1", "phase 2", "phase 3"]
-    assert [phase.first for phase, _ in runs] == [1, 3, 5]
+    assert [phase.first for phase, _ in runs] == [0, 3, 5]
     assert [phase.config.weights for phase, _ in runs] == [{2: 1.0}, {4: 1.0}, {6: 1.0}]
     assert [phase.config.policy.exits for phase, _ in runs] == [(), (2,), (2, 4)]
     assert strategy.policy() == runs[-1][0].config.policy

@@ -73,7 +73,7 @@ def test_a_phase_of_layers_makes_the_classifiers_above_stale(
     assert model.stale_classifiers == {2}
     assert routes(model, (1,))
     assert refused(model, (2,))
-    model.freeze_below(0)
+    model.freeze_below(1)
     trainer.train_epoch(model, data.train, trainer.create_optimizer(model, 1e-3))
     assert refused(model, (1, 2))
     ease.learn_agreement(model, data.val, (1, 2))

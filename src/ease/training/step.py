@@ -46,7 +46,7 @@ def step_loss(
     device, on_host = next(model.parameters()).device, batch
     batch = batch.to(device)
     at = 0 if batch.state is None else max(0, first - 1)
-    with torch.set_grad_enabled(learns and first == 0):
+    with torch.set_grad_enabled(learns and first <= model.first_exit):
         state = model.embed(batch.x, layout=batch.layout) if batch.state is None else batch.state
     terms: list[Term] = []
     masks: list[Tensor] = []  # (B, T) the scored tokens of each term, where `on_host` is
