@@ -45,8 +45,8 @@ class Phase:
         config: the losses, and the routing under which validation runs.
         train, val: re-iterable batches.
         options: optimizer settings and limits.
-        first: the first layer that learns, 0 for all; what is below is the frozen trunk. With the number of layers plus one,
-            no layer learns.
+        first: the first layer that learns, 0 for all; what is below is the frozen trunk. With the number of layers plus
+            one, no layer learns.
         exits: exits in the frozen trunk that learn nevertheless.
         freeze_head: whether the shared head is frozen together with a trunk, so that no exit changes.
         restore_best: whether the weights of the best epoch are restored at the end.
