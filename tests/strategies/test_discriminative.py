@@ -19,7 +19,7 @@ def test_rates_fall_by_the_decay_from_the_last_layer_down(tiny: Make, text_data:
     assert phase is not None
     assert phase.config.weights == {3: 1.0}
     assert phase.config.layer_lr_scales == pytest.approx({1: 1 / 2.6**2, 2: 1 / 2.6, 3: 1.0})
-    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 1, config)
+    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 0, config)
     optimizer = Trainer(phase.config, 256).create_optimizer(model, config.lr)
     rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for k in (1, 2, 3):

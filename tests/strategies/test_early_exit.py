@@ -33,7 +33,7 @@ def test_exits_and_the_last_layer_have_a_loss(
     assert phase is not None
     assert phase.config.weights == pytest.approx(weights)
     assert phase.config.policy == strategy.policy()
-    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 1, config)
+    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 0, config)
     assert strategy.next_phase(model, data) is None
 
 

@@ -127,7 +127,7 @@ def test_two_exits_share_by_share(tiny: Make, text_data: Callable[..., Data]) ->
         ({"exit_layer": 3}, "must lie below the last"),
         ({"first_share": 1.0}, "the last phase needs a share"),
         ({"growth": (1,)}, "growth must name depths below exit 1, from shallow to deep"),
-        ({"exit_layer": 2, "growth": (0,)}, "growth must name depths below exit 2"),
+        ({"exit_layer": 2, "growth": (-1,)}, "growth must name depths below exit 2"),
         ({"exit_layer": 2, "growth": (1,), "first_share": 0.0}, "growth needs phases before the last"),
         ({"span": (0.5, 0.5)}, "span must be two increasing numbers"),
     ],

@@ -24,7 +24,7 @@ def test_every_phase_is_deeper_and_learns_with_all_layers(tiny: Make, text_data:
         weights.append({name: value.clone() for name, value in model.state_dict().items()})
     assert [phase.name for phase, _ in runs] == ["phase 1", "phase 2", "phase 3"]
     assert [phase.config.weights for phase, _ in runs] == [{1: 1.0}, {2: 1.0}, {4: 1.0}]
-    assert all((phase.train, phase.val, phase.first) == (data.train, data.val, 1) for phase, _ in runs)
+    assert all((phase.train, phase.val, phase.first) == (data.train, data.val, 0) for phase, _ in runs)
     assert [phase.options.max_epochs for phase, _ in runs] == [1, 2, 3], "in proportion to depth"
     losses = [history.rows[-1]["val_loss"] for _, history in runs]
     assert losses == sorted(losses, reverse=True)
@@ -86,7 +86,7 @@ def test_one_schedule_goes_through_all_phases() -> None:
     [
         ({"layers": (2,)}, "two or more depths"),
         ({"layers": (2, 2)}, "from shallow to deep"),
-        ({"layers": (0, 2)}, "from shallow to deep"),
+        ({"layers": (-1, 2)}, "from shallow to deep"),
         ({"shares": (0.5, 0.5)}, "one above 0 per phase and sum to 1"),
         ({"shares": (0.5, 0.4, 0.2)}, "sum to 1"),
         ({"shares": (0.5, 0.5, 0.0)}, "one above 0"),

@@ -48,7 +48,7 @@ def test_two_phases_share_the_limits(done: Any) -> None:
     assert [phase.name for phase, _ in runs] == ["phase 1", "phase 2"]
     assert (first.config.weights, second.config.weights) == ({1: 1.0}, {1: 0.5, 3: 0.5})
     assert (first.config.selection.keep, second.config.selection.keep) == ({}, {1: 0.4})
-    assert all((phase.train, phase.val, phase.first) == (data.train, data.val, 1) for phase, _ in runs)
+    assert all((phase.train, phase.val, phase.first) == (data.train, data.val, 0) for phase, _ in runs)
     assert [phase.options.max_epochs for phase, _ in runs] == [4, 4]
     assert strategy.config.num_layers == 1
     assert model.num_layers == 3
@@ -138,7 +138,7 @@ def test_with_every_token_hard_nobody_is_chosen(tiny: Make, text_data: Callable[
     ("options", "fix"),
     [
         ({"deep_layers": 1}, r"deep_layers \(1\) must be more than shallow_layers \(1\)"),
-        ({"shallow_layers": 0}, "at least 1"),
+        ({"shallow_layers": -1}, "at least 1"),
         ({"hard_ratio": 0.0}, r"must lie in \(0, 1\]"),
         ({"shallow_weight": 0.0}, r"must lie in \(0, 1\)"),
         ({"shallow_weight": 1.0}, r"must lie in \(0, 1\)"),

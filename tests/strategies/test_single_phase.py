@@ -15,7 +15,7 @@ def test_standard_is_one_phase_with_the_loss_at_the_end(tiny: Make, text_data: C
     strategy = config.strategy()
     ((phase, history),) = train(model, strategy, data)
     assert phase.config.weights == {3: 1.0}
-    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 1, config)
+    assert (phase.train, phase.val, phase.first, phase.options) == (data.train, data.val, 0, config)
     assert strategy.policy() == Policy()
     assert history.rows[1]["val_loss"] < history.rows[0]["val_loss"]
     assert strategy.next_phase(model, data) is None
