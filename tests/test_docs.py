@@ -195,6 +195,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, name, stop)
     monkeypatch.setattr(ease.report, "write_report", stop)
     monkeypatch.setattr(finished, "export", stop)
+    monkeypatch.setattr("ease.runs.live.LiveRun", stop)
     if args == ["run"]:
         assert main(args) == 0
     elif "--help" in args:
@@ -207,7 +208,7 @@ def test_the_commands_are_understood(args: list[str], monkeypatch: pytest.Monkey
 
 
 def test_the_commands_are_found() -> None:
-    shown = {"run", "tune", "generate", "serve", "eval", "calibrate", "report", "export", "reproduce"}
+    shown = {"run", "watch", "tune", "generate", "serve", "eval", "calibrate", "report", "export", "reproduce"}
     assert {args[0] for args in commands()} == shown
 
 
@@ -249,7 +250,9 @@ def test_the_fields_of_a_runs_files_are_listed(short_run: Path) -> None:
     rows = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     line = summary["lines"][-1]
     for heading, value in (
-        ("## metrics.jsonl", rows[0]),
+        ("An epoch's row", {name: 0 for row in rows if row["event"] == "epoch" for name in row}),
+        ("A step's row", next(row for row in rows if row["event"] == "step")),
+        ("## run.json", json.loads((short_run / "run.json").read_text(encoding="utf-8"))),
         ("## summary.json", summary),
         ("An object of `lines`:", line),
         ("An object of `val` and `test`", line["test"]),

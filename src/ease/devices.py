@@ -75,6 +75,42 @@ def free_memory(device: torch.device) -> float:
     return float(available.split()[1]) * 1024 if available else math.inf
 
 
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes in use: the peak of torch's allocator so far on CUDA, else of this process now; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Dense bfloat16 FLOP/s of accelerators, from their makers' data sheets, by what torch names them.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of a device in bfloat16 without sparsity; None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for known, peak in PEAKS.items() if f" {known} " in words), None)
+
+
 def machine(device: str) -> dict[str, Any]:
     """Describes the machine for a report: device, CPU, cores, threads and versions, as plain values fit for JSON."""
     cpu = platform.processor()

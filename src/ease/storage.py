@@ -147,6 +147,28 @@ def is_begun(partial: Path) -> bool:
     return has_checkpoints(partial) or any((partial / MADE).glob("*.jsonl"))
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process works on a partial folder; None where the system has no such locks.
+
+    A process that starts its work during the call is refused, so it is not to be called often.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds an exclusive lock on a folder. The system releases it when the process ends, however it ends."""

@@ -77,7 +77,7 @@ def test_standard_models_of_several_depths_and_growth_have_equal_training_flops(
     for name in list(lines)[2:]:
         assert lines[name]["train_flops"] == pytest.approx(lines["phase 2"]["train_flops"], rel=0.1), name
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rates = {name: [row["lr"] for row in rows if row["line"] == name] for name in lines}
+    rates = {name: [row["lr"] for row in rows if (row["line"], row["event"]) == (name, "epoch")] for name in lines}
     assert rates["phase 1"][0] > rates["phase 1"][-1]
     assert set(rates["phase 1 continued"]) == {rates["phase 1"][-1]}
     assert rates["growth, 1 to 3 layers"][-1] == pytest.approx(rates["standard, 3 layers"][-1], rel=0.3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_runs import COMPARE, SHORT, TINY, budget
 
+import ease
 from ease.cli.main import main
 from ease.runs.store import load_model
 
@@ -16,7 +17,7 @@ from ease.runs.store import load_model
 def test_a_run_is_a_folder_without_pickles(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
+        *("config.json", "run.json", "metrics.jsonl", "summary.json", "model.safetensors", "tokenizer.json"),
         *("explorer.json", "report.html", "SHA256SUMS"),
     }
     assert [p for p in made.parent.iterdir() if p.name.startswith(".")] == []
@@ -68,10 +69,22 @@ def test_a_run_without_exits_times_no_decoding(
     assert '"generation":null' in (out / "report.html").read_text()
 
 
-def test_metrics_are_a_line_per_epoch(made: Path) -> None:
+def test_metrics_are_rows_of_steps_and_of_epochs(made: Path) -> None:
     rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-    assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in rows}
-    assert all(row["val_loss"] > 0 for row in rows)
+    for event, loss in (("epoch", "val_loss"), ("step", "loss")):
+        found = [row for row in rows if row["event"] == event]
+        assert {"phase 1", "phase 2", "phase 1 continued"} <= {row["line"] for row in found}
+        assert all(row[loss] > 0 for row in found)
+    routed = [row for row in rows if (row["line"], row["event"]) == ("phase 2", "epoch")]
+    assert all(sum(row["exit_shares"].values()) == pytest.approx(1) for row in routed)
+
+
+def test_a_run_records_its_start(made: Path) -> None:
+    record = json.loads((made / "run.json").read_text())
+    assert record["config"] == json.loads((made / "summary.json").read_text())["config"]
+    (start,) = record["starts"]
+    assert (start["ease_version"], start["machine"]["torch"]) == (ease.__version__, torch.__version__)
+    assert set(start) == {"time", "ease_version", "git", "machine"}
 
 
 def test_ashem_grows_on_a_checkpoint(made: Path, text_file: Path, tmp_path: Path, monkeypatch) -> None:
@@ -128,7 +141,7 @@ def test_baselines_of_phases_that_share_a_schedule_complete_it(text_file: Path, 
     args = ["run", "gated", "--data", str(text_file), "--out", str(tmp_path / "run"), *TINY, *COMPARE]
     assert main([*args, "--strategy.max-flops", "4e8"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    ends = {row["line"]: row["lr"] for row in rows}
+    ends = {row["line"]: row["lr"] for row in rows if row["event"] == "epoch"}
     assert set(ends) == {"phase 1", "phase 2", "phase 1 continued", "standard, 4 layers", "deep-supervision, 4 layers"}
     last = ends.pop("phase 2")
     assert ends.pop("phase 1") > 5 * last

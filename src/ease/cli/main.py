@@ -17,7 +17,7 @@ from ease.version import __version__
 
 # Every command is a module with USAGE, HELP and main(args). None imports torch before it runs, so help is quick, and
 # all are imported inside `main`, where an interrupt ends with one line.
-COMMANDS = ("run", "tune", "generate", "serve", "eval", "calibrate", "report", "export", "reproduce")
+COMMANDS = ("run", "watch", "tune", "generate", "serve", "eval", "calibrate", "report", "export", "reproduce")
 
 CLOSED_PIPE = 128 + 13  # exit status of a program that SIGPIPE ended
 

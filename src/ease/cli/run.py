@@ -28,6 +28,7 @@ def main(args: list[str]) -> None:
     from ease.report.verdict import verdict
     from ease.runs import runner
     from ease.runs.config import RunConfig
+    from ease.runs.log import LOG_EVERY
 
     recipe = load_recipe(args[0]).config()
     if not isinstance(recipe, RunConfig):
@@ -41,6 +42,10 @@ def main(args: list[str]) -> None:
         """The run folder (runs/NAME by default)."""
         overwrite: bool = False
         """Replace the folder if it holds a run or a checkpoint; discard an unfinished run with other options."""
+        track: str = ""
+        """Trackers that also receive the metrics, separated by commas: tensorboard, wandb, trackio."""
+        log_every: int = LOG_EVERY
+        """Optimizer steps between two rows of metrics.jsonl."""
 
     rest = expand_options(args[1:], {"--data": "--data.source", "--allow-overlap": "--data.allow-overlap"})
     given = tyro.cli(Arguments, args=rest, default=Arguments(recipe), prog=f"ease run {args[0]}", description="")
@@ -50,13 +55,15 @@ def main(args: list[str]) -> None:
     if "--compare-layers" in options and "standard" not in given.config.compare:
         raise EaseError("--compare-layers are the depths of the standard baselines: add standard to --compare")
     out = given.out or Path("runs") / given.config.name
+    track = tuple(filter(None, given.track.split(",")))
+    written: dict[str, Any] = {"overwrite": given.overwrite, "track": track, "log_every": given.log_every}
     if launched():  # the first process shows what all do
-        runner.run(given.config, out, overwrite=given.overwrite)
+        runner.run(given.config, out, **written)
         return
     console = error_console()
     with ProgressDisplay(console) as progress:
         say = lambda text: console.print(f"ease: {text}", markup=False, soft_wrap=True)  # noqa: E731
-        summary = runner.run(given.config, out, overwrite=given.overwrite, progress=progress.line, say=say)
+        summary = runner.run(given.config, out, **written, progress=progress.line, say=say)
     shown = output_console()
     shown.print(text_table(summary))
     judged = verdict(summary)

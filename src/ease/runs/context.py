@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,11 @@ import torch
 from ease.data.batches import TokenBatches
 from ease.data.corpus import Corpus
 from ease.models import StandardTransformer
-from ease.progress import Progress, StepMetrics
+from ease.progress import Progress
 from ease.runs.config import RunConfig
+from ease.runs.log import LOG_EVERY, METRICS, MetricsFile, MetricsLog
+from ease.runs.tracking import Tracker
 from ease.training.distributed import process
-
-
-class MetricsLog(Progress):
-    """Progress that appends every epoch to metrics.jsonl and passes all events on.
-
-    Args:
-        path: the file.
-        line: name of the line, written into every row.
-        inner: the progress that receives the same events.
-    """
-
-    def __init__(self, path: Path, line: str, inner: Progress) -> None:
-        self.path, self.line, self.inner = path, line, inner
-
-    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
-        self.inner.step(fraction, metrics)
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"line": self.line, **row}) + "\n")
-        self.inner.epoch(row)
-
-    def resumed(self, epoch: int, step: int) -> None:
-        self.inner.resumed(epoch, step)
 
 
 @dataclass
@@ -53,6 +30,8 @@ class RunContext:
         device: device to train and score on.
         progress: makes the progress of a named piece of work.
         start: trained model to start from, or None.
+        trackers: receive the metrics of training.
+        log_every: optimizer steps between two rows of metrics.jsonl.
     """
 
     config: RunConfig[Any]
@@ -61,6 +40,11 @@ class RunContext:
     device: str
     progress: Callable[[str], Progress]
     start: StandardTransformer | None = None
+    trackers: Sequence[Tracker] = ()
+    log_every: int = LOG_EVERY
+
+    def __post_init__(self) -> None:
+        self.metrics = MetricsFile(self.folder / METRICS)
 
     @property
     def in_sample(self) -> bool:
@@ -71,7 +55,15 @@ class RunContext:
         """Progress of the training of a line, logged to metrics.jsonl and shown under `label`."""
         if process():
             return Progress()
-        return MetricsLog(self.folder / "metrics.jsonl", line, self.progress(label or line))
+        return MetricsLog(
+            self.metrics,
+            line,
+            self.progress(label or line),
+            device=self.device,
+            trackers=self.trackers,
+            label=label,
+            every=self.log_every,
+        )
 
     def batches(self, split: str) -> TokenBatches:
         """Batches of a split: "train" (shuffled), "val" or "test"."""

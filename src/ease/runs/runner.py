@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ease.data.corpus import Corpus, load_corpus
 from ease.data.tokenizers import save_tokenizer
 from ease.devices import machine
-from ease.errors import EaseError
+from ease.errors import EaseError, check_counts
 from ease.files import write_checksums
 from ease.flops import head_flops, layer_flops
 from ease.hf.prompting import copy_prompting
@@ -29,10 +29,13 @@ from ease.runs.config import SELF, RunConfig
 from ease.runs.context import RunContext
 from ease.runs.explorer import explorer_data
 from ease.runs.lines import StrategyLines, TrainedLine, train_strategy
+from ease.runs.log import LOG_EVERY, METRICS
 from ease.runs.metrics import decoding_metrics, draft_metrics, run_metrics
+from ease.runs.record import RECORD, record_start
 from ease.runs.reopen import load_start
 from ease.runs.self_text import self_text
 from ease.runs.store import FILES, START, can_resume, save_model, start_files
+from ease.runs.tracking import TENSORBOARD, TRACKERS, TrackedRun, check_trackers
 from ease.storage import fingerprint, output_folder, partial_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.training.distributed import in_turn, leave_group, process, process_group, processes
@@ -44,6 +47,8 @@ def run(
     out: Path,
     *,
     overwrite: bool = False,
+    track: Sequence[str] = (),
+    log_every: int = LOG_EVERY,
     progress: Callable[[str], Progress] = lambda line: Progress(),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -59,6 +64,8 @@ def run(
         config: configuration of the run.
         out: the run folder.
         overwrite: replace an existing run, and discard an unfinished run with another configuration.
+        track: names of trackers that also receive the metrics: tensorboard, wandb, trackio.
+        log_every: optimizer steps between two rows of metrics.jsonl.
         progress: makes the progress of a line from its name.
         say: receives a sentence when an unfinished run is resumed.
 
@@ -67,8 +74,10 @@ def run(
 
     Raises:
         EaseError: the folder exists or cannot be written, an unfinished run has another configuration, or data, model
-            and configuration do not fit together.
+            and configuration do not fit together, or a tracker is unknown or not installed.
     """
+    check_trackers(track)
+    check_counts(1, log_every=log_every)
     with process_group(config.device) as device:
         first = process() == 0
         reads = (config.data.source.removeprefix(SELF).removeprefix("hf:"), *([config.start] if config.start else []))
@@ -77,8 +86,17 @@ def run(
                 progress, say = (lambda line: Progress()), (lambda text: None)
             with in_turn():
                 context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
-            trained = train_strategy(context)
-            lines = [*trained.lines, *train_baselines(context, trained)]
+            context.log_every = log_every
+            with ExitStack() as end:
+                if first:
+                    settings = describe_settings(config, context.corpus)
+                    start = record_start(context.folder, config.name, settings, device)
+                    tracked = TrackedRun(out.name, start["id"], context.folder, settings)
+                    context.trackers = [TRACKERS[name](tracked) for name in track]
+                    for tracker in context.trackers:
+                        end.callback(tracker.finish)
+                trained = train_strategy(context)
+                lines = [*trained.lines, *train_baselines(context, trained)]
             number = processes()
             leave_group()  # one process does the rest
             return _write(context, trained, lines, record, number) if first else {}
@@ -118,7 +136,10 @@ def _prepare(
     if first:
         if can_resume(folder, run_identity(config, corpus, start), overwrite):
             say(f"resuming the unfinished run in {folder}")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # resumed lines report their past epochs again
+        else:
+            for name in (METRICS, RECORD):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     context = RunContext(config, folder, corpus, device, progress, start)
     context.batches("test")  # raises on a text that is too short, before training
     local = Path(data.source).exists()
@@ -168,14 +189,12 @@ def run_identity(config: RunConfig[Any], corpus: Corpus, start: StandardTransfor
 
 def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer, device: str) -> dict[str, Any]:
     """The part of summary.json that describes the run: configuration, data, model and machine."""
-    data = config.data
-    kind = type(config.strategy)
-    name = next((n for n, listed in STRATEGIES.items() if kind is listed), kind.__name__)
+    data, settings = config.data, describe_settings(config, corpus)
     return {
         "format": 1,
         "ease_version": __version__,
         "name": config.name,
-        "strategy": name,
+        "strategy": settings["strategy"]["name"],
         "note": config.note,
         "seed": config.seed,
         "data": {**corpus.describe(), "seq_len": data.seq_len, "batch_size": data.batch_size},
@@ -183,14 +202,21 @@ def describe(config: RunConfig[Any], corpus: Corpus, model: StandardTransformer,
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "head_in_layers": head_flops(model.config, 1) / layer_flops(model.config, 1, 1, (data.seq_len + 1) // 2),
+        "config": settings,
+    }
+
+
+def describe_settings(config: RunConfig[Any], corpus: Corpus) -> dict[str, Any]:
+    """The configuration of a run as its folder records it."""
+    kind = type(config.strategy)
+    name = next((n for n, listed in STRATEGIES.items() if kind is listed), kind.__name__)
+    return {
+        "strategy": {"name": name, **asdict(config.strategy)},
+        "model": asdict(config.model) if config.start is None else None,  # an initial model has its own shape
         # Reports are shared, so they name the corpus instead of a path on this machine.
-        "config": {
-            "strategy": {"name": name, **asdict(config.strategy)},
-            "model": asdict(config.model) if config.start is None else None,  # an initial model has its own shape
-            "data": asdict(replace(data, source=corpus.name)),
-            "compare": config.compare,
-            "compare_layers": config.compare_layers,
-            "seed": config.seed,
-            "start": config.start and Path(config.start).name,
-        },
+        "data": asdict(replace(config.data, source=corpus.name)),
+        "compare": config.compare,
+        "compare_layers": config.compare_layers,
+        "seed": config.seed,
+        "start": config.start and Path(config.start).name,
     }

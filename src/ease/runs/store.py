@@ -1,7 +1,9 @@
 """A run folder on disk, written completely or not at all.
 
     config.json         configuration of the run, shape of the model, its policy
-    metrics.jsonl       one row per line and epoch
+    run.json            configuration of the run; versions, git commit and machine of each start
+    metrics.jsonl       metrics of training, a row every few steps and one per epoch
+    tensorboard/        event files, with --track tensorboard
     summary.json        metrics of all lines
     model.safetensors   weights
     tokenizer.json      tokenizer
@@ -33,6 +35,8 @@ from ease.files import check_checksums, set_usual_mode, write_checksums
 from ease.model_config import ModelConfig, check_sizes
 from ease.models import DeepSupervisionTransformer, StandardTransformer
 from ease.policy import Policy
+from ease.runs.log import METRICS
+from ease.runs.record import RECORD
 from ease.storage import (
     CHECKPOINTS,
     CONFIG,
@@ -51,7 +55,7 @@ FORMAT = 1
 WEIGHTS, POLICY, TOKENIZER, START = "model.safetensors", "policy.json", "tokenizer.json", "start"
 
 # The files of a finished run, without its report.
-FILES = (CONFIG, WEIGHTS, TOKENIZER, "metrics.jsonl", "summary.json", "explorer.json")
+FILES = (CONFIG, WEIGHTS, TOKENIZER, RECORD, METRICS, "summary.json", "explorer.json")
 
 FIX, RECALIBRATE = "run again, or restore it", "remove it and calibrate again"
 
