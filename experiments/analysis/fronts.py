@@ -81,6 +81,11 @@ class Fronts:
         return list(self.data["partial"])
 
     @property
+    def other_budgets(self) -> list[str]:
+        """Lines that spend another budget than the others."""
+        return list(self.data.get("other_budgets", ()))
+
+    @property
     def compared_with(self) -> list[str]:
         """The lines that every other line is compared with."""
         return list(self.data["compared_with"])
@@ -92,8 +97,8 @@ class Fronts:
 
     @property
     def strategies(self) -> list[str]:
-        """Lines other than standard models that spent the whole budget and were not trained on validation tokens."""
-        others = (*self.baselines, *self.partial, self.data["in_sample"])
+        """Lines other than standard models that spent the budget and were not trained on validation tokens."""
+        others = (*self.baselines, *self.partial, *self.other_budgets, self.data["in_sample"])
         return [name for name in self.points if name not in others]
 
     @property

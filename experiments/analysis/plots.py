@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.analysis import compute
 from experiments.analysis.fronts import Fronts, OperatingPoint
 from experiments.analysis.looks import coloured, look
 from experiments.analysis.statistics import Fit, Interval
@@ -66,6 +67,11 @@ def front(data: dict[str, Any], stem: Path) -> None:
         margin = 0.1 * (max(means) - min(means)) or 1.0
         axes[0][0].set_ylim(min(means) - margin, max(means) + margin)
         axes[0][0].set_ylabel("test perplexity")
+        if marks := compute.ticks(fronts, *axes[0][0].get_ylim()):
+            second = axes[0][-1].secondary_yaxis("right")
+            second.set_yticks(*zip(*marks))
+            second.set_yticks([], minor=True)
+            second.set_ylabel("compute multiplier")
         if len(bright) < len(names):
             axes[0][0].plot([], [], color="0.75", marker=".", label="other strategies")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4 if timed else 2)

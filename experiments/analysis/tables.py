@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.analysis import compute
 from experiments.analysis.fronts import Fronts, OperatingPoint
 from experiments.analysis.statistics import Interval
 from experiments.analysis.table import Table, difference, ppl, short, signed, spread, thousands
@@ -21,6 +22,11 @@ ON_FRONT = "baseline"
 SAME_ROUTING = (
     "Differences against another line are at the same routing and empty where that was not measured; if only one of "
     f"the two lines has exits, it is compared where {COMPARED:.0%} continue, or at the full depth of the other."
+)
+COMPUTE = (
+    "The compute multiplier is the training FLOPs that a standard model of the best depth needs for the same test "
+    "loss, divided by those that the line used: above 1 is better. Standard models at several budgets give the curve "
+    "of each seed, linear in log FLOPs between budgets; < and > mark a bound, where the loss is outside of the curve."
 )
 TASK_METRICS = {"acc": "accuracy", "f1": "macro F1", "rouge_l": "ROUGE-L"}
 SHARED_SETTINGS = ("kind", "lr", "schedule", "warmup", "patience", "max_epochs", "max_flops", "seed", "pretrained")
@@ -34,6 +40,7 @@ def all_tables(data: dict[str, Any]) -> list[Table]:
         ablation(fronts),
         summary(fronts),
         operating_points(fronts),
+        budgets(fronts),
         savings(fronts),
         task_quality(fronts),
         thresholds(fronts),
@@ -53,7 +60,7 @@ def notes(kept: dict[str, Any]) -> list[str]:
     several = len(data["seeds"]) > 1
     spent = {e["line"]: e["flops"] / lab["budget"] for e in data["entries"]}
     without_rate = {e["line"] for e in data["entries"] if e["lr"] is None}
-    named = {*without_rate, *data["partial"]}
+    named = {*without_rate, *data["partial"]} - {*Fronts(kept).other_budgets}
     other = {n: f"{share:.0%}" for n, share in spent.items() if n in named or not share}
     shares = {share: [name for name, its in other.items() if its == share] for share in other.values()}
     less = "".join(f" ({'; '.join(lines)}: {share} of it)" for share, lines in shares.items())
@@ -73,10 +80,14 @@ def notes(kept: dict[str, Any]) -> list[str]:
         f"Made by `{data['command']}`.",
     ]
     first = [entry for entry in data["entries"] if entry["seed"] == data["seeds"][0]]
-    rates = [entry["lr"] for entry in first if entry["lr"] is not None]
+    taken = data.get("rate_of", {})
+    rates = [entry["lr"] for entry in first if entry["lr"] is not None and entry["line"] not in taken]
     if len(lab["lrs"]) > 1:
         high, low = rates.count(max(lab["lrs"])), rates.count(min(lab["lrs"]))
         found[0] += f" Of {len(rates)} lines with a learning rate {high} chose the highest and {low} the lowest."
+    for source in dict.fromkeys(taken.values()):
+        names = "; ".join(name for name, its in taken.items() if its == source)
+        found[0] += f" The learning rate of {source} is taken over by: {names}."
     if data["missing"]:
         found.append(f"Not trained yet: {'; '.join(data['missing'])}.")
     return found
@@ -102,6 +113,21 @@ def quality_and_cost(point: OperatingPoint) -> list[str]:
     hard = ppl([math.log(value) for value in point.metric("hard_ppl")])
     layers = f"{point.mean('compute_cost'):.2f}"
     return [ppl(point.metric("loss")), hard, layers, thousands(point.mean("flops_per_token"))]
+
+
+def compute_header(fronts: Fronts) -> list[str]:
+    """The heading of `compute_cells`."""
+    return ["compute multiplier"] if compute.curves(fronts) else []
+
+
+def compute_cells(fronts: Fronts, point: OperatingPoint) -> list[str]:
+    """A point's compute multiplier, if there is a curve to read it off."""
+    return [str(compute.multiplier(fronts, point) or "")] if compute.curves(fronts) else []
+
+
+def compute_notes(fronts: Fronts) -> list[str]:
+    """How compute multipliers are made, if there are any."""
+    return [COMPUTE] if compute.curves(fronts) else []
 
 
 QUALITY_AND_COST = ["test PPL", "hard PPL", "layers run", "FLOPs/token"]
@@ -134,22 +160,26 @@ def summary(fronts: Fronts) -> Table:
         point = fronts.full_depth(name) if name in fronts.baselines else fronts.best(name)
         lr = fronts.entries(name)[0]["lr"]
         row = [name, point.routing, "" if lr is None else f"{lr:g}", *quality_and_cost(point)]
+        row += [against_front(fronts, point), *compute_cells(fronts, point)]
         if name in fronts.baselines:
-            rows.append([*row, against_front(fronts, point), "", ""])
+            rows.append([*row, "", ""])
             continue
         rival = fronts.rival(point)
-        versus = [rival[0], difference(rival[1])] if rival else ["none", ""]
-        rows.append([*row, against_front(fronts, point), *versus])
+        rows.append([*row, *([rival[0], difference(rival[1])] if rival else ["none", ""])])
     return Table(
         "front",
         f"{fronts.title}: every line at the routing that validation prefers",
-        ["line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front", "best rival", "against the rival"],
+        [
+            *("line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front"),
+            *(*compute_header(fronts), "best rival", "against the rival"),
+        ],
         rows,
         [
             "Negative is better. The baseline front is the straight line, in FLOPs per token and loss, between "
             "standard models of different depths trained with the same FLOPs; the best rival is the other strategy "
             "with the lowest validation loss at the same FLOPs per token. Every evaluation of an output head is "
             "counted.",
+            *compute_notes(fronts),
             *notes(fronts.data),
         ],
     )
@@ -164,12 +194,13 @@ def operating_points(fronts: Fronts) -> Table:
             *quality_and_cost(point),
             microseconds(point),
             against_front(fronts, point),
+            *compute_cells(fronts, point),
             *against_lines(fronts, point),
         ]
         for name in fronts.shown
         for point in fronts.front(name)
     ]
-    header = ["line", "routing", *QUALITY_AND_COST, "µs/token", "against the baseline front"]
+    header = ["line", "routing", *QUALITY_AND_COST, "µs/token", "against the baseline front", *compute_header(fronts)]
     timed = fronts.data["timed"]
     return Table(
         "points",
@@ -182,6 +213,24 @@ def operating_points(fronts: Fronts) -> Table:
             *notes(fronts.data),
         ],
     )
+
+
+def budgets(fronts: Fronts) -> Table | None:
+    """Standard models at every budget and the other lines that spend another budget, with their compute multipliers."""
+    standard, best = fronts.data.get("curve", {}), compute.best_depths(fronts)
+    others = [name for name in fronts.other_budgets if name not in standard]
+    rows = []
+    for name in (*sorted(standard, key=lambda name: standard[name]), *others):
+        point = fronts.full_depth(name) if name in standard else fronts.front(name)[-1]
+        flops, lr = statistics.mean(compute.used(fronts, point)), fronts.entries(name)[0]["lr"]
+        where = "yes" if point in best else "no" if name in standard else ""
+        row = [name, point.routing, f"{lr:g}", f"{flops:.3g}", thousands(point.mean("flops_per_token"))]
+        rows.append([*row, ppl(point.metric("loss")), where, *compute_cells(fronts, point)])
+    header = ["line", "routing", "lr", "training FLOPs", "FLOPs/token", "test PPL", "best depth of its budget"]
+    about = "The best depth of a budget is the one with the lowest validation loss."
+    title = f"{fronts.title}: standard models and other lines at several budgets"
+    notes_ = [about, *compute_notes(fronts), *notes(fronts.data)]
+    return Table("budgets", title, [*header, *compute_header(fronts)], rows, notes_) if fronts.other_budgets else None
 
 
 def task_quality(fronts: Fronts) -> Table | None:

@@ -70,7 +70,8 @@ class Line:
     on: str | None = None
     """The line whose model this one starts from; its FLOPs count as part of this line's."""
     share: float = 1.0
-    """Share of the budget that the line has spent when it is done; below 1 where other lines start from it."""
+    """Share of the budget that the line has spent when it is done; not 1 where other lines start from it, and for lines
+    of another budget."""
     part: tuple[float, float] = (0.0, 1.0)
     """The part of the training text that the line reads."""
     shape: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +82,8 @@ class Line:
     """Fixed thresholds that are measured in addition to quantiles."""
     rates: bool = True
     """Whether the line tries the lab's learning rates; False for a line that has no learning rate."""
+    rate_of: str | None = None
+    """A line whose chosen learning rate this one takes over instead of trying the lab's."""
 
 
 BASE = "phase 1"
@@ -91,6 +94,30 @@ CONTINUED = "phase 1 continued"
 def standard_name(layers: int) -> str:
     """The name of the line that trains a standard model."""
     return f"standard, {layers} layer{'' if layers == 1 else 's'}"
+
+
+def at_budget(name: str, share: float) -> str:
+    """The name of a line that spends another budget than the lab's."""
+    return name if share == 1 else f"{name}, {share:g}x the budget"
+
+
+def curve_names(curve: Mapping[float, Sequence[int]]) -> dict[str, float]:
+    """Names of the lines that train standard models at several budgets, with the share of the budget."""
+    return {at_budget(standard_name(k), share): share for share, depths in curve.items() for k in depths}
+
+
+def curve(budgets: Mapping[float, Sequence[int]]) -> dict[str, Line]:
+    """Standard models at other budgets than the lab's: share of the budget -> depths.
+
+    They take over the learning rate that the model of their depth chose at the lab's budget.
+    """
+    return {
+        at_budget(standard_name(k), share): Line(
+            make(ease.StandardConfig, num_layers=k), share=share, rate_of=standard_name(k)
+        )
+        for share, depths in budgets.items()
+        for k in depths
+    }
 
 
 def standard_names(depths: Sequence[int]) -> tuple[str, ...]:

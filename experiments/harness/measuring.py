@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,8 @@ class Report:
     """The line whose final model determines the hard tokens."""
     baselines: tuple[str, ...]
     """The standard models that the baseline front is made of."""
+    curve: Mapping[str, float] = field(default_factory=dict)
+    """Standard models of several budgets -> their share of the lab's; compute multipliers are read off their losses."""
     compared_with: tuple[str, ...] = ()
     """Lines that every other line is compared with."""
     by_token_group: tuple[str, ...] = ()
@@ -118,6 +120,7 @@ def measure(
         clocked = pool.submit(clock, scheduler.without_lab, timed).result()
         for point, microseconds in zip((point for _, points in timed for point in points), clocked, strict=True):
             point["microseconds"] = microseconds
+    started_from = {line.on for line in scheduler.lines.values()}
     data = {
         "title": report.title,
         "command": report.command,
@@ -127,7 +130,10 @@ def measure(
         "timed": {"seed": seeds[0], "rounds": TIMED[0], "batches": TIMED[1]},
         "base": report.base,
         "baselines": [name for name in report.baselines if name in finished],
-        "partial": [name for name in finished if scheduler.lines[name].share < 1],
+        "partial": [name for name in finished if scheduler.lines[name].share != 1 and name in started_from],
+        "other_budgets": [name for name in finished if scheduler.lines[name].share != 1 and name not in started_from],
+        "rate_of": {name: line.rate_of for name, line in scheduler.lines.items() if name in finished and line.rate_of},
+        "curve": {name: share for name, share in report.curve.items() if name in finished},
         "compared_with": [name for name in report.compared_with if name in finished],
         "by_token_group": report.by_token_group if set(report.by_token_group) <= set(finished) else (),
         "ablated": report.ablated if report.ablated in finished else None,

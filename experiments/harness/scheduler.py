@@ -127,14 +127,18 @@ class Scheduler:
         return Task(name, seed, lr, *keys, key)
 
     def rates(self, line: Line) -> tuple[float, ...]:
-        """The learning rates to try with the first seed; a single placeholder for a line without a learning rate."""
-        return self.lab.lrs if line.rates else self.lab.lrs[:1]
+        """The learning rates to try with the first seed; a single placeholder for a line that does not choose one."""
+        return self.lab.lrs if line.rates and not line.rate_of else self.lab.lrs[:1]
 
     def status(self, seeds: Sequence[int]) -> Status:
         """Which results exist and which are due."""
         rows, done, todo, stored, failed = self.rows(), {}, [], 0, set()
         for name, line in self.lines.items():
             lrs = self.rates(line)
+            if line.rate_of:
+                if (line.rate_of, seeds[0]) not in done:
+                    continue
+                lrs = (done[line.rate_of, seeds[0]]["lr"],)
             for seed in seeds:
                 if any((other, seed) not in done for other in (line.on, line.reference) if other):
                     continue

@@ -9,8 +9,8 @@ from typing import Any
 import ease
 from ease.data.tokenizers import token_strings
 from experiments.harness.lab import Lab
-from experiments.harness.line import Line
-from experiments.tiers import wikitext_words
+from experiments.harness.line import BASE, Line
+from experiments.tiers import deep, wikitext_words
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,18 @@ class Scale:
     """None for whole words, as in the original recipe."""
     depths: tuple[int, ...] = (1, 2, 3)
     """Depths of the standard models; the first is phase 1's, after which tokens may exit."""
+    curve: Mapping[float, tuple[int, ...]] = field(default_factory=dict)
+    """Depths of standard models at other budgets: share of the budget -> depths near the best one."""
     deep: int = 2
     """Layers of the models with an early exit."""
     memory: bool = False
     """Whether the lines with a memory are trained, in place of most strategies without one."""
     more: Mapping[str, Line] = field(default_factory=dict)
     """Lines in addition to every strategy."""
+    only: Mapping[str, Line] = field(default_factory=dict)
+    """Lines instead of every strategy."""
+    base: str = BASE
+    """The line whose final model determines the hard tokens."""
 
 
 def sizes(dim: int, budget: float, lrs: tuple[float, ...], **settings: Any) -> dict[str, Any]:
@@ -37,13 +43,25 @@ def sizes(dim: int, budget: float, lrs: tuple[float, ...], **settings: Any) -> d
     return own | {"epoch_batches": 200, "eval_batches": (20, 80)} | settings
 
 
+CURVE_XS = {0.25: (1, 2), 0.5: (1, 2), 2: (1, 2), 4: (1, 2)}
+CURVE_S = {0.25: (1, 2), 0.5: (1, 2), 2: (2, 3), 4: (2, 3)}
+CURVE_M = {0.25: (2, 3), 0.5: (2, 3), 2: (3, 4), 4: (3, 4)}
+
 SCALES = {
     "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
-    "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2)),
-    "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4)),
-    "s-memory": Scale(sizes(48, 2e12, (1e-2, 2e-2), mine_epochs=4), memory=True),
-    "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), deep=3),
+    "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2), curve=CURVE_XS),
+    "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4), curve=CURVE_S),
+    "s-memory": Scale(sizes(48, 2e12, (1e-2, 2e-2), mine_epochs=4), curve=CURVE_S, memory=True),
+    "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), curve=CURVE_M, deep=3),
     "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
+    "deep": Scale(
+        sizes(128, 2.2e14, (3e-3, 6e-3), seq=256, batch=16, epoch_batches=400),
+        depths=deep.DEPTHS,
+        curve=dict.fromkeys((deep.EIGHTH, deep.QUARTER), deep.DEPTHS),
+        deep=12,
+        only=deep.LINES,
+        base=deep.BASE,
+    ),
     "words": Scale({"lrs": (1e-2,)}, None, depths=(2, 3, 4), deep=4, more=wikitext_words.VARIANTS),
     "bpe": Scale(sizes(64, 2e12, (1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
 }

@@ -5,7 +5,18 @@ from __future__ import annotations
 from functools import partial
 
 import ease
-from experiments.harness.line import BASE, CONTINUED, Line, Trial, baselines, grow, make, standard_names
+from experiments.harness.line import (
+    BASE,
+    CONTINUED,
+    Line,
+    Trial,
+    baselines,
+    curve,
+    curve_names,
+    grow,
+    make,
+    standard_names,
+)
 from experiments.harness.measuring import Report
 from experiments.harness.running import Experiment
 from experiments.strategies.classifier_exits import classifier_exits
@@ -21,13 +32,15 @@ def experiment(name: str, data: str, command: str, allow_overlap: bool = False) 
     scale = SCALES[name]
     report = Report(
         f"Fronts at scale {name}",
-        BASE,
+        scale.base,
         standard_names(scale.depths),
+        curve_names({1: scale.depths, **scale.curve}),
         (CONTINUED,),
         by_token_group=("ASHEM", CONTINUED),
         command=command,
     )
-    return Experiment(name, partial(make_lab, name, data, allow_overlap), strategies(scale), report)
+    lines = scale.only or strategies(scale)
+    return Experiment(name, partial(make_lab, name, data, allow_overlap), lines, report)
 
 
 def strategies(scale: Scale) -> dict[str, Line]:
@@ -79,6 +92,7 @@ def every_strategy(scale: Scale) -> dict[str, Line]:
         ),
         "discriminative": Line(make(ease.DiscriminativeConfig, num_layers=deep)),
         **{f"{name}, classifier exit": Line(classifier_exits, on=name, rates=False) for name in CLASSIFIER_EXITS},
+        **curve(scale.curve),
         **scale.more,
     }
 
