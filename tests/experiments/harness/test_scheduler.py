@@ -220,3 +220,16 @@ def test_a_scheduler_is_sent_to_workers_without_its_lab(schedule: Callable[..., 
     other = replace(made, folder=made.folder / "other")
     assert with_lab(other) is other
     assert list(LOADED) == [other.folder], "a worker holds one lab at a time"
+
+
+def test_a_line_takes_over_the_learning_rate_of_another(schedule: Callable[..., Scheduler]) -> None:
+    made = schedule({"half": Line(SHALLOW, share=0.5), "whole": Line(SHALLOW, rate_of="half")})
+    first = made.status([0, 1]).todo
+    assert {task.line for task in first} == {"half"}, "the rate is not chosen yet"
+    for task, loss in zip(first, (3.0, 2.0), strict=True):
+        made.store({"key": task.key, "lr": task.lr, "val": {"loss": loss}})
+    due = [task for task in made.status([0, 1]).todo if task.line == "whole"]
+    assert [(task.seed, task.lr) for task in due] == [(0, 2e-2)]
+    made.store({"key": due[0].key, "lr": 2e-2, "val": {"loss": 1.0}})
+    due = [task for task in made.status([0, 1]).todo if task.line == "whole"]
+    assert [(task.seed, task.lr) for task in due] == [(1, 2e-2)]
