@@ -37,7 +37,7 @@ def front(data: dict[str, Any], stem: Path) -> None:
     fronts = Fronts(data)
     names = sorted(fronts.strategies, key=lambda name: fronts.gap(fronts.best(name), "val").mean)
     bright = coloured(names)
-    timed = all("microseconds" in point.by_seed[0] for points in fronts.points.values() for point in points)
+    timed = all("microseconds" in point.by_seed[0] for name in fronts.shown for point in fronts.points[name])
     axes_of: list[tuple[str, Callable[[OperatingPoint], float]]] = [
         ("inference FLOPs per token, in thousands", lambda point: point.mean("flops_per_token") / 1e3)
     ]

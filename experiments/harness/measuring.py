@@ -38,8 +38,6 @@ class Report:
     """The line whose final model determines the hard tokens."""
     baselines: tuple[str, ...]
     """The standard models that the baseline front is made of."""
-    curve: Mapping[str, float] = field(default_factory=dict)
-    """Standard models of several budgets -> their share of the lab's; compute multipliers are read off their losses."""
     compared_with: tuple[str, ...] = ()
     """Lines that every other line is compared with."""
     by_token_group: tuple[str, ...] = ()
@@ -52,6 +50,8 @@ class Report:
     """The one of them that was trained on validation tokens, and is excluded from all other tables."""
     task_metrics: tuple[str, ...] = ()
     """Task metrics that are shown in addition to perplexity, by their names in `tables.TASK_METRICS`."""
+    curve: Mapping[str, float] = field(default_factory=dict)
+    """Standard models of several budgets -> their share of the lab's; compute multipliers are read off their losses."""
     command: str = ""
     """The command that reproduces the experiment."""
 

@@ -34,8 +34,8 @@ def experiment(name: str, data: str, command: str, allow_overlap: bool = False) 
         f"Fronts at scale {name}",
         scale.base,
         standard_names(scale.depths),
-        curve_names({1: scale.depths, **scale.curve}),
         (CONTINUED,),
+        curve=curve_names({1: scale.depths, **scale.curve}),
         by_token_group=("ASHEM", CONTINUED),
         command=command,
     )
