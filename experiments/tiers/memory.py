@@ -32,7 +32,9 @@ def lines(plain: Mapping[str, Line], brick: int, deep: int) -> dict[str, Line]:
         for name, line in plain.items()
     }
     grown_plain = f"progressive growth {brick}-{deep}"
-    without = [name for name in plain if name.startswith("standard, ") and "tuning" not in name] + [grown_plain]
+    standard = [name for name in plain if name.startswith("standard, ") and "tuning" not in name]
+    curve = [name for name in standard if plain[name].share != 1]
+    without = [*(name for name in standard if name not in curve), grown_plain]
     exits = {"num_layers": deep, "exit_layer": (0, brick), "routing_threshold": (0.0, 0.0)}
     first = make(ease.StandardConfig, num_layers=0)
     grown = make(ease.GrowthConfig, layers=(0, brick, deep), shares=(0.05, 0.3, 0.65))
@@ -49,6 +51,7 @@ def lines(plain: Mapping[str, Line], brick: int, deep: int) -> dict[str, Line]:
         BASE: plain[BASE],
         **{name: plain[name] for name in without},
         **{named(name): made[named(name)] for name in (*first_half, *second_half)},
+        **{name: plain[name] for name in curve},
     }
 
 
