@@ -51,8 +51,12 @@ SCALES = {
     "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
     "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2), curve=CURVE_XS),
     "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4), curve=CURVE_S),
-    "s-memory": Scale(sizes(48, 2e12, (1e-2, 2e-2), mine_epochs=4), curve=CURVE_S, memory=True),
     "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), curve=CURVE_M, deep=3),
+    "xs-memory": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2), mine_epochs=2), curve=CURVE_XS, memory=True),
+    "s-memory": Scale(sizes(48, 2e12, (1e-2, 2e-2), mine_epochs=4), curve=CURVE_S, memory=True),
+    "m-memory": Scale(
+        sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), curve=CURVE_M, deep=3, memory=True
+    ),
     "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
     "deep": Scale(
         sizes(128, 2.2e14, (3e-3, 6e-3), seq=256, batch=16, epoch_batches=400),
