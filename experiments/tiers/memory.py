@@ -31,9 +31,9 @@ def lines(plain: Mapping[str, Line], brick: int, deep: int) -> dict[str, Line]:
         named(name): replace(line, shape={**line.shape, **SHAPE}, on=line.on and named(line.on))
         for name, line in plain.items()
     }
-    grown_plain = f"progressive growth {brick}-{deep}"
     standard = [name for name in plain if name.startswith("standard, ") and "tuning" not in name]
     curve = [name for name in standard if plain[name].share != 1]
+    grown_plain = next(name for name in plain if name.startswith("progressive growth"))
     without = [*(name for name in standard if name not in curve), grown_plain]
     exits = {"num_layers": deep, "exit_layer": (0, brick), "routing_threshold": (0.0, 0.0)}
     first = make(ease.StandardConfig, num_layers=0)
