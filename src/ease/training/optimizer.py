@@ -58,7 +58,7 @@ class MasterAdamW(torch.optim.AdamW):
             copy.grad = None if p.grad is None else p.grad.float()
         sparse = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if is_sparse(p.grad)]
         for p, gradient, group in sparse:
-            self._step_rows(p, gradient.coalesce(), group["lr"], group["eps"])
+            self._step_rows(p, coalesced(gradient), group["lr"], group["eps"])
             p.grad = None  # `AdamW.step` refuses sparse gradients
         super().step()
         for p, gradient, _ in sparse:
@@ -123,6 +123,20 @@ def is_sparse(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.is_sparse
 
 
+def coalesced(gradient: Tensor) -> Tensor:
+    """A sparse gradient (N, D) with every row once, in half the time of `Tensor.coalesce`, which sorts the rows."""
+    if gradient.is_coalesced():
+        return gradient
+    rows, values = gradient._indices()[0], gradient._values()
+    named = torch.zeros(len(gradient), dtype=torch.bool, device=rows.device)
+    named[rows] = True
+    once = named.nonzero().squeeze(1)
+    place = torch.empty_like(named, dtype=torch.long)
+    place[once] = torch.arange(len(once), device=rows.device)
+    sums = values.new_zeros(len(once), *values.shape[1:]).index_add_(0, place[rows], values)
+    return torch.sparse_coo_tensor(once[None], sums, gradient.shape, is_coalesced=True, check_invariants=False)
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Scales the gradients of `parameters` so that their norm is at most `limit`, and returns the norm before."""
@@ -130,7 +144,7 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
     for p in parameters:
         assert p.grad is not None
         if p.grad.is_sparse:
-            p.grad = p.grad.coalesce()
+            p.grad = coalesced(p.grad)
         dense.append(p.grad.values() if p.grad.is_sparse else p.grad)
     norm = torch.nn.utils.get_total_norm(dense)
     torch._foreach_mul_(dense, (limit / (norm + 1e-6)).clamp(max=1.0))
