@@ -30,7 +30,8 @@ def main(scale: str = "s") -> None:
         print(*rows[-1], flush=True)
     about = (
         f"{lab.corpus}; counted on {lab.tokens['train']:,} training tokens, scored on the {len(test):,} sequences of "
-        f"{lab.seq} tokens that scale {scale} scores its models on, each without the text before it. Made by `python -m experiments.studies.count_table {scale}`."
+        f"{lab.seq} tokens that scale {scale} scores its models on, each without the text before it. Made by "
+        f"`python -m experiments.studies.count_table {scale}`."
     )
     header = ["longest context", "n-grams kept", "test PPL", "accuracy"]
     title = "A table of counts of the training text"
