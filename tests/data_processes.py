@@ -20,6 +20,7 @@ from ease import (
     DeepSupervisionConfig,
     DiscriminativeConfig,
     EarlyExitConfig,
+    Execution,
     GatedConfig,
     GrowthConfig,
     LayerSkipConfig,
@@ -85,12 +86,14 @@ def new_model(num_layers: int, **options: Any) -> StandardTransformer:
     return StandardTransformer(256, dim=16, num_layers=num_layers, num_heads=2, **options)
 
 
-def curve(config: Any, model: StandardTransformer, data: Data, folder: Path | None = None) -> dict[str, list[float]]:
+def curve(
+    config: Any, model: StandardTransformer, data: Data, folder: Path | None = None, **options: Any
+) -> dict[str, list[float]]:
     """What a training gives, in numbers that do not depend on the number of processes."""
     found: dict[str, list[float]] = {"train_loss": [], "val_loss": [], "val_acc": [], "steps": [], "flops": []}
     torch.manual_seed(1)
     strategy = config.strategy()
-    for _, history in train(model, strategy, data, checkpoints=folder):
+    for _, history in train(model, strategy, data, checkpoints=folder, execution=Execution(**options)):
         for name in ("train_loss", "val_loss", "val_acc", "flops"):
             found[name] += history.column(name)
         found["steps"].append(history.steps)
@@ -115,13 +118,14 @@ class _Stop(Progress):
 
 
 def interrupted(name: str, folder: Path, phase: str, steps: int) -> None:
-    """Trains with checkpoints after every step, and stops in a phase."""
+    """Trains, sharded, with checkpoints after every step, and stops in a phase."""
     (config, layers), data = STRATEGIES[name], windows()
     stop = lambda now: _Stop(steps) if now.name == phase else Progress()  # noqa: E731
     torch.manual_seed(1)
     checkpoint.EVERY = 0.0
+    execution = Execution(parallel="fsdp")
     try:
-        list(train(new_model(layers), config.strategy(), data, checkpoints=folder, progress=stop))
+        list(train(new_model(layers), config.strategy(), data, checkpoints=folder, progress=stop, execution=execution))
     except _Stopped:
         return
     raise AssertionError("the training was not stopped")
@@ -141,12 +145,20 @@ def _examples() -> dict[str, list[float]]:
     return curve(config, new_model(layers), examples())
 
 
+def _sharded(name: str) -> dict[str, list[float]]:
+    config, layers = STRATEGIES[name]
+    return curve(config, new_model(layers), windows(), parallel="fsdp")
+
+
 TRAININGS: dict[str, Callable[[], dict[str, list[float]]]] = {
     **{
         name: lambda config=config, layers=layers: curve(config, new_model(layers), windows())  # type: ignore[misc]
         for name, (config, layers) in STRATEGIES.items()
     },
     "examples": _examples,
+    "memory": lambda: curve(STRATEGIES["standard"][0], new_model(2, memory_orders=(2,), memory_rows=64), windows()),
+    "micro-batches": lambda: curve(STRATEGIES["ashem"][0], new_model(1), windows(), batch_tokens=256),
+    **{f"{name}, sharded": lambda name=name: _sharded(name) for name in ("growth", "gated", "ashem", "tune")},  # type: ignore[misc]
 }
 
 

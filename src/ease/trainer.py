@@ -12,7 +12,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ from ease.training.engine import LOWER_LR, Engine, MicroBatch, TakenStep
 from ease.training.execution import Execution
 from ease.training.optimizer import MasterAdamW, parameter_groups
 from ease.training.phases import Data, History, Phase, Step, Strategy, Training
+from ease.training.sharding import gathered, sharded
 from ease.training.state import PhaseState, phase_identity
 from ease.training.step import step_flops, step_loss
 
@@ -184,7 +184,9 @@ class Trainer:
                 stacklevel=3,
             )
         device = self.device_of(model)
-        return score(model.to(device), re_iterable(batches), policy, last=last, device=device)
+        if next(model.parameters()).device != device:  # a move divides sharded layers again
+            model.to(device)
+        return score(model, re_iterable(batches), policy, last=last, device=device)
 
     @checked
     def evaluate(self, model: ExitModel, val_batches: Batches) -> dict[str, Any]:
@@ -242,10 +244,9 @@ class Trainer:
         self.freeze(model, phase)
         share_weights(model)
         try:
-            optimizer = self.create_optimizer(
-                model.to(self.device_of(model)), phase.options.lr, phase.options.weight_decay
-            )
-            return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
+            with sharded(model.to(self.device_of(model)), self.execution.parallel == "fsdp"):
+                optimizer = self.create_optimizer(model, phase.options.lr, phase.options.weight_decay)
+                return self.fit(model, phase, optimizer, progress or Progress(), checkpoint)
         finally:
             model.freeze_below(0)
 
@@ -346,7 +347,7 @@ class Trainer:
         before = random_state(self.device_of(model))  # batches may draw from torch's generator
         try:
             # Scoring changes nothing else, so that an interrupt needs no wait, except for other processes.
-            with interrupts.allowed() if processes() == 1 else nullcontext():
+            with interrupts.allowed() if processes() == 1 else gathered(model):
                 policy, route_flops = phase.route(model) if phase.route else (None, 0.0)
                 # Up to the deepest loss: where only exits learn, the layers above them give the same every time.
                 scores = self.scores(model, val, last=max(phase.config.weights), policy=policy)

@@ -42,7 +42,7 @@ def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def segments(batches: Any) -> list[tuple[list[int], list[int]]]:
     """Ids and targets of each segment, row by row; also checks the positions."""
     found = []
-    for x, y, *_, layout in batches:
+    for x, y, *_, layout, _ in batches:
         for row in range(len(x)):
             for segment in layout.segments[row].unique().tolist():
                 inside = layout.segments[row] == segment

@@ -33,7 +33,7 @@ def test_sequences_equal_brute_force(batches: list[Batch], tiny: Make, even_poli
     policy = even_policy(model, batches[0].x, exits, batches[0].layout)
     sequences = Sequences(model, batches, policy)
     agreements, at_last, loss_increases, confidences_at_3, best_at_3 = [], [], [], [], []
-    for x, y, *_, layout in batches:
+    for x, y, *_, layout, _ in batches:
         assert layout is not None
         routed = route(model, x, attention_mask=layout.real, policy=policy)
         full = route(model, x, attention_mask=layout.real, policy=Policy())

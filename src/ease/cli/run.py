@@ -29,6 +29,7 @@ def main(args: list[str]) -> None:
     from ease.runs import runner
     from ease.runs.config import RunConfig
     from ease.runs.log import LOG_EVERY
+    from ease.training.execution import Execution
 
     recipe = load_recipe(args[0]).config()
     if not isinstance(recipe, RunConfig):
@@ -38,6 +39,7 @@ def main(args: list[str]) -> None:
     @dataclass(frozen=True)
     class Arguments:
         config: Annotated[kind, tyro.conf.arg(name="")]
+        execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()  # noqa: RUF009  # never changed
         out: Path | None = None
         """The run folder (runs/NAME by default)."""
         overwrite: bool = False
@@ -57,6 +59,7 @@ def main(args: list[str]) -> None:
     out = given.out or Path("runs") / given.config.name
     track = tuple(filter(None, given.track.split(",")))
     written: dict[str, Any] = {"overwrite": given.overwrite, "track": track, "log_every": given.log_every}
+    written["execution"] = given.execution
     if launched():  # the first process shows what all do
         runner.run(given.config, out, **written)
         return

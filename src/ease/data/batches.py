@@ -91,6 +91,10 @@ class TokenBatches:
         self.epoch += 1
         return self._batches(first=(self.epoch - 1) * self.per_epoch if self.shuffle else 0)
 
+    def pass_over(self, epochs: int) -> None:
+        """Skips epochs."""
+        self.epoch += epochs
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch}
 

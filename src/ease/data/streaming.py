@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ease.data.hub import hub_errors, hub_name, open_data_set
 from ease.data.overlap import check_overlap
-from ease.data.records import Skipped, format_of, read_records, texts
+from ease.data.records import PLACE, Skipped, format_of, read_records, texts
 from ease.data.sources import HELD_OUT_NAMES
 from ease.data.tokenizers import EOS, encode, train_tokenizer
 from ease.errors import EaseError, check_counts, check_seed, require
@@ -29,6 +30,8 @@ from ease.interface import IGNORE, Batch, Layout
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+STREAM = "stream:"  # a source of a run that begins so is read while it is used
 
 TOKENIZER_DOCUMENTS = 2000  # documents of train that a tokenizer is trained on
 
@@ -145,6 +148,11 @@ class StreamBatches:
         """Batches in one epoch."""
         return self.epoch_batches
 
+    def pass_over(self, epochs: int) -> None:
+        """Skips epochs, which are read."""
+        for _ in range(epochs * self.epoch_batches * self.batch_size):
+            self._draw()
+
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.epoch_batches):
             yield batch_of([self._draw() for _ in range(self.batch_size)])
@@ -239,8 +247,9 @@ def load_stream(
 
     Args:
         source: "hf:NAME" or "hf:NAME/CONFIG" on the Hugging Face hub (hf:allenai/c4/en), or local .jsonl, .json, .csv,
-            .tsv or .parquet files, with `*` allowed in the file name. A row is a document, with its text in the column
-            "text". Rows without a text are skipped, with a warning that names the first, up to a tenth of all.
+            .tsv, .parquet or .txt files, with `*` allowed in the file name. A row is a document, with its text in the
+            column "text"; in a .txt file an empty line ends a document. Rows without a text are skipped, with a warning
+            that names the first, up to a tenth of all.
         tokenizer: a spec, which is trained on the first 2000 documents of train (`train_tokenizer`), or a tokenizer to
             use as it is.
         eos: the id that ends a document, with a tokenizer that is not a spec; none by default.
@@ -264,6 +273,41 @@ def load_stream(
         >>> stream = load_stream("hf:allenai/c4/en", "bpe:8192", seq_len=256, epoch_batches=500)
         >>> data = Data(stream.train, stream.val)
     """
+    opened = open_stream(source, tokenizer, eos=eos, held_out=held_out, allow_overlap=allow_overlap)
+    batches = {"seq_len": seq_len, "batch_size": batch_size}
+    train = opened.train(**batches, epoch_batches=epoch_batches, buffer=buffer, seed=seed)
+    val, test = (_pack_all(opened, split, **batches) for split in opened.held_out)
+    return Stream(opened.tokenizer, opened.eos, train, val, test)
+
+
+class OpenedStream(NamedTuple):
+    """A corpus of any size with its tokenizer, of which nothing but the beginning has been read."""
+
+    name: str
+    tokenizer: Tokenizer
+    eos: int | None
+    train_rows: Any
+    held_out: dict[str, Any]
+
+    def train(self, **options: Any) -> StreamBatches:
+        """New batches from the first training document on, with the options of `StreamBatches`."""
+        rows = copy.deepcopy(self.train_rows)  # which remember where they were read
+        return StreamBatches(rows, self.tokenizer, eos=self.eos, name=self.name, **options)
+
+    def documents(self, split: str) -> Iterator[Tensor]:
+        """The ids of each document of "val" or "test"."""
+        return documents(self.name, self.held_out[split], self.tokenizer, self.eos)
+
+
+def open_stream(
+    source: str | os.PathLike[str],
+    tokenizer: str | Tokenizer,
+    *,
+    eos: int | None = None,
+    held_out: int = 200,
+    allow_overlap: bool = False,
+) -> OpenedStream:
+    """Opens a corpus as `load_stream` does, and trains its tokenizer."""
     name = os.fspath(source)
     check_counts(1, held_out=held_out)
     with hub_errors(name):
@@ -287,21 +331,7 @@ def load_stream(
         if isinstance(tokenizer, str):
             tokenizer = train_tokenizer(tokenizer, texts(name, train_rows.take(TOKENIZER_DOCUMENTS)))
             eos = tokenizer.token_to_id(EOS)
-    train = StreamBatches(
-        train_rows,
-        tokenizer,
-        eos=eos,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        epoch_batches=epoch_batches,
-        buffer=buffer,
-        seed=seed,
-        name=name,
-    )
-    val, test = (
-        _pack_all(name, split, rows, tokenizer, eos, seq_len, batch_size) for split, rows in held_out_rows.items()
-    )
-    return Stream(tokenizer, eos, train, val, test)
+    return OpenedStream(name, tokenizer, eos, train_rows, held_out_rows)
 
 
 def _open(name: str) -> Any:
@@ -310,9 +340,9 @@ def _open(name: str) -> Any:
     if hub is not None:
         return open_data_set(*hub)
     files = [str(file) for file in sorted(Path(name).parent.glob(Path(name).name))]
-    if not files or not all(format_of(Path(file)) for file in files):
+    if not files or not all(format_of(Path(file)) or Path(file).suffix == ".txt" for file in files):
         raise EaseError(
-            f"no stream of documents at {name!r}: use hf:NAME/CONFIG, or .jsonl or .parquet files "
+            f"no stream of documents at {name!r}: use hf:NAME/CONFIG, or .jsonl, .parquet or .txt files "
             "(or .json, .csv or .tsv)"
         )
     data_set = require("datasets", "hf").IterableDataset.from_generator(_read_all, gen_kwargs={"files": files})
@@ -321,16 +351,26 @@ def _open(name: str) -> Any:
 
 def _read_all(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from read_records(Path(file))
+        yield from read_records(Path(file)) if format_of(Path(file)) else _read_paragraphs(file)
 
 
-def _pack_all(
-    name: str, split: str, rows: Any, tokenizer: Tokenizer, eos: int | None, seq_len: int, batch_size: int
-) -> list[Batch]:
+def _read_paragraphs(file: str) -> Iterator[dict[str, Any]]:
+    """The documents of a text file, which an empty line separates."""
+    lines: list[str] = []
+    with Path(file).open(encoding="utf-8") as text:
+        for number, line in enumerate(text, 1):
+            lines.append(line)
+            if not line.strip():
+                yield {"text": "".join(lines), PLACE: f"{file}:{number}"}
+                lines = []
+    yield {"text": "".join(lines), PLACE: file}
+
+
+def _pack_all(opened: OpenedStream, split: str, seq_len: int, batch_size: int) -> list[Batch]:
     """All documents of a held-out split, in order; the end of the last row is padding."""
-    packer = Packer(documents(name, rows, tokenizer, eos), seq_len)
+    packer = Packer(opened.documents(split), seq_len)
     packed = list(iter(packer.row, None))
     batches = [batch_of(packed[i : i + batch_size]) for i in range(0, len(packed), batch_size)]
     if not any(bool(batch.scored.any()) for batch in batches):
-        raise EaseError(f"{name} leaves the {split} split without text: give more documents, or hold out fewer")
+        raise EaseError(f"{opened.name} leaves the {split} split without text: give more documents, or hold out fewer")
     return batches

@@ -78,14 +78,14 @@ def score_drafts(model: StandardTransformer, batches: Iterable[Any]) -> DraftSco
         flops += draft_flops(config, running[:, 1:], LONGEST_CHAIN)
         flops += draft_head_flops(config, sum(int(part.sum()) for part in found.valid))
         processed += int(running.sum())
-    scored_tokens, flops, processed = total(sum(map(len, losses)), flops, processed)
+    scored_tokens, flops, all_processed = total(sum(map(len, losses)), flops, processed)
     if not scored_tokens:
         raise EaseError("there is no token to score: give at least one batch of two tokens per row")
     joined = tuple(gather_batches(parts).cpu() for parts in chains)
     exits, seconds = torch.full((len(joined[0]),), last), time.perf_counter() - start
     found_losses, found_confidences = (gather_batches(parts).float().cpu() for parts in (losses, confidences))
     return DraftScores(
-        found_losses, joined[0], exits, found_confidences, last, flops, seconds, int(processed), chains=joined
+        found_losses, joined[0], exits, found_confidences, last, flops, seconds, int(all_processed), chains=joined
     )
 
 

@@ -190,13 +190,13 @@ def score(
                 row = torch.cat([step.read, torch.stack([exits, step.leaving_confidence], 1)], 1)
                 columns[step.leaving] = row.float()
         parts.append(columns[to_device(scored, device)])
-    scored_tokens, flops, processed = total(sum(map(len, parts)), flops, processed)
+    scored_tokens, flops, all_processed = total(sum(map(len, parts)), flops, processed)
     if not scored_tokens:
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
     losses, correct, exits, confidences = gather_batches(parts).cpu().unbind(1)
     seconds = time.perf_counter() - start
     last = last or model.num_layers
-    return Scores(losses, correct > 0, exits.long(), confidences, last, flops, seconds, int(processed))
+    return Scores(losses, correct > 0, exits.long(), confidences, last, flops, seconds, int(all_processed))
 
 
 def _loss_and_correct(targets: Tensor, logits: Tensor, places: Tensor) -> Tensor:

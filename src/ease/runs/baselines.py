@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ease.data.batches import TokenBatches
 from ease.evaluation.scoring import score
 from ease.evaluation.shares import matched_thresholds
+from ease.interface import Batches
 from ease.policy import Policy
 from ease.report.formats import plural
 from ease.report.verdict import UNROUTED
@@ -85,8 +86,8 @@ def continued_options(trained: StrategyLines) -> PhaseOptions:
 
 
 def _train_continued(context: RunContext, trained: StrategyLines) -> TrainedLine:
-    base, batches = trained.base, context.batches("train")
-    batches.epoch = len(base.curve)
+    base, batches = trained.base, context.train_batches()
+    batches.pass_over(len(base.curve))
     return _train_further(
         context,
         "continued",
@@ -108,7 +109,7 @@ def _train_new(
     options: PhaseOptions,
     budget: float,
 ) -> TrainedLine:
-    start, batches = TrainedLine("start", context.new_model(layers)), context.batches("train")
+    start, batches = TrainedLine("start", context.new_model(layers)), context.train_batches()
     return _train_further(context, key, name, start, config, replace(options, span=(0.0, 1.0)), budget, batches)
 
 
@@ -120,13 +121,13 @@ def _train_further(
     config: TrainingConfig,
     options: PhaseOptions,
     budget: float,
-    batches: TokenBatches,
+    batches: Batches,
 ) -> TrainedLine:
     """One more phase on all tokens, until the line has used `budget` training FLOPs in all."""
     options = replace(options, patience=None, max_epochs=10**6, max_flops=budget - line.total_flops)
     phase = Phase(name, config, batches, context.batches("val"), options)
     torch.manual_seed(context.config.seed)
-    trainer = Trainer(config, line.model.config.outputs, context.device)
+    trainer = Trainer(config, line.model.config.outputs, context.device, context.execution)
     checkpoint = context.folder / CHECKPOINTS / f"{key}.safetensors"
     history = trainer.run(line.model, phase, context.progress_of(name), checkpoint)
     return line.after_phase(name, phase, history, line.model)
@@ -149,12 +150,13 @@ def _train_growth(context: RunContext, trained: StrategyLines) -> TrainedLine:
     )
     model = context.new_model(layers[0])
     name = f"growth, {layers[0]} to {plural(layers[1], 'layer')}"
-    data = Data(context.batches("train"), context.batches("val"), context.progress)
+    data = Data(context.train_batches(), context.batches("val"), context.progress)
     progress = lambda phase: context.progress_of(name, f"{name}, {phase.name}")  # noqa: E731
     folder = context.folder / CHECKPOINTS / "growth"
     torch.manual_seed(context.config.seed)
     line, strategy = TrainedLine(name, model), config.strategy()
-    for phase, history in train(model, strategy, data, device=context.device, progress=progress, checkpoints=folder):
+    options: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
+    for phase, history in train(model, strategy, data, progress=progress, **options):
         line = line.after_phase(name, phase, history, model)
     return line
 

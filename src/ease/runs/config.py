@@ -48,7 +48,9 @@ class DataConfig:
     Args:
         source: "stdlib", a folder with train.txt and valid.txt, a text file, a .jsonl, .json, .csv, .tsv or .parquet
             file with a column "text", "wikitext-2", "wikitext-103" or "hf:NAME/CONFIG"; or "self:PROMPTS", text
-            that the model of `start` makes from the prompts of such a source (a text file has one in each line).
+            that the model of `start` makes from the prompts of such a source (a text file has one in each line); or
+            "stream:FILES" or "stream:hf:NAME/CONFIG", documents that are read while they are used: .jsonl, .json,
+            .csv, .tsv, .parquet or .txt files, with * in the name (an empty line ends a document of a .txt file).
         tokenizer: "bpe:N", "word" or "byte".
         split_special_tokens: whether text that spells a special token of a checkpoint's tokenizer, such as
             <|im_start|>, stays text; None reads it as transformers does.

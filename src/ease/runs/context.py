@@ -11,12 +11,15 @@ import torch
 
 from ease.data.batches import TokenBatches
 from ease.data.corpus import Corpus
+from ease.data.streaming import StreamBatches
 from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.runs.config import RunConfig
 from ease.runs.log import LOG_EVERY, METRICS, MetricsFile, MetricsLog
 from ease.runs.tracking import Tracker
+from ease.runs.text import EPOCH_BATCHES, StreamedCorpus
 from ease.training.distributed import process
+from ease.training.execution import Execution
 
 
 @dataclass
@@ -32,6 +35,7 @@ class RunContext:
         start: trained model to start from, or None.
         trackers: receive the metrics of training.
         log_every: optimizer steps between two rows of metrics.jsonl.
+        execution: how training is executed.
     """
 
     config: RunConfig[Any]
@@ -40,6 +44,7 @@ class RunContext:
     device: str
     progress: Callable[[str], Progress]
     start: StandardTransformer | None = None
+    execution: Execution = Execution()  # noqa: RUF009  # never changed
     trackers: Sequence[Tracker] = ()
     log_every: int = LOG_EVERY
 
@@ -65,19 +70,25 @@ class RunContext:
             every=self.log_every,
         )
 
+    def train_batches(self) -> TokenBatches | StreamBatches:
+        """Shuffled batches of the training text, from its beginning."""
+        data, seed = self.config.data, self.config.seed
+        if isinstance(self.corpus, StreamedCorpus):
+            sizes = {"seq_len": data.seq_len, "batch_size": data.batch_size}
+            return self.corpus.stream.train(**sizes, epoch_batches=data.epoch_batches or EPOCH_BATCHES, seed=seed)
+        return TokenBatches(
+            self.corpus.train,
+            data.seq_len,
+            data.batch_size,
+            shuffle=True,
+            seed=seed,
+            max_batches=data.epoch_batches,
+        )
+
     def batches(self, split: str) -> TokenBatches:
-        """Batches of a split: "train" (shuffled), "val" or "test"."""
+        """Batches of "val" or "test", in order."""
         data = self.config.data
         ids = getattr(self.corpus, split)
-        if split == "train":
-            return TokenBatches(
-                ids,
-                data.seq_len,
-                data.batch_size,
-                shuffle=True,
-                seed=self.config.seed,
-                max_batches=data.epoch_batches,
-            )
         return TokenBatches(ids, data.seq_len, data.batch_size, max_batches=data.eval_batches)
 
     def new_model(self, num_layers: int) -> StandardTransformer:

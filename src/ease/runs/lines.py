@@ -119,14 +119,15 @@ def train_strategy(context: RunContext) -> StrategyLines:
     model = context.start.to(context.device) if context.start is not None else context.new_model(depth or 0)
     torch.manual_seed(config.seed)
     strategy = config.strategy.strategy()
-    data = Data(context.batches("train"), context.batches("val"), context.progress)
+    data = Data(context.train_batches(), context.batches("val"), context.progress)
     line, lines, phases = TrainedLine("initial model", model), [], []
     if context.start is not None:
         lines.append(line._replace(model=copy.deepcopy(model)))
     suffix = ", in-sample" if context.in_sample else ""
     progress = lambda phase: context.progress_of(phase.name, phase.name + suffix)  # noqa: E731
     folder = context.folder / CHECKPOINTS / "strategy"
-    for phase, history in train(model, strategy, data, device=context.device, progress=progress, checkpoints=folder):
+    options: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
+    for phase, history in train(model, strategy, data, progress=progress, **options):
         line = line.after_phase(phase.name, phase, history, copy.deepcopy(model))
         lines.append(line)
         phases.append(phase)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ease.data.batches import TokenBatches
-from ease.data.corpus import Corpus, load_corpus
+from ease.data.corpus import Corpus
 from ease.data.counts import CountTable
 from ease.data.tokenizers import EOS, load_tokenizer
 from ease.devices import choose_device, machine
@@ -30,6 +30,7 @@ from ease.progress import Progress, ProgressBatches
 from ease.routing.confidence import measure_named
 from ease.runs.config import SELF, DataConfig
 from ease.runs.store import load_model, save_calibration, start_folder
+from ease.runs.text import load_text
 from ease.storage import MADE
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def open_run(
     recorded = config["data"]
     surrounded = recorded.get("add_special_tokens", False)  # as in runs that do not record it
     own = source == SELF
-    corpus = load_corpus(
+    corpus = load_text(
         str(folder / MADE) if own else source,
         given,
         eos=recorded.get("eos"),

@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ease.data.corpus import Corpus, load_corpus
+from ease.data.corpus import Corpus
+from ease.data.streaming import STREAM
 from ease.data.tokenizers import save_tokenizer
 from ease.devices import machine
 from ease.errors import EaseError, check_counts
@@ -35,10 +36,12 @@ from ease.runs.record import RECORD, record_start
 from ease.runs.reopen import load_start
 from ease.runs.self_text import self_text
 from ease.runs.store import FILES, START, can_resume, save_model, start_files
+from ease.runs.text import load_text
 from ease.runs.tracking import TENSORBOARD, TRACKERS, TrackedRun, check_trackers
 from ease.storage import fingerprint, output_folder, partial_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.training.distributed import in_turn, leave_group, process, process_group, processes
+from ease.training.execution import Execution
 from ease.version import __version__
 
 
@@ -51,6 +54,7 @@ def run(
     log_every: int = LOG_EVERY,
     progress: Callable[[str], Progress] = lambda line: Progress(),
     say: Callable[[str], None] = lambda text: None,
+    execution: Execution = Execution(),  # noqa: B008  # never changed
 ) -> dict[str, Any]:
     """Execute a run and write its folder.
 
@@ -68,6 +72,7 @@ def run(
         log_every: optimizer steps between two rows of metrics.jsonl.
         progress: makes the progress of a line from its name.
         say: receives a sentence when an unfinished run is resumed.
+        execution: how training is executed.
 
     Returns:
         The content of summary.json; nothing in processes other than the first.
@@ -86,7 +91,7 @@ def run(
                 progress, say = (lambda line: Progress()), (lambda text: None)
             with in_turn():
                 context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
-            context.log_every = log_every
+            context.log_every, context.execution = log_every, execution
             with ExitStack() as end:
                 if first:
                     settings = describe_settings(config, context.corpus)
@@ -130,7 +135,7 @@ def _prepare(
         text = str(self_text(data, given, folder, seed=config.seed, overwrite=overwrite, progress=making))
     # No two splits of text that the model made have a prompt in common, however alike its continuations are.
     allowed = data.allow_overlap or own
-    corpus = load_corpus(text, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=allowed)
+    corpus = load_text(text, tokenizer, eos=eos, max_tokens=data.max_tokens, allow_overlap=allowed)
     if own:
         corpus = replace(corpus, name=SELF + Path(data.source.removeprefix(SELF)).name)
     if first:
@@ -142,8 +147,10 @@ def _prepare(
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     context = RunContext(config, folder, corpus, device, progress, start)
     context.batches("test")  # raises on a text that is too short, before training
-    local = Path(data.source).exists()
-    record: dict[str, Any] = {"source": str(Path(data.source).resolve()) if local else data.source}
+    kind = STREAM if data.source.startswith(STREAM) else ""
+    path = Path(data.source.removeprefix(kind))
+    local = path.exists() or (kind and path.parent.is_dir() and not path.as_posix().startswith("hf:"))
+    record: dict[str, Any] = {"source": f"{kind}{path.resolve()}" if local else data.source}
     if own:
         record["source"] = SELF  # the text is in the run's own folder
     record |= {"hash": corpus.hash, "given": start is not None, "eos": eos, "add_special_tokens": True}

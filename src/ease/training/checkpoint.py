@@ -32,6 +32,8 @@ from ease.interface import ExitModel
 from ease.interrupts import SIGNALS, handle
 from ease.storage import digest
 from ease.training.distributed import barrier, process, processes, total_count
+from ease.training.optimizer import parameters_of
+from ease.training.sharding import sharded_like, unsharded
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
 
@@ -105,11 +107,12 @@ class Checkpoint:
     def save(self, **loop: Any) -> None:
         """Saves model, optimizer, batches, and random state, together with the state of the loop."""
         begun = time.perf_counter()
-        state = self.optimizer.state_dict()["state"]
+        state, names = self.optimizer.state_dict()["state"], self._learning()
+        rates = [group["lr"] for group in self.optimizer.param_groups for _ in group["params"]]
         self._write(
             **loop,
-            optimizer={str(i): values for i, values in state.items()},
-            lrs=[group["lr"] for group in self.optimizer.param_groups],
+            optimizer={names[i]: values for i, values in state.items()},
+            lrs=dict(zip(names.values(), rates, strict=True)),
             epoch_start=self.epoch_start,
             place=self.place,
         )
@@ -142,15 +145,25 @@ class Checkpoint:
                 f"{self.path} belongs to a training with another configuration, model, or text: "
                 "give another folder for checkpoints, or remove this one"
             )
+        own = dict(self.model.named_parameters())
+        for weights in (state["weights"], state.get("best", {})):
+            weights.update({name: sharded_like(value, own[name]) for name, value in weights.items()})
         self.model.load_state_dict(state["weights"], strict=False)  # frozen weights have not changed
         self.model.trained_exits = set(state["trained_exits"])
         self.model.stale_classifiers = set(state["stale_classifiers"])
         if "optimizer" in state:
             now = self.optimizer.state_dict()
-            now["state"] = {int(i): values for i, values in state["optimizer"].items()}
+            names, saved = self._learning(), state["optimizer"]
+            now["state"] = {
+                i: {key: sharded_like(value, p) for key, value in saved[names[i]].items()}
+                for i, p in enumerate(parameters_of(self.optimizer))
+                if names[i] in saved
+            }
             self.optimizer.load_state_dict(now)
-            for group, lr in zip(self.optimizer.param_groups, state["lrs"], strict=True):
-                group["lr"] = lr
+            first = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = state["lrs"][names[first]]
+                first += len(group["params"])
         self.epoch_start, self.skip, self.now = state["epoch_start"], state["place"], state["random"]
         for batches, where in zip(self.batches, self.epoch_start["batches"], strict=True):
             if where is not None:
@@ -185,14 +198,19 @@ class Checkpoint:
         states = [b.state_dict() if hasattr(b, "state_dict") else None for b in self.batches]
         return {"batches": states, "random": random_state(self.device)}
 
+    def _learning(self) -> dict[int, str]:
+        """The names of the parameters that the optimizer updates, by their number there."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        return {i: names[p] for i, p in enumerate(parameters_of(self.optimizer))}
+
     def _write(self, **state: Any) -> None:
         assert self.path is not None
-        if process():
-            return
         weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         exits = {name: sorted(getattr(self.model, name)) for name in ("trained_exits", "stale_classifiers")}
         random = random_state(self.device)
-        write_state(self.path, {"identity": self.identity, "weights": weights, **exits, "random": random, **state})
+        whole = unsharded({"identity": self.identity, "weights": weights, **exits, "random": random, **state})
+        if not process():
+            write_state(self.path, whole)
 
 
 class Interrupts:

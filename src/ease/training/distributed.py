@@ -12,6 +12,7 @@ Without a process group, each function is that of a single process and communica
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -146,6 +147,12 @@ def _sizes(count: int) -> list[int]:
 # Weights and gradients
 
 
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is one of `torch.distributed.tensor`, of which a process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second
+    return module is not None and isinstance(value, module.DTensor)
+
+
 @torch.no_grad()
 def share_weights(model: nn.Module) -> None:
     """Gives every process the weights, the buffers, and the state of torch's generator that the first one has."""
@@ -163,10 +170,13 @@ def share_random_state() -> None:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sums the gradients of all processes; a parameter has one afterwards if it had one in any process."""
+    """Sums the gradients of all processes; a parameter has one afterwards if it had one in any process.
+
+    Those of sharded parameters are summed in the backward pass.
+    """
     if processes() == 1:
         return
-    learning = [p for p in parameters if p.requires_grad]
+    learning = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     kinds = torch.tensor([0 if p.grad is None else 2 if p.grad.is_sparse else 1 for p in learning], dtype=torch.uint8)
     dist.all_reduce(kinds, dist.ReduceOp.MAX)
     dense: dict[torch.dtype, list[Tensor]] = {}
@@ -202,7 +212,7 @@ def _sum_sparse(p: Tensor) -> Tensor:
     none = (torch.zeros(1, 0, dtype=torch.long, device=p.device), p.new_zeros(0, *p.shape[1:]))
     grad = (torch.sparse_coo_tensor(*none, p.shape) if p.grad is None else p.grad).coalesce()
     rows, values = gather(grad.indices().T.contiguous()), gather(grad.values())
-    return torch.sparse_coo_tensor(rows.T, values, p.shape).coalesce()
+    return torch.sparse_coo_tensor(rows.T, values, p.shape, check_invariants=False).coalesce()
 
 
 # ---------------------------------------------------------------------------------------------------------

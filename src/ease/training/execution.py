@@ -52,6 +52,9 @@ class Execution:
     same results."""
     compile: bool = False
     """Compile the layers with torch.compile; layers of one shape share a compilation."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes holds of the layers that learn: all (data parallelism), or a part of their
+    weights, gradients, and optimizer state (`ease.training.sharding`)."""
     profile: str | None = None
     """Folder for a trace of three steps of every phase, which Perfetto and chrome://tracing open."""
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ease.interface import ExitModel
+from ease.training.distributed import is_sharded
+from ease.training.sharding import local_part, norm_of_parts
 
 MASTER = "master"  # key of a float32 copy in the optimizer's state
 ROW_DECAY = 0.95  # of the mean square of a row's gradients, per step that reads the row
@@ -109,13 +111,15 @@ def parameter_groups(
     """
     factors = {p: scale for layer, scale in scales.items() for p in model.parameters_of(layer)}
     tables = set(model.memory_tables())
-    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault((p.ndim >= 2 and p not in tables, factors.get(p, 1.0)), []).append(p)
+            decayed = p.ndim >= 2 and p not in tables
+            # A fused optimizer takes sharded parameters and whole ones one after the other.
+            groups.setdefault((decayed, factors.get(p, 1.0), not is_sharded(p)), []).append(p)
     return [
         {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decayed else 0.0}
-        for (decayed, factor), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        for (decayed, factor, _), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
 
 
@@ -140,14 +144,19 @@ def coalesced(gradient: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Scales the gradients of `parameters` so that their norm is at most `limit`, and returns the norm before."""
-    dense = []
+    dense, parts = [], []
     for p in parameters:
         assert p.grad is not None
+        if is_sharded(p.grad):
+            parts.append(local_part(p.grad))
+            continue
         if p.grad.is_sparse:
             p.grad = coalesced(p.grad)
         dense.append(p.grad.values() if p.grad.is_sparse else p.grad)
     norm = torch.nn.utils.get_total_norm(dense)
-    torch._foreach_mul_(dense, (limit / (norm + 1e-6)).clamp(max=1.0))
+    if parts:
+        norm = norm.hypot(norm_of_parts(parts))
+    torch._foreach_mul_(dense + parts, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
