@@ -1,6 +1,6 @@
 """Scaling: two processes against one on this machine, and what 1B and 8B models need on 8 and 64 GPUs.
 
-    python benchmarks/scaling.py [--steps 20] [--measure] [--markdown]
+    python benchmarks/scaling.py [--steps 20] [--rounds 3] [--measure]
 
 - The table of GPUs is computed, not measured: FLOPs from `ease.flops`, bytes from the sizes of gradients and weights.
 - `--measure` trains with one and with two processes through gloo, in turn, and counts the bytes that every collective
@@ -75,11 +75,8 @@ def needs(c: ModelConfig, gpus: int, sharded: bool) -> dict[str, float]:
 
 def table() -> str:
     """The table of models and numbers of GPUs, in Markdown."""
-    rows = [
-        "| model | parameters | GPUs | state | memory a GPU | FLOPs a step | sent a GPU and step | computing | sending |"
-        " efficiency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("model", "parameters", "GPUs", "layers", "memory a GPU", "FLOPs a step", "sent a GPU", "computing")
+    rows = [f"| {' | '.join((*columns, 'sending', 'efficiency'))} |", "|---" * (len(columns) + 2) + "|"]
     for name, c in MODELS.items():
         for gpus in (8, 64):
             for sharded in (False, True):
