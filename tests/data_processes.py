@@ -131,15 +131,6 @@ def interrupted(name: str, folder: Path, phase: str, steps: int) -> None:
     raise AssertionError("the training was not stopped")
 
 
-def _fails_in_one() -> dict[str, list[float]]:
-    """A training in which the second process cannot read its text."""
-    data = windows()
-    if process() == 1:
-        data = data._replace(train=[*data.train, object()])
-    config, layers = STRATEGIES["standard"]
-    return curve(config, new_model(layers), data)
-
-
 def _examples() -> dict[str, list[float]]:
     config, layers = STRATEGIES["gated"]
     return curve(config, new_model(layers), examples())
@@ -168,8 +159,8 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def start(number: int, module: str, *args: str) -> list[subprocess.Popen[str]]:
-    """Starts a module in as many processes as torchrun would, each with one thread."""
+def start(number: int, module: str, *args: str, folders: Sequence[Path] = ()) -> list[subprocess.Popen[str]]:
+    """Starts a module in as many processes as torchrun would, each with one thread, and in a folder of its own."""
     shared = {"WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)])
     return [
@@ -179,6 +170,7 @@ def start(number: int, module: str, *args: str) -> list[subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=folders[rank] if folders else None,
         )
         for rank in range(number)
     ]

@@ -7,9 +7,13 @@ from typing import Any
 
 import data_processes
 import pytest
+import torch
 from data_processes import STRATEGIES, TRAININGS, curve, interrupted, new_model, windows
 
+from ease.cli.main import main
+from ease.interface import IGNORE, Batch, Layout
 from ease.strategies import STRATEGIES as LISTED
+from ease.training import distributed
 
 # Sums are taken in another order, by which single tokens may change sides at a threshold.
 TOLERANCE = 2e-4
@@ -68,3 +72,63 @@ def test_four_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     found = run_in(4, tmp_path, names)
     for name in names:
         assert_same(name, found)
+
+
+def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "text.txt").write_text("a text that the second process does not see\n" * 200)
+    command = ["run", "demo", "--data", "text.txt", "--out", str(tmp_path / "run"), "--data.tokenizer", "byte"]
+    told = data_processes.ended(data_processes.start(2, "ease", *command, folders=folders), timeout=60)
+    assert [status for status, _, _ in told] == [2, 2]
+    assert [text for _, text, _ in told] == ["", ""]
+    assert told[0][2] == ""
+    assert told[1][2].startswith("ease: no data at 'text.txt': use stdlib")
+    assert not list(tmp_path.glob(".run*")), "no folder is left behind"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def two_processes(monkeypatch: pytest.MonkeyPatch, rank: int, others: torch.Tensor) -> None:
+    """This process as one of two; a sum adds what the other one gives."""
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "process", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: tensor.add_(others))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_are_divided_without_a_rest(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_processes(monkeypatch, rank, torch.zeros(1))
+    x = torch.arange(15).view(5, 3)
+    layout = Layout.from_attention_mask(torch.ones(5, 3))
+    part = distributed.part_of(Batch(x, x + 1, x > 2, layout=layout))
+    assert part.x.tolist() == (x[:2] if rank == 0 else x[2:]).tolist()
+    assert part.layout is not None
+    assert part.layout.positions.shape == part.y.shape == part.x.shape
+    assert distributed.part_of(part) is part, "a part is not divided again"
+
+
+def test_a_process_without_a_row_scores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_processes(monkeypatch, 0, torch.zeros(1))
+    x = torch.arange(3).view(1, 3)
+    part = distributed.part_of(Batch(x, x))
+    assert part.x.shape == (1, 3)
+    assert (part.y == IGNORE).all()
+    assert not part.running.any()
+
+
+def test_a_place_counts_what_lies_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_processes(monkeypatch, 1, torch.tensor([7, 0]))
+    assert distributed.place(4) == (7, 11)
+
+
+def test_other_commands_refuse_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("ease.cli.main._is_first_error", lambda: True)
+    assert main(["eval", "runs/demo"]) == 2
+    assert "only `ease run` and `ease tune` take several" in capsys.readouterr().err

@@ -11,6 +11,7 @@ Without a process group, each function is that of a single process and communica
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from ease.devices import choose_device
 from ease.errors import EaseError, first_line
 from ease.interface import IGNORE, Batch, Layout
-from ease.launcher import num_launched
+from ease.launcher import launched, num_launched
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed in one collective, as in DistributedDataParallel
 
@@ -238,7 +239,16 @@ def process_group(device: str) -> Iterator[str]:
     if device.startswith("cuda"):
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store = _launchers_store()
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("ease", store),
+        rank=launched(),
+        world_size=num_launched(),
+        timeout=TIMEOUT,
+        device_id=torch.device(device) if device.startswith("cuda") else None,
+    )
     try:
         yield device
     except (RuntimeError, dist.DistError) as error:
@@ -275,7 +285,13 @@ def in_turn() -> Iterator[None]:
 def first_to_report() -> bool:
     """Whether no process of this launch has reported an error yet. Each process asks once, before its own report."""
     try:
-        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
-        return bool(store.add(f"ease/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
+        return bool(_launchers_store().add(f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except Exception:  # the store has ended with its process: better twice than never
         return True
+
+
+@functools.cache
+def _launchers_store() -> dist.Store:
+    """What the processes find each other through."""
+    store, *_ = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+    return store
