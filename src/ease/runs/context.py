@@ -16,8 +16,8 @@ from ease.models import StandardTransformer
 from ease.progress import Progress
 from ease.runs.config import RunConfig
 from ease.runs.log import LOG_EVERY, METRICS, MetricsFile, MetricsLog
-from ease.runs.tracking import Tracker
 from ease.runs.text import EPOCH_BATCHES, StreamedCorpus
+from ease.runs.tracking import Tracker
 from ease.training.distributed import process
 from ease.training.execution import Execution
 
