@@ -37,6 +37,7 @@ from ease.progress import Progress
 from ease.strategies.staged import PhaseConfig
 from ease.training import checkpoint
 from ease.training.distributed import process, process_group, processes
+from ease.training.mining import Quantile
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,12 +142,25 @@ def _sharded(name: str) -> dict[str, list[float]]:
     return curve(config, new_model(layers), windows(), parallel="fsdp")
 
 
+def _quantiles() -> dict[str, list[float]]:
+    """Quantiles of values of which each process adds its own: exact ones, and those from bins."""
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for exact in (1000, 100, 700):  # in the last case no process alone needs bins
+        quantile = Quantile(exact)
+        quantile.add(values[process() :: processes()])
+        quantile.merge()
+        found += [quantile(share) for share in (0.0, 0.37, 0.5, 1.0)]
+    return {"quantiles": found, "weights": [1.0]}
+
+
 TRAININGS: dict[str, Callable[[], dict[str, list[float]]]] = {
     **{
         name: lambda config=config, layers=layers: curve(config, new_model(layers), windows())  # type: ignore[misc]
         for name, (config, layers) in STRATEGIES.items()
     },
     "examples": _examples,
+    "quantiles": _quantiles,
     "memory": lambda: curve(STRATEGIES["standard"][0], new_model(2, memory_orders=(2,), memory_rows=64), windows()),
     "micro-batches": lambda: curve(STRATEGIES["ashem"][0], new_model(1), windows(), batch_tokens=256),
     **{f"{name}, sharded": lambda name=name: _sharded(name) for name in ("growth", "gated", "ashem", "tune")},  # type: ignore[misc]

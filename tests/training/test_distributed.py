@@ -78,9 +78,9 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path: Path) -> No
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    (folders[0] / "text.txt").write_text("a text that the second process does not see\n" * 200)
+    (folders[0] / "text.txt").write_bytes(bytes(data_processes.TEXT.tolist()) * 3)  # the second one does not see it
     command = ["run", "demo", "--data", "text.txt", "--out", str(tmp_path / "run"), "--data.tokenizer", "byte"]
-    told = data_processes.ended(data_processes.start(2, "ease", *command, folders=folders), timeout=60)
+    told = data_processes.ended(data_processes.start(2, "ease", *command, folders=folders))
     assert [status for status, _, _ in told] == [2, 2]
     assert [text for _, text, _ in told] == ["", ""]
     assert told[0][2] == ""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from ease.devices import choose_device
-from ease.errors import EaseError, first_line
+from ease.errors import EaseError
 from ease.interface import IGNORE, Batch, Layout
 from ease.launcher import launched, num_launched
 
@@ -239,24 +239,19 @@ def process_group(device: str) -> Iterator[str]:
     if device.startswith("cuda"):
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    store = _launchers_store()
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("ease", store),
-        rank=launched(),
-        world_size=num_launched(),
-        timeout=TIMEOUT,
-        device_id=torch.device(device) if device.startswith("cuda") else None,
-    )
+    elif device != "cpu":
+        raise EaseError(f"several processes train on cpu or cuda, not on {device}: set --device")
+    backend, store = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", dist.PrefixStore("ease", _launchers_store())
+    dist.init_process_group(backend, store=store, rank=launched(), world_size=num_launched(), timeout=TIMEOUT)
     try:
         yield device
+    except EaseError:
+        first_to_report()  # before the others notice that this process leaves
+        raise
     except (RuntimeError, dist.DistError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise EaseError(
-            f"another process of the training has ended ({first_line(error)}): run the same command again to resume"
-        ) from error
+        raise EaseError("another process of the training has ended: run the same command again to resume") from error
     finally:
         leave_group()
 
@@ -282,8 +277,9 @@ def in_turn() -> Iterator[None]:
         barrier()
 
 
+@functools.cache
 def first_to_report() -> bool:
-    """Whether no process of this launch has reported an error yet. Each process asks once, before its own report."""
+    """Whether this process is the first of its launch that reports an error; the others do not report theirs."""
     try:
         return bool(_launchers_store().add(f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except Exception:  # the store has ended with its process: better twice than never

@@ -20,6 +20,8 @@ from ease.training.engine import Engine, TakenStep
 from ease.training.execution import Execution
 from ease.training.phases import History, Phase, Step
 
+CHECKPOINT_FORMAT = 2  # raised when older checkpoints can no longer be read
+
 
 class PhaseState:
     """The state of the loop over one phase.
@@ -166,5 +168,6 @@ def phase_identity(model: ExitModel, phase: Phase, x: Tensor, execution: Executi
     # A mined threshold is computed again on resuming, and on another machine not to the last bit.
     config = replace(phase.config, routing_threshold=0.0)
     plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
+    execution_plan = (CHECKPOINT_FORMAT, *execution.identity())
     frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
-    return digest(plan, execution.identity(), model.config, len(phase.train), len(phase.val), x, *frozen)
+    return digest(plan, execution_plan, model.config, len(phase.train), len(phase.val), x, *frozen)
