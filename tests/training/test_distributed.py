@@ -9,6 +9,7 @@ import data_processes
 import pytest
 import torch
 from data_processes import STRATEGIES, TRAININGS, curve, interrupted, new_model, windows
+from data_runs import TINY
 
 from ease.cli.main import main
 from ease.interface import IGNORE, Batch, Layout
@@ -79,7 +80,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path: Path) -> No
     for folder in folders:
         folder.mkdir()
     (folders[0] / "text.txt").write_bytes(bytes(data_processes.TEXT.tolist()) * 3)  # the second one does not see it
-    command = ["run", "demo", "--data", "text.txt", "--out", str(tmp_path / "run"), "--data.tokenizer", "byte"]
+    command = ["run", "demo", "--data", "text.txt", "--out", str(tmp_path / "run"), *TINY]
     told = data_processes.ended(data_processes.start(2, "ease", *command, folders=folders))
     assert [status for status, _, _ in told] == [2, 2]
     assert [text for _, text, _ in told] == ["", ""]
