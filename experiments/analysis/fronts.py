@@ -75,6 +75,12 @@ class Fronts:
         """The standard models."""
         return list(self.data["baselines"])
 
+    @cached_property
+    def with_memory(self) -> Fronts | None:
+        """The same lines with the front of standard models that have a memory; None where there are none."""
+        found = self.data.get("memory_baselines")
+        return Fronts({**self.kept, "baselines": found}) if found else None
+
     @property
     def partial(self) -> list[str]:
         """Lines that spend only a part of the budget, because other lines start from them."""

@@ -59,6 +59,9 @@ def front(data: dict[str, Any], stem: Path) -> None:
             curve(ax, standard, cost, color="black", marker="x", linestyle="none", label="_", bars=True)
             front_label = "standard models: baseline front"
             curve(ax, fronts.baseline_front, cost, color="black", marker="x", label=front_label, linewidth=1.8)
+            if fronts.with_memory:
+                own = "standard models with a memory: second front"
+                curve(ax, fronts.with_memory.baseline_front, cost, color="black", marker="+", linestyle="--", label=own)
             best = fronts.baseline_front[-1]
             level = math.exp(best.mean("loss"))  # the best standard model can always be used
             ax.plot([cost(best), max(map(cost, shown))], [level, level], color="black", linestyle=":", linewidth=1.2)

@@ -17,6 +17,10 @@ from experiments.analysis.table import Table, difference, ppl, short, signed, sp
 from experiments.harness.candidates import COMPARED
 
 SAVING = 0.005  # nats of validation loss above the best that count as no loss when a saving is looked for
+MEMORY = (
+    "The second front goes through standard models of every depth that have the same memory: tables of n-grams that "
+    "are looked up, at no FLOPs. A line above it gains from the memory alone."
+)
 ON_FRONT = "baseline"
 """The cell of a standard model on the baseline front, which has no distance from it."""
 SAME_ROUTING = (
@@ -115,6 +119,21 @@ def quality_and_cost(point: OperatingPoint) -> list[str]:
     return [ppl(point.metric("loss")), hard, layers, thousands(point.mean("flops_per_token"))]
 
 
+def memory_header(fronts: Fronts) -> list[str]:
+    """The heading of `memory_cells`."""
+    return ["against the front with a memory"] if fronts.with_memory else []
+
+
+def memory_cells(fronts: Fronts, point: OperatingPoint) -> list[str]:
+    """A point's distance from the front of standard models with a memory, if there are any."""
+    return [against_front(fronts.with_memory, point)] if fronts.with_memory else []
+
+
+def memory_notes(fronts: Fronts) -> list[str]:
+    """What the second front is, if there is one."""
+    return [MEMORY] if fronts.with_memory else []
+
+
 def compute_header(fronts: Fronts) -> list[str]:
     """The heading of `compute_cells`."""
     return ["compute multiplier"] if compute.curves(fronts) else []
@@ -160,7 +179,7 @@ def summary(fronts: Fronts) -> Table:
         point = fronts.full_depth(name) if name in fronts.baselines else fronts.best(name)
         lr = fronts.entries(name)[0]["lr"]
         row = [name, point.routing, "" if lr is None else f"{lr:g}", *quality_and_cost(point)]
-        row += [against_front(fronts, point), *compute_cells(fronts, point)]
+        row += [against_front(fronts, point), *memory_cells(fronts, point), *compute_cells(fronts, point)]
         if name in fronts.baselines:
             rows.append([*row, "", ""])
             continue
@@ -170,7 +189,7 @@ def summary(fronts: Fronts) -> Table:
         "front",
         f"{fronts.title}: every line at the routing that validation prefers",
         [
-            *("line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front"),
+            *("line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front", *memory_header(fronts)),
             *(*compute_header(fronts), "best rival", "against the rival"),
         ],
         rows,
@@ -179,6 +198,7 @@ def summary(fronts: Fronts) -> Table:
             "standard models of different depths trained with the same FLOPs; the best rival is the other strategy "
             "with the lowest validation loss at the same FLOPs per token. Every evaluation of an output head is "
             "counted.",
+            *memory_notes(fronts),
             *compute_notes(fronts),
             *notes(fronts.data),
         ],
@@ -280,7 +300,7 @@ def savings(fronts: Fronts) -> Table | None:
 
 def costs(fronts: Fronts) -> Table:
     """A row per line: training FLOPs, time and memory, and inference cost at full depth."""
-    rows = []
+    rows, sized = [], all("bytes" in entry for entry in fronts.data["entries"])
     for name in fronts.points:
         entries = fronts.entries(name)
         mean = {key: statistics.mean(entry[key] for entry in entries) for key in ("flops", "seconds", "memory")}
@@ -292,6 +312,7 @@ def costs(fronts: Fronts) -> Table:
                 f"{mean['flops']:.3g}",
                 f"{mean['seconds']:,.0f}",
                 f"{mean['memory'] / 2**20:,.0f}",
+                *(thousands(entries[0][key]) for key in ("parameters", "bytes") if sized),
                 thousands(full.mean("flops_per_token")),
                 microseconds(full),
             ]
@@ -299,7 +320,11 @@ def costs(fronts: Fronts) -> Table:
     return Table(
         "costs",
         f"{fronts.title}: cost of every line",
-        ["line", "strategy", "training FLOPs", "training seconds", "peak MiB", "FLOPs/token at full depth", "µs/token"],
+        [
+            *("line", "strategy", "training FLOPs", "training seconds", "peak MiB"),
+            *(("parameters", "bytes read/token") if sized else ()),
+            *("FLOPs/token at full depth", "µs/token"),
+        ],
         rows,
         [
             "Strategy: settings that differ from their defaults, other than budget and schedule. Means over seeds. "

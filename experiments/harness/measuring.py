@@ -17,12 +17,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import ease
 from ease.devices import machine
 from ease.evaluation.decoding_speed import in_turns
+from ease.flops import parameters_read
 from ease.training.mining import Quantile
 from experiments.harness import token_groups
 from experiments.harness.candidates import Candidate, Point, compared, metrics, policy
+from experiments.harness.lab import Lab
 from experiments.harness.scheduler import LOADED, Row, Scheduler, with_lab
 
 HARD_SET = 0.5  # of the validation tokens: those with the lowest confidence of phase 1's final model
@@ -54,6 +58,8 @@ class Report:
     """Standard models of several budgets -> their share of the lab's; compute multipliers are read off their losses."""
     command: str = ""
     """The command that reproduces the experiment."""
+    memory_baselines: tuple[str, ...] = ()
+    """The standard models with a memory that a second front is made of."""
 
 
 def front(rows: Sequence[Row]) -> list[int]:
@@ -75,6 +81,13 @@ def front(rows: Sequence[Row]) -> list[int]:
         if loss[i] < best:
             kept, best = kept | {i}, loss[i]
     return sorted(kept, key=lambda i: cost[i])
+
+
+def sizes(lab: Lab, row: Row) -> dict[str, int]:
+    """The parameters of a row's model, and the bytes of them that one token reads at full depth."""
+    with torch.device("meta"):
+        model = lab.build(row["model"])
+    return {"parameters": sum(p.numel() for p in model.parameters()), "bytes": parameters_read(model)["bytes"]}
 
 
 def measure(
@@ -101,6 +114,7 @@ def measure(
         for row in rows:
             entry = {key: row[key] for key in ("key", "line", "seed", "lr", "flops", "seconds", "memory", "strategy")}
             entry["lr"] = row["lr"] if scheduler.lines[name].rates else None
+            entry |= sizes(scheduler.lab, row)
             entry["points"] = [dict(row["sweep"][i]) for i in chosen]
             entries.append(entry)
             base = done[report.base, row["seed"]]
@@ -134,6 +148,7 @@ def measure(
         "other_budgets": [name for name in finished if scheduler.lines[name].share != 1 and name not in started_from],
         "rate_of": {name: line.rate_of for name, line in scheduler.lines.items() if name in finished and line.rate_of},
         "curve": {name: share for name, share in report.curve.items() if name in finished},
+        "memory_baselines": [name for name in report.memory_baselines if name in finished],
         "compared_with": [name for name in report.compared_with if name in finished],
         "by_token_group": report.by_token_group if set(report.by_token_group) <= set(finished) else (),
         "ablated": report.ablated if report.ablated in finished else None,

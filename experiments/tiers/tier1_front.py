@@ -36,6 +36,7 @@ def experiment(name: str, data: str, command: str, allow_overlap: bool = False) 
         standard_names(scale.depths),
         (CONTINUED,),
         curve=curve_names({1: scale.depths, **scale.curve}),
+        memory_baselines=tuple(map(memory.named, standard_names((0, *scale.depths)))) if scale.memory else (),
         by_token_group=("ASHEM", CONTINUED),
         command=command,
     )
