@@ -104,6 +104,15 @@ def test_cache_size_and_reuse_for_another_policy(tiny: Make) -> None:
     cache = model.new_cache(2, 10, key="routed at 1")
     stored = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values, cache.states))
     assert stored == 2 * 10 * bytes_per_token(model)
+    model.add_draft_brick(torch.arange(9), torch.zeros(9, model.config.dim))
+    drafting = model.new_draft_cache(2, 10)
+    stored += sum(t.numel() * t.element_size() for t in (drafting.keys, drafting.values, drafting.states))
+    assert stored == 2 * 10 * bytes_per_token(model, brick=True)
+    limit = bytes_per_token(model) * 10.0
+    generate(model, torch.zeros(1, 8, dtype=torch.long), 2, "exact", draft_source="lookup", max_memory=limit)
+    for source in ("brick", "auto"):
+        with pytest.raises(EaseError, match="use fewer rows, or lower max_new_tokens"):
+            generate(model, torch.zeros(1, 8, dtype=torch.long), 2, "exact", draft_source=source, max_memory=limit)
     with pytest.raises(EaseError, match="made for routed at 1, not for full"):
         cache.check("full")
     with pytest.raises(EaseError, match="the cache has 10 places per row, but a row would need 11"):
@@ -121,6 +130,10 @@ def test_cache_size_and_reuse_for_another_policy(tiny: Make) -> None:
         ({"draft_confidence": 0.5}, 'draft_confidence has no effect in mode "full"'),
         ({"mode": "exact", "draft_confidence": math.nan}, r"draft_confidence must lie in \[0, 1\], got nan"),
         ({"mode": "exact", "draft_confidence": 5}, r"draft_confidence must lie in \[0, 1\]"),
+        (
+            {"mode": "exact", "draft_confidence": 0.5, "draft_source": "none"},
+            'draft_confidence has no effect with draft_source "none"',
+        ),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_k": 2.5, "temperature": 1.0}, "top_k must be an integer"),
         ({"temperature": "hot"}, "temperature must be a number"),

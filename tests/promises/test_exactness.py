@@ -102,6 +102,7 @@ def test_every_token_equals_that_of_full_greedy_decoding(source: Any, tiny: Make
         if source == "full":
             generated = generate(model, ids, steps, **shared)
         else:
+            least = None if source == "none" else least
             generated = generate(model, ids, steps, "exact", draft_confidence=least, **options, **shared)
         answered = answers(generated)
         assert answered == greedy(model, [row[real].tolist() for row, real in zip(ids, mask)], answered, penalty)

@@ -128,7 +128,9 @@ def generate(
     policy = _routing_policy(model) if mode == "routed" else Policy()
     _check_drafting(model, mode, draft_source, draft_exit, draft_confidence, count_table)
     capacity = _required_capacity(model, int(real.sum(1).max()), max_new_tokens)
-    _check_memory(model, len(ids), capacity, max_memory)
+    names = _source_names(model, draft_source, draft_exit) if mode == "exact" else ["none"]
+    brick = any("brick" in str(name) for name in names)
+    _check_memory(model, len(ids), capacity, max_memory, brick)
     model.check_ids(ids, model.config.vocab_size)
     model, real = model.decoding_view(), real.cpu()
     texts = [row[keep].tolist() for row, keep in zip(ids.cpu(), real, strict=True)]
@@ -153,7 +155,6 @@ def generate(
         while request.unfinished:
             request.step(request.current[:, None], request.running[:, None], policy)
     else:
-        names = ["none"] if mode == "full" else _source_names(model, draft_source, draft_exit)
         drafts = decode_exactly(request, [_source(request, n, count_table) for n in names], draft_confidence)
     end = time.perf_counter()
     stats = _timing(request, start, prefilled, end)
@@ -201,6 +202,8 @@ def _check_drafting(
                 raise EaseError(f'{name} has no effect in mode "{mode}": omit it, or use mode "exact"')
     if draft_confidence is not None and not 0 <= draft_confidence <= 1:
         raise EaseError(f"draft_confidence must lie in [0, 1], got {draft_confidence}")
+    if draft_confidence is not None and draft_source == "none":
+        raise EaseError('draft_confidence has no effect with draft_source "none": omit one of them')
     if draft_exit != "auto":
         if not model.first_exit <= draft_exit < model.num_layers:
             raise EaseError(f"draft_exit must lie in {model.first_exit}..{model.num_layers - 1}, got {draft_exit}")
@@ -259,9 +262,9 @@ def _required_capacity(model: StandardTransformer, longest_prompt: int, max_new_
     return longest_prompt + max_new_tokens
 
 
-def _check_memory(model: StandardTransformer, rows: int, capacity: int, max_memory: float | None) -> None:
+def _check_memory(model: StandardTransformer, rows: int, capacity: int, max_memory: float | None, brick: bool) -> None:
     """Refuses a cache larger than `max_memory` bytes, or than the free memory of the model's device."""
-    required = bytes_per_token(model) * capacity * rows
+    required = bytes_per_token(model, brick) * capacity * rows
     available = free_memory(next(model.parameters()).device) if max_memory is None else max_memory
     if required > available:
         raise EaseError(
@@ -270,10 +273,15 @@ def _check_memory(model: StandardTransformer, rows: int, capacity: int, max_memo
         )
 
 
-def bytes_per_token(model: StandardTransformer) -> int:
-    """Bytes that a cache holds per token: keys and values of every layer, and the state that the token left with."""
+def bytes_per_token(model: StandardTransformer, brick: bool = False) -> int:
+    """Bytes that a cache holds per token: keys and values of every layer, and the state that the token left with.
+
+    Args:
+        brick: whether the draft brick has a cache, of one layer, as well.
+    """
     c = model.config
-    return (2 * c.num_layers * c.kv_heads * c.head_size + c.dim) * model.embedding.weight.element_size()
+    layers, states = c.num_layers + brick, 1 + brick
+    return (2 * layers * c.kv_heads * c.head_size + states * c.dim) * model.embedding.weight.element_size()
 
 
 def _padded(answers: list[list[Token]], no_exit: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -165,6 +165,47 @@ class Source(ABC):
     def no_drafts(self) -> Drafts:
         """Drafts of which no row has one."""
         return self.drafts_of([((), ())] * len(self.request.texts))
+
+
+class Chains:
+    """Chains of drafts in the making, one a row: each step adds a draft to those whose probability is high enough.
+
+    Args:
+        source: what drafts.
+        rows: (B,) true for rows that draft, on the host.
+        limits, least: as in `Source.offer`.
+
+    Attributes:
+        alive: (B,) true for the rows whose chain has not ended, on the host.
+    """
+
+    def __init__(self, source: Source, rows: Tensor, limits: Tensor, least: NDArray[np.float64]) -> None:
+        self.source, self.alive, self.limits, self.least = source, rows, limits, least
+        self.right = np.ones(len(limits))
+        self.steps: list[tuple[Tensor, Tensor, NDArray[np.float64]]] = []
+
+    def asked(self) -> Tensor:
+        """(B,) true for the rows that can use another draft, on the host."""
+        return self.alive & (self.limits > len(self.steps))
+
+    def add(self, tokens: Tensor, confidences: NDArray[np.float64]) -> bool:
+        """Adds a draft of tokens (B,) with confidences (B,) where it was asked for and pays; whether it does anywhere.
+
+        The decision depends on the distribution and not on the token drawn from it, or sampling would be biased.
+        """
+        self.right *= self.source.reliability(confidences)
+        self.alive = self.asked() & torch.from_numpy(self.right >= self.least)
+        paying = bool(self.alive.any())
+        if paying:
+            self.steps.append((tokens, self.alive, confidences))
+        return paying
+
+    def drafts(self, **rest: Any) -> Drafts:
+        """The drafts of all steps; `rest` as in `Drafts`."""
+        if not self.steps:
+            return self.source.no_drafts()._replace(**rest)
+        tokens, masks, confidences = zip(*self.steps, strict=True)
+        return Drafts(torch.stack(tokens, 1), torch.stack(masks, 1), np.stack(confidences, 1), **rest)
 
 
 class NoDrafts(Source):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ease.generation.request import Request
-from ease.generation.sources.base import Drafts, Source
+from ease.generation.sources.base import Chains, Drafts, Source
 from ease.interface import Layout, to_device
 
 
@@ -27,35 +27,25 @@ class BrickSource(Source):
 
     def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         request, model = self.request, self.request.model
-        alive, chain = request.running & (limits > 0), np.ones(len(limits))
-        tokens: list[Tensor] = []
-        masks: list[Tensor] = []
-        confidences: list[NDArray[np.float64]] = []
-        if bool(alive.any()):
-            states, ids, real = self._unread(alive)
-            read = self.cache.length + real.sum(1).numpy()
-            last = to_device((real.sum(1) - 1).clamp(min=0), states.device)
-            drafted = model.draft(states, ids, layout=Layout.of_padding(real), cache=self.cache)
-            drafted = drafted[torch.arange(len(last), device=last.device), last]
-        while bool(alive.any()):
+        chains = Chains(self, request.running, limits, least)
+        asked = chains.asked()
+        if not bool(asked.any()):
+            return self.no_drafts()
+        states, ids, real = self._unread(asked)
+        read = self.cache.length + real.sum(1).numpy()
+        last = to_device((real.sum(1) - 1).clamp(min=0), states.device)
+        drafted = model.draft(states, ids, layout=Layout.of_padding(real), cache=self.cache)
+        drafted = drafted[torch.arange(len(last), device=last.device), last]
+        while True:
             chosen, confidence = model.draft_tokens(drafted)
             # A brick may overflow in half precision: a draft of unknown probability is not offered.
             said = np.nan_to_num(confidence.cpu().double().numpy(), nan=0.0)
-            chain *= self.reliability(said)
-            alive = alive & (limits > len(tokens)) & torch.from_numpy(chain >= least)
-            if not bool(alive.any()):
+            if not chains.add(chosen, said) or not bool((asked := chains.asked()).any()):
                 break
-            tokens.append(chosen)
-            confidences.append(said)
-            masks.append(alive)
-            alive = alive & (limits > len(tokens))
-            if bool(alive.any()):
-                layout = Layout.of_padding(alive[:, None])
-                drafted = model.draft(drafted[:, None], chosen[:, None], layout=layout, cache=self.cache)[:, 0]
-        if not tokens:
-            return self.no_drafts()
+            layout = Layout.of_padding(asked[:, None])
+            drafted = model.draft(drafted[:, None], chosen[:, None], layout=layout, cache=self.cache)[:, 0]
         self.cache.cut(read)
-        return Drafts(torch.stack(tokens, 1), torch.stack(masks, 1), np.stack(confidences, 1))
+        return chains.drafts()
 
     def _unread(self, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States (B, M, D), the tokens (B, M) after them, and what of both is real (B, M), of the places to read."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ease.errors import EaseError
 from ease.generation.request import Request
 from ease.generation.sampling import NAN_LOGITS
-from ease.generation.sources.base import Drafts, Source
+from ease.generation.sources.base import Chains, Drafts, Source
 from ease.interface import Layout
 from ease.routing.confidence import at_least_float32, max_probability
 
@@ -29,51 +29,32 @@ class ExitSource(Source):
 
     def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         request, model = self.request, self.request.model
-        running, current = request.running, request.current
+        chains, current = Chains(self, request.running, limits, least), request.current
         seen = None if request.seen is None else request.seen.clone()
-        chain = np.ones(len(limits))
         states: list[Tensor] = []
         distributions: list[tuple[Tensor, Tensor]] = []
-        tokens: list[Tensor] = []
-        masks: list[Tensor] = []
-        confidences: list[NDArray[np.float64]] = []
         while True:
-            layout = Layout.of_padding(running[:, None])
+            layout = Layout.of_padding(chains.alive[:, None])
             state = model.embed(current[:, None], layout=layout, cache=request.cache)
             state = model.run(state, 1, self.exit, layout=layout, cache=request.cache)
             states.append(state)
-            asked = running & (limits > len(tokens))
+            asked = chains.asked()
             if not bool(asked.any()):
                 break
             rows = request.index(asked)
             logits = model.logits(state[rows, 0], self.exit)
             chosen, distribution = request.choose(logits, None if seen is None else seen[rows])
-            drafted, confidence = current.clone(), at_least_float32(logits.new_zeros(len(running)))
+            drafted, confidence = current.clone(), at_least_float32(logits.new_zeros(len(asked)))
             drafted[rows], confidence[rows] = chosen, max_probability(logits)
             said = confidence.cpu().double().numpy()
             if np.isnan(said).any():
                 raise EaseError(NAN_LOGITS)
-            # The decision depends on the distribution and not on the token drawn from it, or sampling would be biased.
-            chain *= self.reliability(said)
-            running = asked & torch.from_numpy(chain >= least)
-            if not bool(running.any()):
+            if not chains.add(drafted, said):
                 break
             current = drafted
-            tokens.append(drafted)
-            confidences.append(said)
-            masks.append(running)
             if distribution is not None:
                 distributions.append((asked, distribution))
             if seen is not None:
                 seen = seen.clone()
                 seen[rows] = seen[rows].scatter(1, chosen[:, None], True)
-        if not tokens:
-            return self.no_drafts()._replace(exit=self.exit, states=states[0])
-        return Drafts(
-            torch.stack(tokens, 1),
-            torch.stack(masks, 1),
-            np.stack(confidences, 1),
-            self.exit,
-            torch.cat(states, 1),
-            distributions,
-        )
+        return chains.drafts(exit=self.exit, states=torch.cat(states, 1), distributions=distributions)
