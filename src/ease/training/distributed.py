@@ -241,7 +241,7 @@ def process_group(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     elif device != "cpu":
         raise EaseError(f"several processes train on cpu or cuda, not on {device}: set --device")
-    backend, store = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", dist.PrefixStore("ease", _launchers_store())
+    backend, store = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", _launchers_store()
     dist.init_process_group(backend, store=store, rank=launched(), world_size=num_launched(), timeout=TIMEOUT)
     try:
         yield device
@@ -281,7 +281,7 @@ def in_turn() -> Iterator[None]:
 def first_to_report() -> bool:
     """Whether this process is the first of its launch that reports an error; the others do not report theirs."""
     try:
-        return bool(_launchers_store().add(f"errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
+        return bool(_launchers_store().add("errors", 1) == 1)
     except Exception:  # the store has ended with its process: better twice than never
         return True
 
@@ -290,4 +290,6 @@ def first_to_report() -> bool:
 def _launchers_store() -> dist.Store:
     """What the processes find each other through."""
     store, *_ = next(rendezvous("env://", timeout=timedelta(minutes=10)))
-    return store
+    # On one machine torchrun keeps its store after a restart, in which the addresses of ended processes remain.
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return dist.PrefixStore(f"ease/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)
