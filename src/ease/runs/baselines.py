@@ -155,8 +155,8 @@ def _train_growth(context: RunContext, trained: StrategyLines) -> TrainedLine:
     folder = context.folder / CHECKPOINTS / "growth"
     torch.manual_seed(context.config.seed)
     line, strategy = TrainedLine(name, model), config.strategy()
-    options: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
-    for phase, history in train(model, strategy, data, progress=progress, **options):
+    how: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
+    for phase, history in train(model, strategy, data, progress=progress, **how):
         line = line.after_phase(name, phase, history, model)
     return line
 

@@ -17,9 +17,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
@@ -287,9 +289,9 @@ def first_to_report() -> bool:
 
 
 @functools.cache
-def _launchers_store() -> dist.Store:
+def _launchers_store() -> Any:
     """What the processes find each other through."""
     store, *_ = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     # On one machine torchrun keeps its store after a restart, in which the addresses of ended processes remain.
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    return dist.PrefixStore(f"ease/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)
+    return c10d.PrefixStore(f"ease/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)

@@ -45,7 +45,7 @@ def sharded(model: ExitModel, enabled: bool) -> Iterator[None]:
     whole: dict[int, nn.Module] = {}
     for number, layer in enumerate(model.layers):
         if learnable(layer):
-            part = fully_shard(copy.deepcopy(layer), mesh=mesh, reshard_after_forward=True)
+            part: Any = fully_shard(copy.deepcopy(layer), mesh=mesh, reshard_after_forward=True)
             part.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all processes
             part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
             whole[number] = layer.to("meta")  # keeps the module without its memory
