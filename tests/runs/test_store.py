@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import ease
+from ease.cli.main import main
 from ease.errors import EaseError
 from ease.files import write_checksums
 from ease.model_config import RopeScaling
@@ -61,7 +63,12 @@ def test_a_model_comes_back_bit_identical_with_its_policy(tmp_path: Path, option
         (lambda f: (f / "config.json").write_text("[]"), "damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b"123"), "damaged"),
         (lambda f: (f / "model.safetensors").unlink(), "damaged"),
-        (lambda f: _edit(f, format=99), "format 99"),
+        (lambda f: _edit(f, format=99), "format 99 and .* reads 1: use the version that wrote it$"),
+        (lambda f: _edit(f, format=99, ease_version="9.1"), "use the version that wrote it, 9.1$"),
+        (
+            lambda f: _edit(f, ease_version="9.1", model={"dim": 8, "width": 3}),
+            "'width'; ease 9.1 wrote it and this is",
+        ),
         (lambda f: _edit(f, model_type="llama"), "is a checkpoint, not a run: `ease tune`"),
         (lambda f: _edit(f, policy={"exits": [1], "thresholds": [0.5], "of_tomorrow": 1}), "damaged"),
         (lambda f: _edit(f, run=3), "damaged"),
@@ -75,6 +82,21 @@ def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path, model, damage
     with pytest.raises(EaseError, match=says) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_older_version_is_loaded_watched_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is as the package wrote it on 2026-11-24: no checksums, no run.json, rows of epochs only."""
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "old_run", run)
+    model, config = load_model(run)
+    assert (config["ease_version"], model.policy.exits, model.trained_exits) == ("0.1.0", (1,), {1, 3})
+    assert route(model, torch.arange(8)[None]).exits.shape == (1, 8)
+    assert main(["watch", str(run), "--once"]) == 0
+    assert "phase 1 continued" in capsys.readouterr().out
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert "phase 1 continued" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "policy.json"])

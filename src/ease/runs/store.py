@@ -49,6 +49,7 @@ from ease.storage import (
     stable_repr,
     write_json,
 )
+from ease.version import __version__
 
 FORMAT = 1
 
@@ -163,7 +164,9 @@ def load_model(folder: Path, *, calibrated: bool = True) -> tuple[DeepSupervisio
         config |= {name: dict(config.get(name, {})) for name in ("run", "data")}
         _check_data(config["data"], shape)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise EaseError(f"{file} is damaged ({first_line(error)}): {FIX}") from error
+        version = config.get("ease_version", __version__)
+        written = "" if version == __version__ else f"; ease {version} wrote it and this is {__version__}"
+        raise EaseError(f"{file} is damaged ({first_line(error)}{written}): {FIX}") from error
     stored = read_shapes(weights, FIX)
     check_sizes(shape, stored, file, f"they belong to different runs, so {FIX}")
     options = {field.name: getattr(shape, field.name) for field in fields(shape)}
@@ -229,9 +232,10 @@ def _check_format(file: Path, record: Mapping[str, Any], fix: str) -> None:
     if "format" not in record:
         raise EaseError(f"{file} is damaged (it has no format): {fix}")
     if record["format"] != FORMAT:
+        version = record.get("ease_version")
         raise EaseError(
             f"{file} has format {reprlib.repr(record['format'])} and this version of ease reads {FORMAT}: use the "
-            "version that wrote it"
+            f"version that wrote it{f', {version}' if isinstance(version, str) else ''}"
         )
 
 
