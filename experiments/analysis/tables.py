@@ -253,6 +253,13 @@ def budgets(fronts: Fronts) -> Table | None:
     return Table("budgets", title, [*header, *compute_header(fronts)], rows, notes_) if fronts.other_budgets else None
 
 
+def task_metric(name: str, interval: Interval) -> str:
+    """A loss in nats, or any other metric as a share in per cent."""
+    if name.startswith("loss"):
+        return spread(interval, lambda loss: loss, lambda loss: f"{loss:.3f}")
+    return spread(interval, lambda share: 100 * share, lambda share: f"{share:.1f}%")
+
+
 def task_quality(fronts: Fronts) -> Table | None:
     """A task's own metrics for every operating point on any line's front."""
     metrics = fronts.data.get("task_metrics", ())
@@ -260,14 +267,14 @@ def task_quality(fronts: Fronts) -> Table | None:
         [
             name,
             point.routing,
-            *(spread(Interval.of(point.metric(m)), lambda share: 100 * share, lambda p: f"{p:.1f}%") for m in metrics),
+            *(task_metric(m, Interval.of(point.metric(m))) for m in metrics),
             f"{point.mean('shallow_ratio'):.0%}",
             thousands(point.mean("flops_per_token")),
         ]
         for name in fronts.shown
         for point in fronts.front(name)
     ]
-    header = ["line", "routing", *(f"test {TASK_METRICS[m]}" for m in metrics), "exit early", "FLOPs/token"]
+    header = ["line", "routing", *(f"test {TASK_METRICS.get(m, m)}" for m in metrics), "exit early", "FLOPs/token"]
     about = "Routings are chosen by validation loss; perplexity in other tables is exp of the mean loss of a target."
     title = f"{fronts.title}: task metrics"
     return Table("quality", title, header, rows, [about, *notes(fronts.data)]) if metrics else None

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ease
 from ease.data.tokenizers import token_strings
 from experiments.harness.lab import Lab
 from experiments.harness.line import BASE, Line
-from experiments.tiers import deep, wikitext_words
+from experiments.tiers import deep, mixed_task, wikitext_words
+
+
+def text_lab(tokenizer: str, data: str, allow_overlap: bool, shape: Mapping[str, Any]) -> Lab:
+    """Running text."""
+    corpus = ease.load_corpus(data, tokenizer, allow_overlap=allow_overlap)
+    text = {"train": corpus.train, "val": corpus.val, "test": corpus.test}
+    pieces = token_strings(corpus.tokenizer, range(corpus.vocab_size))
+    description = f"{corpus.name}, {corpus.tokenizer_spec}"
+    return Lab(text, description, corpus.vocab_size, pieces=tuple(pieces), **shape)
+
+
+BYTES, BPE = partial(text_lab, "byte"), partial(text_lab, "bpe:512")
+
+
+def words_lab(data: str, allow_overlap: bool, shape: Mapping[str, Any]) -> Lab:
+    """Whole words, as in the original recipe."""
+    return wikitext_words.lab(None if data == "wikitext-2" else data, allow_overlap=allow_overlap, **shape)
 
 
 @dataclass(frozen=True)
@@ -19,8 +37,8 @@ class Scale:
 
     settings: Mapping[str, Any]
     """Settings of the lab."""
-    tokenizer: str | None = "byte"
-    """None for whole words, as in the original recipe."""
+    lab: Callable[[str, bool, Mapping[str, Any]], Lab] = BYTES
+    """Makes the lab of data, from whether splits may overlap and the lab's settings."""
     depths: tuple[int, ...] = (1, 2, 3)
     """Depths of the standard models; the first is phase 1's, after which tokens may exit."""
     curve: Mapping[float, tuple[int, ...]] = field(default_factory=dict)
@@ -35,6 +53,8 @@ class Scale:
     """Lines instead of every strategy."""
     base: str = BASE
     """The line whose final model determines the hard tokens."""
+    task_metrics: tuple[str, ...] = ()
+    """Metrics of the lab that are shown in addition to perplexity."""
 
 
 def sizes(dim: int, budget: float, lrs: tuple[float, ...], **settings: Any) -> dict[str, Any]:
@@ -57,7 +77,12 @@ SCALES = {
     "m-memory": Scale(
         sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), curve=CURVE_M, deep=3, memory=True
     ),
-    "l": Scale(sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20), "bpe:512", depths=(2, 4, 6), deep=6),
+    "l": Scale(
+        sizes(128, 2e14, (3e-3, 6e-3), seq=256, batch=16, mine_epochs=20),
+        BPE,
+        depths=(2, 4, 6),
+        deep=6,
+    ),
     "deep": Scale(
         sizes(128, 2.2e14, (3e-3, 6e-3), seq=256, batch=16, epoch_batches=400),
         depths=deep.DEPTHS,
@@ -66,8 +91,15 @@ SCALES = {
         only=deep.LINES,
         base=deep.BASE,
     ),
-    "words": Scale({"lrs": (1e-2,)}, None, depths=(2, 3, 4), deep=4, more=wikitext_words.VARIANTS),
-    "bpe": Scale(sizes(64, 2e12, (1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), "bpe:512"),
+    "mixed": Scale(
+        sizes(64, 8e12, (2.5e-3, 5e-3, 1e-2), epoch_batches=None, eval_batches=(None, None)),
+        mixed_task.lab,
+        depths=mixed_task.DEPTHS,
+        only=mixed_task.lines(),
+        task_metrics=mixed_task.TASK_METRICS,
+    ),
+    "words": Scale({"lrs": (1e-2,)}, words_lab, depths=(2, 3, 4), deep=4, more=wikitext_words.VARIANTS),
+    "bpe": Scale(sizes(64, 2e12, (1e-2, 2e-2), dropout=0.1, mine_epochs=2, epoch_batches=150), BPE),
 }
 
 
@@ -75,13 +107,7 @@ def make_lab(name: str, data: str, allow_overlap: bool = False) -> Lab:
     """The lab at a scale, on whatever text `ease.load_corpus` reads."""
     scale = SCALES[name]
     shape = {"brick": scale.depths[0], "depth": scale.depths[-1], **scale.settings}
-    if scale.tokenizer is None:
-        return wikitext_words.lab(None if data == "wikitext-2" else data, allow_overlap=allow_overlap, **shape)
-    corpus = ease.load_corpus(data, scale.tokenizer, allow_overlap=allow_overlap)
-    text = {"train": corpus.train, "val": corpus.val, "test": corpus.test}
-    pieces = token_strings(corpus.tokenizer, range(corpus.vocab_size))
-    description = f"{corpus.name}, {corpus.tokenizer_spec}"
-    return Lab(text, description, corpus.vocab_size, pieces=tuple(pieces), **shape)
+    return scale.lab(data, allow_overlap, shape)
 
 
 DEFAULT_SCALES = {"smoke": ("tiny",), "1": ("xs", "s", "m"), "2": ("s",)}

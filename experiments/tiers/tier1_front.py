@@ -37,7 +37,8 @@ def experiment(name: str, data: str, command: str, allow_overlap: bool = False) 
         (CONTINUED,),
         curve=curve_names({1: scale.depths, **scale.curve}),
         memory_baselines=tuple(map(memory.named, standard_names((0, *scale.depths)))) if scale.memory else (),
-        by_token_group=("ASHEM", CONTINUED),
+        by_token_group=() if scale.only else ("ASHEM", CONTINUED),
+        task_metrics=scale.task_metrics,
         command=command,
     )
     lines = scale.only or strategies(scale)
