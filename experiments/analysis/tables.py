@@ -14,6 +14,7 @@ from experiments.analysis import compute
 from experiments.analysis.fronts import Fronts, OperatingPoint
 from experiments.analysis.statistics import Interval
 from experiments.analysis.table import Table, difference, ppl, short, signed, spread, thousands
+from experiments.harness import probes
 from experiments.harness.candidates import COMPARED
 
 SAVING = 0.005  # nats of validation loss above the best that count as no loss when a saving is looked for
@@ -262,7 +263,8 @@ def task_metric(name: str, interval: Interval) -> str:
 
 def task_quality(fronts: Fronts) -> Table | None:
     """A task's own metrics for every operating point on any line's front."""
-    metrics = fronts.data.get("task_metrics", ())
+    scored = [point.by_seed[0]["test"] for name in fronts.shown for point in fronts.points[name]]
+    metrics = [m for m in fronts.data.get("task_metrics", ()) if all(m in each for each in scored)]
     rows = [
         [
             name,
@@ -276,6 +278,11 @@ def task_quality(fronts: Fronts) -> Table | None:
     ]
     header = ["line", "routing", *(f"test {TASK_METRICS.get(m, m)}" for m in metrics), "exit early", "FLOPs/token"]
     about = "Routings are chosen by validation loss; perplexity in other tables is exp of the mean loss of a target."
+    if set(metrics) & set(probes.TASK_METRICS):
+        about += (
+            " A span of the text, such as an identifier or the indentation of a line, is right if each of its tokens is "
+            "the model's most likely one, so that greedy decoding writes it after the text before it."
+        )
     title = f"{fronts.title}: task metrics"
     return Table("quality", title, header, rows, [about, *notes(fronts.data)]) if metrics else None
 

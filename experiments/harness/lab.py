@@ -14,6 +14,7 @@ from safetensors.torch import load_model, save_model
 import ease
 from experiments.harness.candidates import SHARES
 from experiments.harness.identity import default, non_defaults
+from experiments.harness.probes import PROBES, Spans
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Lab:
     shares: tuple[float, ...] = SHARES
     """Shares of the validation tokens that continue past an exit; each gives one routing."""
     pieces: tuple[str, ...] = field(default=(), repr=False)
-    """The text of every token, where it is known; used only to group tokens (`experiments.harness.token_groups`)."""
+    """The text of every token, where it is known; used only by `token_groups` and `probes`."""
+    space: str = field(default="", repr=False)
+    """The text between two tokens."""
 
     @cached_property
     def hash(self) -> str:
@@ -104,6 +107,17 @@ class Lab:
         """Load the weights that `save` wrote."""
         load_model(model, str(file))
 
-    def extra_metrics(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
-        """Metrics on the test split beyond those that every lab has."""
-        return {}
+    @cached_property
+    def probes(self) -> dict[str, Spans]:
+        """Probe -> its spans in the scored part of the test split, where the text of every token is known."""
+        if not self.pieces:
+            return {}
+        targets = self.text["test"][1 : len(self.test) * self.batch * self.seq + 1]
+        pieces = [self.pieces[token] + self.space for token in targets.tolist()]
+        return {name: Spans.of(probe, pieces) for name, probe in PROBES.items()}
+
+    def extra_metrics(
+        self, model: ease.StandardTransformer, policy: ease.Policy, scores: ease.Scores
+    ) -> dict[str, float]:
+        """Metrics on the test split beyond those that every lab has; `scores` are the model's there."""
+        return {name: spans.right(scores.correct) for name, spans in self.probes.items()}

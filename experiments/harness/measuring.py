@@ -210,7 +210,7 @@ def score_test(
     hard, found = {split: scores.confidences < threshold for split, scores in first.items()}, []
     for point in points:
         scores = ease.score(model, scheduler.lab.test, policy(point))
-        extra = scheduler.lab.extra_metrics(model, policy(point))
+        extra = scheduler.lab.extra_metrics(model, policy(point), scores)
         found.append({"test": metrics(scores, scheduler.lab.depth, hard["test"]) | extra})
         if row["line"] in report.by_token_group:
             found[-1]["groups"] = token_groups.groups(kinds(scheduler.folder), first["test"], scores, hard["test"])

@@ -68,7 +68,9 @@ class Examples(Lab):
     def model(self, layers: int | None, **shape: Any) -> ease.StandardTransformer:
         return super().model(layers, **({"num_labels": self.labels} if self.labels else {}) | shape)
 
-    def extra_metrics(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
+    def extra_metrics(
+        self, model: ease.StandardTransformer, policy: ease.Policy, scores: ease.Scores
+    ) -> dict[str, float]:
         """F1, or ROUGE-L of the completions that the model generates under the policy."""
         if self.labels:
             return {"f1": classification_metrics(model, self.test, policy)["f1"]}

@@ -64,10 +64,11 @@ class Mixed(Examples):
         group = torch.where(ids < self.first, 0, torch.where(before == deep, 2, 1))
         return group[targets != IGNORE]
 
-    def extra_metrics(self, model: ease.StandardTransformer, policy: ease.Policy) -> dict[str, float]:
+    def extra_metrics(
+        self, model: ease.StandardTransformer, policy: ease.Policy, scores: ease.Scores
+    ) -> dict[str, float]:
         """`TASK_METRICS`."""
-        scores, group = ease.score(model, self.test, policy), self.groups(self.test.examples)
-        found = {}
+        group, found = self.groups(self.test.examples), {}
         for number, name in enumerate(GROUPS):
             inside = group == number
             found[f"loss {name}"] = scores.losses[inside].double().mean().item()

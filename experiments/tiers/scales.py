@@ -9,6 +9,7 @@ from typing import Any
 
 import ease
 from ease.data.tokenizers import token_strings
+from experiments.harness import probes
 from experiments.harness.lab import Lab
 from experiments.harness.line import BASE, Line
 from experiments.tiers import deep, mixed_task, wikitext_words
@@ -53,7 +54,7 @@ class Scale:
     """Lines instead of every strategy."""
     base: str = BASE
     """The line whose final model determines the hard tokens."""
-    task_metrics: tuple[str, ...] = ()
+    task_metrics: tuple[str, ...] = probes.TASK_METRICS
     """Metrics of the lab that are shown in addition to perplexity."""
 
 

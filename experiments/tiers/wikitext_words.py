@@ -43,4 +43,4 @@ def lab(data: str | None, *, allow_overlap: bool = False, **settings: object) ->
         "budget": 1.4e13,  # six epochs of two layers
     }
     name = "wikitext-2" if data is None else Path(data).name
-    return Lab(text, f"{name}, whole words", len(vocab), pieces=tuple(vocab), **{**sizes, **settings})  # type: ignore[arg-type]
+    return Lab(text, f"{name}, whole words", len(vocab), pieces=tuple(vocab), space=" ", **{**sizes, **settings})  # type: ignore[arg-type]

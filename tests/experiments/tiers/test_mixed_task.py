@@ -51,8 +51,9 @@ def test_half_of_the_scored_tokens_are_text_and_groups_follow_their_order(lab: M
     scored = torch.cat([batch.x[batch.y != IGNORE] for batch in lab.test])
     assert torch.equal(group == 0, scored < lab.first)
     model = lab.model(2)
-    assert set(lab.extra_metrics(model, ease.Policy())) == set(mixed_task.TASK_METRICS)
-    found = lab.extra_metrics(model, ease.Policy((1,), (1.0,)))
-    losses = ease.score(model, lab.test, ease.Policy((1,), (1.0,))).losses
-    assert found["loss deep"] == pytest.approx(losses[group == 2].mean().item(), rel=1e-5)
+    policy = ease.Policy((1,), (1.0,))
+    scores = ease.score(model, lab.test, policy)
+    found = lab.extra_metrics(model, policy, scores)
+    assert set(found) == set(mixed_task.TASK_METRICS)
+    assert found["loss deep"] == pytest.approx(scores.losses[group == 2].mean().item(), rel=1e-5)
     assert found["continue deep"] == 1.0
