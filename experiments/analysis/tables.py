@@ -280,7 +280,7 @@ def task_quality(fronts: Fronts) -> Table | None:
     about = "Routings are chosen by validation loss; perplexity in other tables is exp of the mean loss of a target."
     if set(metrics) & set(probes.TASK_METRICS):
         about += (
-            " A span of the text, such as an identifier or the indentation of a line, is right if each of its tokens is "
+            " A span of the text, such as an identifier or the indentation of a line, is right if each token in it is "
             "the model's most likely one, so that greedy decoding writes it after the text before it."
         )
     title = f"{fronts.title}: task metrics"
