@@ -5,9 +5,10 @@
 
 `kills` starts COMMAND, kills it and all its processes with SIGKILL at a moment drawn uniformly from the time that the
 whole run takes after its folder has appeared, and starts it again, until it ends by itself; then the next run begins.
-Every run must end with the weights, metrics and results of a run that was not killed, bit by bit, but for times.
+Every second kill waits until a file is being written. Every run must end with the weights, metrics and results of a run
+that was not killed, bit by bit, but for times.
 COMMAND is called with `--out FOLDER`. By default it is a short run of `demo` on one thread that saves after
-every step, so that most kills hit a write; `python benchmarks/soak.py run ARGUMENTS` is `ease run ARGUMENTS` with such
+every step; `python benchmarks/soak.py run ARGUMENTS` is `ease run ARGUMENTS` with such
 checkpoints, also under torchrun:
 
     python benchmarks/soak.py kills -- torchrun --nproc-per-node 2 benchmarks/soak.py run demo ...
@@ -106,26 +107,36 @@ def kills(command: list[str], count: int, seed: int, out: Path, tolerance: float
             lives += 1
             process = start(command, out / "run")
             waited(process, partial)
+            hunting = killed % 2 == 1 and killed < count
             try:
-                code = process.wait(draw.uniform(0, lasts) if killed < count else None)
+                process.wait(draw.uniform(0, lasts / 4 if hunting else lasts) if killed < count else None)
             except subprocess.TimeoutExpired:
-                for pid in family(process.pid):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.wait()
-                killed += 1
-                writing += any(".partial" in file.name for file in partial.rglob("*"))
-                if partial.exists() or not (out / "run").exists():
-                    continue
-                code = 0  # the run was complete, and the process was about to end
+                members = family(process.pid)
+                while hunting and process.poll() is None and not writes(partial):
+                    pass
+                if process.poll() is None:
+                    for pid in members:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    process.wait()
+                    killed += 1
+                    writing += writes(partial)
+                    if partial.exists() or not (out / "run").exists():
+                        continue
+                    break  # the run was complete, and the process was about to end
+            if process.returncode:
+                sys.exit(f"run {runs} failed in life {lives}: see {out / 'log.txt'}")
             break
-        if code:
-            sys.exit(f"run {runs} failed in life {lives}: see {out / 'log.txt'}")
         if places := differences(whole, found(out / "run"), tolerance):
             sys.exit(f"run {runs} differs after {lives} lives, at {len(places)} places: {places[:5]}")
         shutil.rmtree(out / "run")
         print(f"run {runs}: the same after {lives - 1} kills; {killed} kills so far, {writing} in a write", flush=True)
     print(f"{killed} kills in {runs} runs, {writing} of them while a file was written: all runs ended the same")
+
+
+def writes(partial: Path) -> bool:
+    """Whether a file is being written in a partial folder: until it is complete, it has another name."""
+    return any(".partial" in name for _, _, names in os.walk(partial) for name in names)
 
 
 def family(pid: int) -> list[int]:
