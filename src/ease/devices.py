@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def choose_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise EaseError(f"no dtype {name!r} for weights: use auto, float32, bfloat16, float16 or float64")
     return dtype
+
+
+def in_autocast(device: torch.device) -> bool:
+    """Whether products on a device run in the precision of an autocast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operations on a device run in the dtype of their arguments."""
+    return torch.autocast(device.type, enabled=False) if in_autocast(device) else nullcontext()
 
 
 def free_memory(device: torch.device) -> float:

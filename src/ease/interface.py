@@ -25,7 +25,10 @@ from ease.policy import Policy
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device; a copy from the host to CUDA does not wait for what the device is doing."""
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and torch.device(device).type != "mps")
+    from_host, kind = tensor.device.type == "cpu", torch.device(device).type
+    if from_host and kind == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the copy itself would wait
+    return tensor.to(device, non_blocking=from_host and kind != "mps")
 
 
 def call_layer(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:

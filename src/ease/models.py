@@ -155,7 +155,9 @@ class StandardTransformer(ExitModel):
         plan = Plan.make(*shape) if cache is None else PrefixPlan.after(cache, *shape)
         call = self.call_layer if self.training else call_layer
         for plan.layer in range(first, last + 1):
-            state = call(self.layers[plan.layer - 1], state, plan)
+            layer: Any = self.layers[plan.layer - 1]
+            plan.view(layer.attention.kind)  # made here, where no layer is compiled or run again
+            state = call(layer, state, plan)
         return state
 
     def _run_cached(

@@ -89,10 +89,7 @@ class Execution:
     @contextmanager
     def applied(self, model: ExitModel) -> Iterator[None]:
         """A context in which the layers of a model in training run compiled and checkpointed, if so chosen."""
-        call = compiled_call() if self.compile else call_layer
-        if self.activation_checkpointing:
-            call = checkpointed(call)
-        before, model.call_layer = model.call_layer, call
+        before, model.call_layer = model.call_layer, layer_call(self.activation_checkpointing, self.compile)
         try:
             yield
         finally:
@@ -117,29 +114,32 @@ class Execution:
 
 
 @functools.cache
-def compiled_call() -> Call:
-    """`call_layer`, compiled: layers are its arguments, so that those of one shape share a compilation."""
-    compiled = torch.compile(call_layer)
+def layer_call(checkpointed: bool, compiled: bool) -> Call:
+    """How a layer is called: `call_layer`, or with only its input kept for the backward pass, or compiled.
 
-    def call(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
+    A layer is an argument of what is compiled, so that layers of one shape share a compilation.
+    """
+    call = keep_input if checkpointed else call_layer
+    if not compiled:
+        return call
+    compilation = torch.compile(call)
+
+    def call_compiled(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return compiled(layer, state, plan)
+            return compilation(layer, state, plan)
         except TorchDynamoException as error:
             raise EaseError(f"torch.compile failed ({first_line(error)}): leave out compile") from error
 
-    return call
+    return call_compiled
 
 
-def checkpointed(call: Call) -> Call:
-    """`call`, which keeps only its argument and runs again in the backward pass."""
-
-    def keep_input(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return call(layer, state, plan)
-        now = copy.copy(plan)  # which counts the layers
-        out: Tensor = checkpoint(lambda state: call(layer, state, now), state, use_reentrant=False)
-        return out
-
-    return keep_input
+def keep_input(layer: nn.Module, state: Tensor, plan: Any) -> Tensor:
+    """As `call_layer`, computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return call_layer(layer, state, plan)
+    if not torch.compiler.is_compiling():
+        plan = copy.copy(plan)  # as it is now, since it counts the layers
+    out: Tensor = checkpoint(call_layer, layer, state, plan, use_reentrant=False)
+    return out

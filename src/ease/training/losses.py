@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ease.devices import in_autocast
 from ease.errors import EaseError, check_choice
 from ease.interface import IGNORE, capped, to_device
 from ease.routing.confidence import at_least_float32
@@ -69,8 +70,8 @@ class CrossEntropy:
     def parts(
         self, states: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, softcap: float | None
     ) -> Iterator[Tensor]:
-        # The fused loss has no cap, and in half precision it would round the sum to the dtype of the model.
-        if softcap is None and states.dtype.itemsize >= 4:
+        # The fused loss has no cap and no autocast, and in half precision it would round the sum to the model's dtype.
+        if softcap is None and states.dtype.itemsize >= 4 and not in_autocast(states.device):
             yield token_loss_sum(states, head, targets)
             return
         rows = chunk_rows(head)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ease.devices import without_autocast
 from ease.errors import EaseError
 from ease.flops import classifier_flops, exit_flops
 from ease.interface import Batch, ExitModel, to_device
@@ -238,7 +239,8 @@ def classifier_loss(model: ExitModel, state: Tensor, exit: int, targets: Tensor)
     state, targets = state[sample], targets[sample]
     with torch.no_grad():
         chance = (-F.cross_entropy(model.logits(state, exit).float(), targets, reduction="none")).exp()
-    confidence = model.exit_confidence(state, exit).float()
-    # A binary cross entropy takes no NaN. Where there is one, training has diverged, which its loss reports.
-    loss = F.binary_cross_entropy(confidence.nan_to_num(0.5), chance.nan_to_num(0.5), reduction="sum")
+    with without_autocast(state.device):  # which a binary cross entropy of probabilities refuses
+        confidence = model.exit_confidence(state, exit).float()
+        # It takes no NaN. Where there is one, training has diverged, which its loss reports.
+        loss = F.binary_cross_entropy(confidence.nan_to_num(0.5), chance.nan_to_num(0.5), reduction="sum")
     return torch.where(chance.isfinite().all(), loss / max(1, size), chance.sum())
