@@ -11,6 +11,8 @@ from ease import (
     Batch,
     Data,
     EaseError,
+    History,
+    MinedBatches,
     PhaseConfig,
     StagedConfig,
     StandardTransformer,
@@ -177,10 +179,24 @@ def test_options_that_do_not_exist_are_refused() -> None:
         StagedConfig((PhaseConfig(layers=1, ratio=0.5), PhaseConfig(layers=2)))
 
 
-def test_a_budget_that_mining_exceeds_is_refused(tiny: Make, text_data: Callable[..., Data]) -> None:
-    config = ASHEMConfig(1, phase2_layers=2, phase1_max_epochs=1, phase2_max_flops=1e6)
-    model = tiny(1)
-    phases = train(model, config.strategy(), text_data(8, 2))
-    next(phases)
-    with pytest.raises(EaseError, match=r"preparing phase 2 \(mining\) took .* FLOPs, its limit is 1e\+06"):
-        next(phases)
+def test_a_budget_that_mining_exceeds_is_refused(
+    tiny: Make, text_data: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before mining if mining alone exceeds it, and before training if the validation at the end of an epoch does."""
+
+    def phase_two(limit: float | None) -> History:
+        config = ASHEMConfig(1, phase2_layers=2, phase1_max_epochs=1, phase2_max_epochs=1, phase2_max_flops=limit)
+        *_, (_, history) = train(tiny(1), config.strategy(), text_data(8, 2))
+        return history
+
+    free = phase_two(None).flops
+    mining, validation = free["mining"], free["validation"]
+    assert phase_two(mining + 2 * validation).steps > 1
+    with pytest.raises(EaseError, match=r"^mining and one validation of phase 2 takes .*: raise max_flops") as error:
+        phase_two(mining + validation / 2)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(MinedBatches, "_mine", None)
+    with pytest.raises(
+        EaseError, match=rf"^mining takes {mining:.3g} FLOPs and .*may take {mining:.3g} in all".replace("+", r"\+")
+    ):
+        phase_two(mining)

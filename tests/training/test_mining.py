@@ -1,6 +1,8 @@
 """Hard tokens: one by one and never by the sequence, exactly as many as asked for, from bounded memory."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -182,6 +184,35 @@ def test_a_large_quantile_of_dense_values_is_that_of_torch() -> None:
     for share in (0.0, 0.1, 0.5, 0.999, 1.0):
         assert quantile(share) == pytest.approx(float(torch.quantile(values.double(), share)), abs=2e-5)
     assert Quantile(1000).count == 0
+
+
+MANY_VALUES = """
+import math, resource, sys, torch
+from ease.training.mining import Quantile
+torch.set_num_threads(1)
+rows, draw = int(sys.argv[1]), torch.Generator().manual_seed(0)
+Quantile(10).add(torch.rand(10**6, generator=draw)[:5])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantile = Quantile()
+for _ in range(rows):
+    quantile.add(torch.rand(10**6, generator=draw).square_())
+shares = (0.001, 0.1, 0.5, 0.9, 0.999)
+print(quantile.count, max(abs(quantile(share) - share**2) for share in shares))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize("millions", [5, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_quantile_of_very_many_values_needs_little_memory(millions: int) -> None:
+    """Squares of uniform numbers, whose quantile at a share is the share's square."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_VALUES, str(millions)], capture_output=True, text=True, check=True
+    )
+    count, error, memory = map(float, done.stdout.split())
+    assert count == millions * 10**6
+    assert error < 1e-3
+    assert memory < 64
 
 
 @pytest.mark.parametrize("exact", [10**6, 20])

@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,6 @@ def main(args: list[str]) -> None:
     @dataclass(frozen=True)
     class Arguments:
         config: Annotated[kind, tyro.conf.arg(name="")]
-        execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()  # noqa: RUF009  # never changed
         out: Path | None = None
         """The run folder (runs/NAME by default)."""
         overwrite: bool = False
@@ -49,7 +48,10 @@ def main(args: list[str]) -> None:
         log_every: int = LOG_EVERY
         """Optimizer steps between two rows of metrics.jsonl."""
 
-    rest = expand_options(args[1:], {"--data": "--data.source", "--allow-overlap": "--data.allow-overlap"})
+    short = {"--data": "--data.source", "--allow-overlap": "--data.allow-overlap"}
+    for prefix in ("", "no-"):
+        short |= {f"--{prefix}{name}": f"--execution.{prefix}{name}" for name in option_names(Execution)}
+    rest = expand_options(args[1:], short)
     given = tyro.cli(Arguments, args=rest, default=Arguments(recipe), prog=f"ease run {args[0]}", description="")
     options = {arg.partition("=")[0].replace("_", "-") for arg in rest}  # also those that repeat the recipe's value
     if given.config.start is not None and any(o.startswith(("--model.", "--data.tokenizer")) for o in options):
@@ -59,7 +61,6 @@ def main(args: list[str]) -> None:
     out = given.out or Path("runs") / given.config.name
     track = tuple(filter(None, given.track.split(",")))
     written: dict[str, Any] = {"overwrite": given.overwrite, "track": track, "log_every": given.log_every}
-    written["execution"] = given.execution
     if launched():  # the first process shows what all do
         runner.run(given.config, out, **written)
         return
@@ -96,6 +97,11 @@ def recipe_list() -> str:
             )
         )
     return "\n".join([*lines, "", "`ease run RECIPE --help` shows every option that can be overridden."])
+
+
+def option_names(config: type[Any]) -> list[str]:
+    """The options of a configuration's fields."""
+    return [field.name.replace("_", "-") for field in fields(config)]
 
 
 def expand_options(args: list[str], short: Mapping[str, str]) -> list[str]:

@@ -36,8 +36,6 @@ SPLIT = ("--exits=", "--adapter=")  # options whose value is read here
 
 def main(args: list[str]) -> None:
     """Execute `ease run tune`, or `ease run brick`, on a checkpoint, with short names for the strategy's options."""
-    from dataclasses import fields
-
     from ease.strategies.draft_brick import BrickConfig
     from ease.strategies.exit_tuning import TuneConfig
 
@@ -51,7 +49,7 @@ def main(args: list[str]) -> None:
     at = rest.index("--adapter") if "--adapter" in rest else len(rest)
     if rest[at + 1 : at + 2] == ["brick"]:
         config, rest = BrickConfig, rest[:at] + rest[at + 2 :]
-    short = {f"--{f.name.replace('_', '-')}": f"--strategy.{f.name}" for f in fields(config)}
+    short = {f"--{name}": f"--strategy.{name}" for name in run.option_names(config)}
     rest = run.expand_options(rest, short)
     if "--strategy.exits" in rest:
         at = rest.index("--strategy.exits") + 1

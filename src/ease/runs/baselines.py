@@ -127,7 +127,7 @@ def _train_further(
     options = replace(options, patience=None, max_epochs=10**6, max_flops=budget - line.total_flops)
     phase = Phase(name, config, batches, context.batches("val"), options)
     torch.manual_seed(context.config.seed)
-    trainer = Trainer(config, line.model.config.outputs, context.device, context.execution)
+    trainer = Trainer(config, line.model.config.outputs, context.device, context.config.execution)
     checkpoint = context.folder / CHECKPOINTS / f"{key}.safetensors"
     history = trainer.run(line.model, phase, context.progress_of(name), checkpoint)
     return line.after_phase(name, phase, history, line.model)
@@ -155,7 +155,7 @@ def _train_growth(context: RunContext, trained: StrategyLines) -> TrainedLine:
     folder = context.folder / CHECKPOINTS / "growth"
     torch.manual_seed(context.config.seed)
     line, strategy = TrainedLine(name, model), config.strategy()
-    how: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
+    how: Any = {"device": context.device, "checkpoints": folder, "execution": context.config.execution}
     for phase, history in train(model, strategy, data, progress=progress, **how):
         line = line.after_phase(name, phase, history, model)
     return line

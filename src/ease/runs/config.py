@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from ease.errors import EaseError, check_counts, check_fields, check_number, check_seed
+from ease.training.execution import Execution
 from ease.training.phases import StrategyConfig
 
 SELF = "self:"  # a source that begins so is text that the model makes itself, from prompts
@@ -113,6 +114,7 @@ class RunConfig(Generic[S]):
             determines shape and tokenizer.
         dtype: dtype of the weights of a checkpoint given as `start`.
         note: remark printed in the report.
+        execution: precision, accumulation, and what else changes speed and memory; the baselines share it.
 
     Raises:
         EaseError: the seed or a depth is out of range, or `dtype` or `data.split_special_tokens` is set without
@@ -130,6 +132,7 @@ class RunConfig(Generic[S]):
     start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     note: str = ""
+    execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

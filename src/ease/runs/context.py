@@ -19,7 +19,6 @@ from ease.runs.log import LOG_EVERY, METRICS, MetricsFile, MetricsLog
 from ease.runs.text import EPOCH_BATCHES, StreamedCorpus
 from ease.runs.tracking import Tracker
 from ease.training.distributed import process
-from ease.training.execution import Execution
 
 
 @dataclass
@@ -35,7 +34,6 @@ class RunContext:
         start: trained model to start from, or None.
         trackers: receive the metrics of training.
         log_every: optimizer steps between two rows of metrics.jsonl.
-        execution: how training is executed.
     """
 
     config: RunConfig[Any]
@@ -44,7 +42,6 @@ class RunContext:
     device: str
     progress: Callable[[str], Progress]
     start: StandardTransformer | None = None
-    execution: Execution = Execution()  # noqa: RUF009  # never changed
     trackers: Sequence[Tracker] = ()
     log_every: int = LOG_EVERY
 

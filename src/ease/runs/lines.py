@@ -126,7 +126,7 @@ def train_strategy(context: RunContext) -> StrategyLines:
     suffix = ", in-sample" if context.in_sample else ""
     progress = lambda phase: context.progress_of(phase.name, phase.name + suffix)  # noqa: E731
     folder = context.folder / CHECKPOINTS / "strategy"
-    options: Any = {"device": context.device, "checkpoints": folder, "execution": context.execution}
+    options: Any = {"device": context.device, "checkpoints": folder, "execution": context.config.execution}
     for phase, history in train(model, strategy, data, progress=progress, **options):
         line = line.after_phase(phase.name, phase, history, copy.deepcopy(model))
         lines.append(line)

@@ -41,7 +41,6 @@ from ease.runs.tracking import TENSORBOARD, TRACKERS, TrackedRun, check_trackers
 from ease.storage import fingerprint, output_folder, partial_folder, write_json
 from ease.strategies import STRATEGIES
 from ease.training.distributed import in_turn, leave_group, process, process_group, processes
-from ease.training.execution import Execution
 from ease.version import __version__
 
 
@@ -54,7 +53,6 @@ def run(
     log_every: int = LOG_EVERY,
     progress: Callable[[str], Progress] = lambda line: Progress(),
     say: Callable[[str], None] = lambda text: None,
-    execution: Execution = Execution(),  # noqa: B008  # never changed
 ) -> dict[str, Any]:
     """Execute a run and write its folder.
 
@@ -71,8 +69,7 @@ def run(
         track: names of trackers that also receive the metrics: tensorboard, wandb, trackio.
         log_every: optimizer steps between two rows of metrics.jsonl.
         progress: makes the progress of a line from its name.
-        say: receives a sentence when an unfinished run is resumed.
-        execution: how training is executed.
+        say: receives a sentence of the device that "auto" chose, and one when an unfinished run is resumed.
 
     Returns:
         The content of summary.json; nothing in processes other than the first.
@@ -89,9 +86,12 @@ def run(
         with output_folder(out, overwrite, resumable=True, reads=reads) if first else nullcontext():
             if not first:
                 progress, say = (lambda line: Progress()), (lambda text: None)
+            if config.device == "auto":
+                name = machine(device)["device"]
+                say(f"device auto chose {device}{f' ({name})' if name != device else ''}")
             with in_turn():
                 context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
-            context.log_every, context.execution = log_every, execution
+            context.log_every = log_every
             with ExitStack() as end:
                 if first:
                     settings = describe_settings(config, context.corpus)
@@ -188,7 +188,7 @@ def run_identity(config: RunConfig[Any], corpus: Corpus, start: StandardTransfor
     return {
         "ease": f"{__version__} {code.hexdigest()}",
         "strategy": type(config.strategy).__qualname__,
-        "config": asdict(config),
+        "config": asdict(config) | {"execution": config.execution.identity()},
         "text": corpus.hash,
         "start": start and fingerprint(start),
     }
@@ -225,5 +225,6 @@ def describe_settings(config: RunConfig[Any], corpus: Corpus) -> dict[str, Any]:
         "compare": config.compare,
         "compare_layers": config.compare_layers,
         "seed": config.seed,
+        "execution": asdict(replace(config.execution, profile=None)),
         "start": config.start and Path(config.start).name,
     }

@@ -122,6 +122,7 @@ class Staged:
                 plan.ratio,
                 epochs=plan.mine_epochs,
                 budget=self.config.trunk_budget,
+                max_flops=plan.max_flops,
                 seed=self.config.seed,
             )
             self.exits.append(model.num_layers)

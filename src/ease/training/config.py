@@ -168,6 +168,15 @@ def create_deep_supervision_config(
     return TrainingConfig(stages=[StageConfig((k, k), size / sum(sizes.values())) for k, size in sizes.items()])
 
 
+def check_budget(work: str, flops: float, limit: float | None) -> None:
+    """Raises `EaseError` if work before the first step of a phase leaves nothing of the phase's maximum FLOPs."""
+    if limit is not None and flops >= limit:
+        raise EaseError(
+            f"{work} takes {flops:.3g} FLOPs and the phase may take {limit:.3g} in all: raise max_flops, or use less "
+            "text for it (mine_epochs, epoch_batches, eval_batches)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseOptions:
     """Optimizer settings of a phase and the limits that end it, whichever is reached first."""

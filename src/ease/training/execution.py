@@ -62,9 +62,9 @@ class Execution:
         check_fields(self)
         check_counts(1, batch_tokens=self.batch_tokens)
 
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> dict[str, Any]:
         """What a training must have in common with the checkpoint that it resumes from."""
-        return self.batch_tokens, self.precision
+        return {"batch_tokens": self.batch_tokens, "precision": self.precision}
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[list[Batch]]:
         """The batches of one optimizer step after the other; the last step of an epoch may have fewer tokens."""

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from ease.devices import as_device
 from ease.errors import EaseError, check_number, check_seed, checked
-from ease.flops import run_flops
+from ease.flops import exit_flops, run_flops
 from ease.interface import Batch, Batches, ExitModel, evaluation_view, re_iterable, running_batches
 from ease.policy import Policy
 from ease.routing.forward import ExitStep, routed_forward
+from ease.training.config import check_budget
 from ease.training.distributed import gather, gather_batches, part_of, place, processes, total, total_count
 
-EXACT_QUANTILE = 2**24  # the largest number of values that torch.quantile takes
+EXACT_QUANTILE = 2**20  # values that are kept: 8 MiB
 BINS = 2**20
+CHUNK = 2**16  # values that are sorted into bins at a time
 
 
 class Quantile:
-    """A quantile of values in [0, 1] that arrive in parts, in bounded memory.
+    """A quantile of values in [0, 1] that arrive in parts, in less than 64 MiB whatever their number.
 
     Up to `exact` values it is exact, with linear interpolation as in `torch.quantile`. Beyond that it is computed from
     the counts, the least and the largest value of `BINS` equal bins, and lies within one bin (1e-6) of a value next to
@@ -46,23 +48,23 @@ class Quantile:
         Raises:
             EaseError: one is NaN.
         """
-        values = values.detach().flatten().cpu().double()
-        if bool(values.isnan().any()):
-            raise EaseError("a confidence is NaN: the model's weights are probably corrupt, restore them")
-        self.parts.append(values)
-        self.count += values.numel()
-        if self.count > self.exact:
-            self._to_bins()
+        for part in values.detach().flatten().cpu().split(CHUNK):
+            if bool(part.isnan().any()):
+                raise EaseError("a confidence is NaN: the model's weights are probably corrupt, restore them")
+            self.parts.append(part.double())
+            self.count += part.numel()
+            if self.count > self.exact:
+                self._to_bins()
 
     def _to_bins(self) -> None:
         if self.bins is None:
             self.bins = torch.zeros(BINS, dtype=torch.long)
             self.least, self.most = torch.ones(BINS).double(), torch.zeros(BINS).double()
-        values = torch.cat([self.least[:0], *self.parts])
-        at = (values * BINS).long().clamp(0, BINS - 1)
-        self.bins += at.bincount(minlength=BINS)
-        self.least.scatter_reduce_(0, at, values, "amin")
-        self.most.scatter_reduce_(0, at, values, "amax")
+        for values in self.parts:
+            at = (values * BINS).long().clamp_(0, BINS - 1)
+            self.bins.scatter_add_(0, at, torch.ones_like(at))
+            self.least.scatter_reduce_(0, at, values, "amin")
+            self.most.scatter_reduce_(0, at, values, "amax")
         self.parts = []
 
     def merge(self) -> None:
@@ -251,10 +253,11 @@ class MinedBatches:
         ratio: share of all scored training tokens, in (0, 1]; with 1 every token is hard and the threshold is 1.
         epochs: passes over `batches`; if an epoch is a slice of the text, more epochs cover more of it.
         budget: maximum bytes of trunk states to keep; the states of other batches are recomputed when they are used.
+        max_flops: maximum FLOPs of the phase, which mining must leave something of.
         seed: random seed of the order, which is drawn anew for every iteration.
 
     Raises:
-        EaseError: the ratio lies outside (0, 1], or no token is hard.
+        EaseError: the ratio lies outside (0, 1], or no token is hard; before mining, if it would take `max_flops`.
     """
 
     @checked
@@ -267,6 +270,7 @@ class MinedBatches:
         *,
         epochs: int = 1,
         budget: float = 2e9,
+        max_flops: float | None = None,
         seed: int = 0,
     ) -> None:
         check_ratio(ratio)
@@ -279,7 +283,10 @@ class MinedBatches:
         view = evaluation_view(model)
         passes = itertools.chain.from_iterable(itertools.repeat(re_iterable(batches), epochs))
         # On the host, where a training step reads masks without a wait.
-        for batch in map(part_of, running_batches(passes, "cpu")):
+        for whole in running_batches(passes, "cpu"):
+            if not found:
+                check_budget("mining", epochs * len(batches) * self._least_flops(whole), max_flops)
+            batch = part_of(whole)
             step, flops = self._mine(view, batch)
             flops_here += flops
             confidence = spread(step).cpu()
@@ -305,6 +312,12 @@ class MinedBatches:
         self.hard = total_count(sum(int(batch.scored.sum()) for batch in self.batches))
         if not self.hard:
             raise EaseError(no_hard_token_message(self.threshold))
+
+    def _least_flops(self, batch: Batch) -> float:
+        """FLOPs of mining a batch, if every token that can leave does so at the first exit."""
+        config, exit = self.model.config, min(self.policy.exits, default=self.layer)
+        running = batch._replace(active=None).running
+        return run_flops(config, exit, running, batch.layout) + exit_flops(config, int(running.sum()), exit)
 
     @torch.no_grad()
     def _mine(self, model: ExitModel, batch: Batch) -> tuple[ExitStep, float]:

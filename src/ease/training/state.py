@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ease.errors import EaseError
 from ease.flops import full_depth_flops
 from ease.interface import ExitModel
 from ease.progress import StepMetrics
 from ease.storage import digest
 from ease.training.checkpoint import Checkpoint
+from ease.training.config import check_budget
 from ease.training.engine import Engine, TakenStep
 from ease.training.execution import Execution
 from ease.training.phases import History, Phase, Step
@@ -44,12 +44,6 @@ class PhaseState:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.total_batches = phase.options.max_epochs * max(1, num_batches)
         self.history = History(flops=dict(phase.spent))
-        spent, limit = sum(phase.spent.values()), phase.options.max_flops
-        if limit is not None and spent >= limit:
-            raise EaseError(
-                f"preparing {phase.name} ({', '.join(phase.spent)}) took {spent:.3g} FLOPs, its limit is {limit:.3g}: "
-                "raise max_flops, or prepare it from less text (such as mine_epochs)"
-            )
         self.best_loss, self.best = math.inf, snapshot(self.model)
         self.start = time.perf_counter()
         self.epoch, self.total, self.tokens = 1, 0.0, 0  # the epoch, and its summed loss over so many tokens so far
@@ -58,6 +52,9 @@ class PhaseState:
         # FLOPs of the next validation pass: those of the last one, and before the first an estimate.
         limited = phase.options.max_flops is not None
         self.validation = val_tokens * full_depth_flops(self.model.config, seq_len) if limited else 0.0
+        if spent := sum(phase.spent.values()):
+            work = f"{' and '.join(phase.spent)} and one validation of {phase.name}"
+            check_budget(work, spent + self.validation, phase.options.max_flops)
 
     def restore(self, saved: Mapping[str, Any] | None) -> bool:
         """Continues from what `as_dict` gave; without it, sets the first learning rate and returns False."""
