@@ -93,7 +93,7 @@ class Trainer:
 
     @checked
     def create_optimizer(self, model: ExitModel, base_lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters; norms and other vectors are not decayed. What learns is float32.
+        """AdamW, or Muon with it, over the trainable parameters, in float32; norms and other vectors are not decayed.
 
         The rate of a layer's parameters is `base_lr` times the layer's scale in the configuration. The first group is
         the decayed one with the highest rate.
@@ -109,7 +109,8 @@ class Trainer:
                 f"the trainer is for {self.vocab_size} tokens and the model has {model.config.outputs}: "
                 "give both the vocabulary size of the tokenizer"
             )
-        return MasterAdamW(parameter_groups(model, base_lr, weight_decay, self.config.layer_lr_scales), base_lr)
+        scales, muon = self.config.layer_lr_scales, self.execution.optimizer == "muon"
+        return MasterAdamW(parameter_groups(model, base_lr, weight_decay, scales, muon=muon), base_lr)
 
     @checked
     def compute_loss(

@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ease import ASHEMConfig, Data, GrowthConfig, StandardConfig, StandardTransformer, TuneConfig, score, train
+from ease import (
+    ASHEMConfig,
+    Data,
+    Execution,
+    GrowthConfig,
+    StandardConfig,
+    StandardTransformer,
+    Trainer,
+    TuneConfig,
+    create_standard_config,
+    score,
+    train,
+)
 from ease.training.optimizer import MASTER, MasterAdamW
 
 Make = Callable[..., StandardTransformer]
@@ -150,3 +162,44 @@ def test_a_state_without_copies_is_loaded() -> None:
     half.sum().backward()
     optimizer.step()
     assert half.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest(dtype: torch.dtype, tiny: Make) -> None:
+    """The matrices are those of torch's own Muon, and everything else is that of AdamW alone."""
+    config, trainers = create_standard_config(2), {}
+    for name in ("adamw", "muon"):
+        trainers[name] = Trainer(config, 256, execution=Execution(optimizer=name))  # type: ignore[arg-type]
+    models = {name: tiny(2).to(dtype) for name in ("adamw", "muon", "torch")}
+    gradients = {name: torch.randn_like(p) for name, p in models["muon"].named_parameters()}
+    matrices = {name for name, p in models["muon"].named_parameters() if p.ndim == 2 and name.startswith("layers.")}
+    own = [p for name, p in models["torch"].float().named_parameters() if name in matrices]
+    reference = torch.optim.Muon(own, 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = [trainer.create_optimizer(models[name], 1e-2) for name, trainer in trainers.items()]
+    for _ in range(2):
+        for model in models.values():
+            for name, p in model.named_parameters():
+                p.grad = gradients[name].to(p.dtype)
+        for optimizer in (*optimizers, reference):
+            optimizer.step()
+    for name, p in models["muon"].named_parameters():
+        other = models["torch" if name in matrices else "adamw"].get_parameter(name)
+        assert torch.equal(p, other.to(p)), name
+    assert not torch.equal(models["muon"].layers[0].ffn.up_proj.weight, models["adamw"].layers[0].ffn.up_proj.weight)
+
+
+def test_muon_resumes_with_the_same_bits(tiny: Make, text_data: Callable[..., Data]) -> None:
+    data, config, ends = text_data(4, 1), create_standard_config(2), []
+    trainer = Trainer(config, 256, execution=Execution(optimizer="muon"))
+    for kill in (False, True):
+        model = tiny(2)
+        optimizer = trainer.create_optimizer(model, 3e-3)
+        trainer.train_epoch(model, data.train[:2], optimizer)
+        if kill:
+            state, resumed = copy.deepcopy(optimizer.state_dict()), tiny(2)
+            resumed.load_state_dict(model.state_dict())
+            model, optimizer = resumed, trainer.create_optimizer(resumed, 1e-9)
+            optimizer.load_state_dict(state)
+        trainer.train_epoch(model, data.train[2:], optimizer)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

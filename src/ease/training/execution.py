@@ -47,6 +47,8 @@ class Execution:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision of training steps. bf16 and fp16 are autocast: weights, optimizer, mining and validation stay in the
     dtype of the model. The loss of fp16 is scaled."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of layers take the updates of torch.optim.Muon, and everything else those of AdamW."""
     activation_checkpointing: bool = False
     """Keep only the states between layers and compute the rest of a layer again in the backward pass: less memory, the
     same results."""
@@ -61,10 +63,12 @@ class Execution:
     def __post_init__(self) -> None:
         check_fields(self)
         check_counts(1, batch_tokens=self.batch_tokens)
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise EaseError("optimizer muon needs whole matrices: choose parallel ddp, or optimizer adamw")
 
     def identity(self) -> dict[str, Any]:
         """What a training must have in common with the checkpoint that it resumes from."""
-        return {"batch_tokens": self.batch_tokens, "precision": self.precision}
+        return {name: getattr(self, name) for name in ("batch_tokens", "precision", "optimizer")}
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[list[Batch]]:
         """The batches of one optimizer step after the other; the last step of an epoch may have fewer tokens."""

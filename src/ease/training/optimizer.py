@@ -8,6 +8,9 @@ the model after every step.
 The table of a memory has a sparse gradient: a step updates the rows that it read and no others, each divided by the
 root of the mean square of its gradients (Adam's second moment with one number per row, as in Adafactor, Shazeer and
 Stern 2018, arXiv:1804.04235), without momentum and weight decay.
+
+With Muon (`torch.optim.Muon`, Jordan et al. 2024) the matrices of layers take orthogonal updates, whose root mean
+square is that of AdamW, so that both share a learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class MasterAdamW(torch.optim.AdamW):
     restoring weights, is copied again.
 
     Args:
-        groups: dictionaries with "params" and options, as for `torch.optim.AdamW`.
+        groups: dictionaries with "params" and options, as for `torch.optim.AdamW`; those with "muon" true take updates
+            of Muon.
         lr: learning rate of groups that have none.
     """
 
@@ -44,6 +48,8 @@ class MasterAdamW(torch.optim.AdamW):
         parts = [{**group, "params": [self._learnable(p) for p in group["params"]]} for group in groups]
         # Fused: one pass over the memory of each parameter instead of a dozen.
         super().__init__(parts, lr=lr, betas=(0.9, 0.95), fused=True)
+        matrices = [{"params": group["params"]} for group in self.param_groups if group.get("muon")]
+        self._muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw") if matrices else None
 
     def _learnable(self, p: Tensor) -> Tensor:
         if p.dtype.itemsize >= 4:
@@ -61,9 +67,12 @@ class MasterAdamW(torch.optim.AdamW):
         sparse = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if is_sparse(p.grad)]
         for p, gradient, group in sparse:
             self._step_rows(p, coalesced(gradient), group["lr"], group["eps"])
-            p.grad = None  # `AdamW.step` refuses sparse gradients
+        matrices = self._step_matrices()
+        done = [(p, p.grad) for p in (*matrices, *(p for p, _, _ in sparse))]
+        for p, _ in done:
+            p.grad = None  # `AdamW.step` passes over parameters without a gradient
         super().step()
-        for p, gradient, _ in sparse:
+        for p, gradient in done:
             p.grad = gradient
         for copy, p in self._copies:
             copy.grad = None
@@ -71,6 +80,21 @@ class MasterAdamW(torch.optim.AdamW):
                 p.copy_(copy)
                 self.state[copy][MASTER] = copy
         return loss
+
+    def _step_matrices(self) -> list[Tensor]:
+        """Updates the matrices that Muon is for, and returns them."""
+        if self._muon is None:
+            return []
+        groups = [group for group in self.param_groups if group.get("muon")]
+        for own, group in zip(self._muon.param_groups, groups, strict=True):
+            own["lr"], own["weight_decay"] = group["lr"], group["weight_decay"]
+        self._muon.state = self.state
+        self._muon.step()
+        matrices = [p for group in groups for p in group["params"]]
+        for p in matrices:
+            if p in self.state:
+                self.state[p].setdefault("step", torch.zeros(()))  # AdamW reads it when it loads a state
+        return matrices
 
     def _step_rows(self, p: Tensor, gradient: Tensor, lr: float, eps: float) -> None:
         """Updates the rows of p (N, D) that a coalesced sparse gradient names."""
@@ -99,27 +123,29 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(
-    model: ExitModel, lr: float, weight_decay: float, scales: Mapping[int, float]
+    model: ExitModel, lr: float, weight_decay: float, scales: Mapping[int, float], *, muon: bool = False
 ) -> list[dict[str, Any]]:
     """The parameters of a model that learn, by rate and decay: matrices are decayed, norms and other vectors are not.
 
     Args:
         scales: layer -> factor of the learning rate of its parameters.
+        muon: whether the matrices of `model.layers` are in groups of their own, for Muon.
 
     Returns:
         Groups for an optimizer; the first is the decayed one with the highest rate.
     """
     factors = {p: scale for layer, scale in scales.items() for p in model.parameters_of(layer)}
     tables = set(model.memory_tables())
-    groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
-    for p in model.parameters():
+    groups: dict[tuple[bool, float, bool, bool], list[Tensor]] = {}
+    for name, p in model.named_parameters():
         if p.requires_grad:
-            decayed = p.ndim >= 2 and p not in tables
+            decayed, matrix = p.ndim >= 2 and p not in tables, p.ndim == 2 and name.startswith("layers.")
             # A fused optimizer takes sharded parameters and whole ones one after the other.
-            groups.setdefault((decayed, factors.get(p, 1.0), not is_sharded(p)), []).append(p)
+            key = decayed, factors.get(p, 1.0), muon and matrix, not is_sharded(p)
+            groups.setdefault(key, []).append(p)
     return [
-        {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decayed else 0.0}
-        for (decayed, factor, _), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decayed else 0.0, "muon": matrices}
+        for (decayed, factor, matrices, _), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
 
 
