@@ -219,13 +219,14 @@ class ModelConfig:
         theta, scaling = self.rope_theta, self.rope_scaling
         if windowed and self.local_rope_theta is not None:
             theta, scaling = self.local_rope_theta, None
-        return AttentionKind(
+        kind = AttentionKind(
             window=self.window if windowed else None,
             theta=None if layer in self.unrotated_layers else theta,
             rope_scaling=None if layer in self.unrotated_layers else scaling,
             scale=self.attention_scale,
             softcap=self.attention_softcap,
         )
+        return KINDS.setdefault(kind, kind)
 
     @property
     def first_exit(self) -> int:
@@ -272,6 +273,8 @@ class AttentionKind(NamedTuple):
     softcap: float | None = None
     """c: scores s become c tanh(s / c); None: they stay."""
 
+
+KINDS: dict[AttentionKind, AttentionKind] = {}  # torch.compile compares keys of dictionaries by identity
 
 ROPE_NEEDS = {  # rope_type -> the fields that it needs besides `factor`
     "linear": (),
