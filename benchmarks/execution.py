@@ -34,7 +34,7 @@ from ease.trainer import Trainer
 from ease.training.config import create_standard_config
 from ease.training.execution import Execution
 
-TIMED = Shape("d", vocab=4_096, dim=256, layers=4, heads=4, seq=256, batch=4)
+TIMED = Shape("d", vocab=4_096, dim=256, layers=4, heads=4, seq=128, batch=4)
 TRAINED = Shape("e", vocab=256, dim=64, layers=3, heads=4, seq=64, batch=8)
 STEPS, LAST = 40, 10
 
