@@ -165,6 +165,6 @@ def phase_identity(model: ExitModel, phase: Phase, x: Tensor, execution: Executi
     # A mined threshold is computed again on resuming, and on another machine not to the last bit.
     config = replace(phase.config, routing_threshold=0.0)
     plan = (phase.name, config, phase.options, phase.first, phase.exits, phase.freeze_head, phase.restore_best)
-    execution_plan = (CHECKPOINT_FORMAT, *execution.identity())
+    execution_plan = (CHECKPOINT_FORMAT, *execution.identity().values())
     frozen = [part for part in (*model.parameters(), *model.buffers()) if not part.requires_grad]
     return digest(plan, execution_plan, model.config, len(phase.train), len(phase.val), x, *frozen)
