@@ -257,8 +257,11 @@ class ExitModel(nn.Module, ABC):
         raise EaseError("this model does not implement parameters_of: leave out layer_lr_scales")
 
     def memory_tables(self) -> list[nn.Parameter]:
-        """Parameters of which a step reads few rows. From then on their gradients are sparse."""
+        """Parameters of which a step reads few rows."""
         return []
+
+    def set_sparse_gradients(self, on: bool) -> None:
+        """Whether the gradients of `memory_tables` are sparse. They are dense by default, as most optimizers need."""
 
     @abstractmethod
     def freeze_below(

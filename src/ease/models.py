@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ease.errors import EaseError, check_integer, check_names, checked
+from ease.errors import EaseError, check_choice, check_integer, check_names, checked
 from ease.inputs import as_ids
 from ease.interface import ExitModel, Layout, call_layer, check_in_memory, evaluation_view
 from ease.model_config import ModelConfig
@@ -193,10 +193,11 @@ class StandardTransformer(ExitModel):
         return Cache(blocks, *shape, like, key, keeps_ids=self.memory is not None)
 
     def memory_tables(self) -> list[nn.Parameter]:
-        if self.memory is None:
-            return []
-        self.memory.sparse_gradient = True
-        return [self.memory.table]
+        return [] if self.memory is None else [self.memory.table]
+
+    def set_sparse_gradients(self, on: bool) -> None:
+        if self.memory is not None:
+            self.memory.sparse_gradient = on
 
     def decoding_view(self) -> Self:
         """A copy in evaluation mode that shares the weights, with a head that is faster for few rows on a CPU."""
@@ -344,7 +345,7 @@ class StandardTransformer(ExitModel):
 
         Args:
             init: "identity": new layers start as the identity, so that the new last exit equals the old one. "copy":
-                new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019).
+                new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019), if there are any.
 
         Returns:
             The model.
@@ -355,17 +356,16 @@ class StandardTransformer(ExitModel):
         old = self.num_layers
         if num_layers <= old:
             raise EaseError(f"the model has {old} layers already: grow to more than that, got {num_layers}")
+        check_choice("init", init, ("identity", "copy"))
         weight = self.embedding.weight
         for k in range(old, num_layers):
             layer: Any
             if init == "copy" and old:
                 layer = copy.deepcopy(self.layers[max(0, 2 * old - num_layers) + (k - old) % old])
                 layer.attention.kind = self.config.attention_kind(k + 1)
-            elif init == "identity":
+            else:
                 layer = self._new_layer(k + 1)
                 layer.make_identity()
-            else:
-                raise EaseError(f"init must be identity or copy, got {init!r}")
             self.layers.append(layer.to(weight).requires_grad_().train(self.training))
             self.exit_norms.append(copy.deepcopy(self._norm_of(old)).requires_grad_())
         if self.draft_brick is not None:

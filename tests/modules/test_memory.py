@@ -232,3 +232,38 @@ def test_exit_0_needs_a_memory(tiny: Make) -> None:
     ):
         with pytest.raises(EaseError, match=r"memory|exits 1\.\.2|lie in 1\.\.1"):
             use()
+
+
+def test_after_training_every_optimizer_takes_the_model(tiny: Make, text_data: Callable[..., ease.Data]) -> None:
+    model, data = tiny(1, **SHAPE), text_data(2, 1)
+    config = ease.StandardConfig(num_layers=1, max_epochs=1)
+    list(ease.train(model, config.strategy(), data))
+    model(torch.randint(256, (2, 5))).sum().backward()
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def test_growth_from_a_memory_has_shares_and_may_copy(tiny: Make, text_data: Callable[..., ease.Data]) -> None:
+    config = ease.GrowthConfig(layers=(0, 1, 2), grow_init="copy", max_epochs=6)
+    assert [config.options(phase).max_epochs for phase in range(3)] == [2, 2, 3]
+    model = tiny(0, **SHAPE)
+    assert len(list(ease.train(model, config.strategy(), text_data(2, 1)))) == 3
+    assert model.num_layers == 2
+
+
+def test_the_brick_reads_the_same_rows_in_training_and_in_decoding(tiny: Make) -> None:
+    from ease.training.drafts import draft_pass
+
+    model, ids = tiny(2, **SHAPE), torch.randint(256, (2, 9))
+    with torch.no_grad():
+        model.memory.table.normal_()
+        model.add_draft_brick(torch.arange(256), torch.randn(8, 32))
+        states = model.forward_to_layer(ids, 2)
+        trained = draft_pass(model, ease.Batch(ids, ids), 1).drafts[0]
+        torch.testing.assert_close(model.draft(states[:, :-1], ids[:, 1:]), trained)
+        cache = model.new_draft_cache(2, 9)
+        parts = [model.draft(states[:, t : t + 1], ids[:, t + 1 : t + 2], cache=cache) for t in range(8)]
+        torch.testing.assert_close(torch.cat(parts, 1), trained)
+
+
+def test_no_tokens_give_no_logits(tiny: Make) -> None:
+    assert tiny(2, **SHAPE)(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 256)

@@ -138,7 +138,7 @@ def test_with_every_token_hard_nobody_is_chosen(tiny: Make, text_data: Callable[
     ("options", "fix"),
     [
         ({"deep_layers": 1}, r"deep_layers \(1\) must be more than shallow_layers \(1\)"),
-        ({"shallow_layers": -1}, "at least 1"),
+        ({"shallow_layers": -1}, "at least 0"),
         ({"hard_ratio": 0.0}, r"must lie in \(0, 1\]"),
         ({"shallow_weight": 0.0}, r"must lie in \(0, 1\)"),
         ({"shallow_weight": 1.0}, r"must lie in \(0, 1\)"),

@@ -195,7 +195,7 @@ def score(
         raise EaseError("there is no token to score: give at least one batch with a target other than -100")
     losses, correct, exits, confidences = gather_batches(parts).cpu().unbind(1)
     seconds = time.perf_counter() - start
-    last = last or model.num_layers
+    last = model.num_layers if last is None else last
     return Scores(losses, correct > 0, exits.long(), confidences, last, flops, seconds, int(all_processed))
 
 

@@ -278,7 +278,7 @@ class EaseLM(HFLM):  # type: ignore[misc]
         """
         return {
             "flops_per_token": self.flops / max(1, self.processed),
-            "layers_run": self.layers / max(1, self.predicted) / self.model.model.num_layers,
+            "layers_run": self.layers / max(1, self.predicted) / max(1, self.model.model.num_layers),
             "tokens_run": self.processed,
             "tokens_predicted": self.predicted,
         }

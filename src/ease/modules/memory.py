@@ -58,7 +58,7 @@ class Memory(nn.Module):
         """Tokens (..., reach + 1), the newest first and NO_TOKEN where there is none, -> states (..., D)."""
         bags = self.indices(tokens).transpose(-1, -2)
         sums = F.embedding_bag(bags.flatten(0, -2), self.table, mode="sum", sparse=self.sparse_gradient)
-        states: Tensor = sums.view(*tokens.shape[:-1], -1)
+        states: Tensor = sums.view(*tokens.shape[:-1], HASHES * self.table.shape[1])
         return states
 
 
@@ -69,7 +69,8 @@ def with_tokens_before(ids: Tensor, count: int, layout: Layout | None = None) ->
         layout: positions and segments; padding is passed over. By default one segment a row without padding.
     """
     if layout is None:
-        return F.pad(ids, (count, 0), value=NO_TOKEN).unfold(1, count + 1, 1).flip(-1)
+        padded, T = F.pad(ids, (count, 0), value=NO_TOKEN), ids.shape[1]
+        return torch.stack([padded[:, count - k : count - k + T] for k in range(count + 1)], -1)
     places = torch.arange(ids.shape[1], device=ids.device)
     real, segments = layout.segments >= 0, layout.segments
     before = F.pad(torch.where(real, places, -1).cummax(1).values[:, :-1], (1, 0), value=-1)

@@ -51,7 +51,7 @@ def train_baselines(context: RunContext, trained: StrategyLines) -> Iterator[Tra
             if not _is_strategy(trained, config, layers):
                 name = f"standard, {plural(layers, 'layer')}"
                 yield _train_new(context, f"standard-{layers}", name, layers, config, trained.options, budget)
-    if "deep-supervision" in compare:
+    if "deep-supervision" in compare and depth:
         config = create_deep_supervision_config(depth)
         if not _is_strategy(trained, config, depth):
             name = f"deep-supervision, {plural(depth, 'layer')}"

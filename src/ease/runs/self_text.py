@@ -163,6 +163,6 @@ def continue_all(
         real[row, longest - len(prompt) :] = 1
     new = max(1, seq_len - longest)
     answer = generate(start.model, ids, new, attention_mask=real, stop=start.stop, **options)
-    lengths = (answer.exits > 0).sum(1).tolist()
+    lengths = (answer.exits >= start.model.first_exit).sum(1).tolist()
     texts = [prompt + row[:n] for prompt, row, n in zip(prompts, answer.tokens.tolist(), lengths, strict=True)]
     return [{"text": start.tokenizer.decode(text), "tokens": len(text)} for text in texts]

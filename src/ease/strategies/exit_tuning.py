@@ -97,7 +97,7 @@ class Tune:
             return None
         c, last = self.config, model.num_layers
         self.exits = c.exits or tuple(sorted({max(1, last // 3), max(1, 2 * last // 3)}))
-        Policy.of(self.exits, (1.0,) * len(self.exits)).check(last)
+        model.check_policy(Policy.of(self.exits, (1.0,) * len(self.exits)))
         train, spent = data.train, 0.0
         exit = last if c.select_exit is None else c.select_exit
         if exit > last:

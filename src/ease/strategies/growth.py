@@ -29,7 +29,7 @@ class GrowthConfig(PhaseOptions):
     layers: tuple[int, ...] = (2, 4)
     """Depth of the model in each phase."""
     shares: tuple[float, ...] = ()
-    """Share of the limits for each phase; they sum to 1 (by default in proportion to depth)."""
+    """Share of the limits for each phase; they sum to 1 (by default in proportion to depth, a memory alone counting as a layer)."""
     grow_init: Literal["identity", "copy"] = "identity"
     """New layers start as the identity or as copies of trained layers."""
     exit_weight: float = 0.0
@@ -65,7 +65,8 @@ class GrowthConfig(PhaseOptions):
 
     def options(self, phase: int) -> PhaseOptions:
         """Optimizer settings and limits of phase number `phase`, counted from 0."""
-        shares = self.shares or [depth / sum(self.layers) for depth in self.layers]
+        sizes = [max(1, depth) for depth in self.layers]
+        shares = self.shares or [size / sum(sizes) for size in sizes]
         return self.part(shares[phase], after=sum(shares[:phase]))
 
     def strategy(self) -> Growth:

@@ -47,7 +47,7 @@ class OpenGrowthConfig(PhaseOptions):
         super().__post_init__()
         if not 0 <= self.shallow_layers < self.deep_layers:
             raise EaseError(
-                f"deep_layers ({self.deep_layers}) must be more than shallow_layers ({self.shallow_layers}), at least 1"
+                f"deep_layers ({self.deep_layers}) must be more than shallow_layers ({self.shallow_layers}), at least 0"
             )
         check_ratio(self.hard_ratio)
         check_choice("grow_init", self.grow_init, ("identity", "copy"))

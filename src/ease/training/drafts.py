@@ -44,13 +44,15 @@ def draft_pass(model: StandardTransformer, batch: Batch, length: int) -> DraftPa
     model.check_ids(batch.x, model.config.vocab_size)
     batch = batch.to(next(model.parameters()).device)
     with torch.no_grad():
-        embeddings = model.embed(batch.x, layout=batch.layout)
-        states = model.run(embeddings, 1, model.num_layers, layout=batch.layout)
-    segments, layout = torch.zeros_like(batch.x), None
+        states = model.run(model.embed(batch.x, layout=batch.layout), 1, model.num_layers, layout=batch.layout)
+    segments, layout, after = torch.zeros_like(batch.x), None, None
     if batch.layout is not None:
         segments = batch.layout.segments
         layout = Layout(batch.layout.positions[:, :-1], segments[:, :-1])
-    drafts = model.draft_brick.chain(states[:, :-1], embeddings[:, 1:], length, layout)
+        after = Layout(batch.layout.positions[:, 1:], segments[:, 1:])
+    with torch.no_grad():  # as the brick does in decoding, whose first token is the second of the text
+        next_embeddings = model.embed(batch.x[:, 1:], layout=after)
+    drafts = model.draft_brick.chain(states[:, :-1], next_embeddings, length, layout)
     valid = []
     for k in range(1, length + 1):  # the k-th draft is made k tokens after the last real state
         whole = batch.scored[:, k:] & (segments[:, k:] == segments[:, :-k])

@@ -14,7 +14,7 @@ from ease.errors import EaseError
 from ease.interface import Batch, ExitModel
 from ease.training.distributed import sum_gradients, total
 from ease.training.execution import Execution
-from ease.training.optimizer import clip_gradients, parameters_of
+from ease.training.optimizer import MasterAdamW, clip_gradients, parameters_of
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 
@@ -105,6 +105,7 @@ class Engine:
             EaseError: `MAX_SKIPPED` steps in a row were skipped.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.set_sparse_gradients(isinstance(self.optimizer, MasterAdamW))
         tokens, sums = sum(part.scored for part in parts), dict[int, Tensor]()
         for batch, scored, continued in parts:
             losses = dict[int, Tensor]()
@@ -115,6 +116,7 @@ class Engine:
                 self.scaler.scale(loss * (scored / tokens)).backward()
             for layer, value in {WEIGHTED: loss.detach(), **losses}.items():
                 sums[layer] = sums.get(layer, 0) + value * (scored / tokens)
+        self.model.set_sparse_gradients(False)
         sum_gradients(parameters_of(self.optimizer))
         self.scaler.unscale_(self.optimizer)
         # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.

@@ -25,7 +25,7 @@ class ExitSource(Source):
     def __init__(self, request: Request, exit: int) -> None:
         super().__init__(request)
         self.exit, self.name = exit, f"exit {exit}"
-        self.prior = max(exit, 0.1) / request.model.num_layers  # embedding and head of exit 0 are not free
+        self.prior = max(exit, 0.5) / request.model.num_layers  # embedding and head of exit 0 are not free
 
     def offer(self, limits: Tensor, least: NDArray[np.float64]) -> Drafts:
         request, model = self.request, self.request.model
