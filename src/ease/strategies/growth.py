@@ -29,7 +29,7 @@ class GrowthConfig(PhaseOptions):
     layers: tuple[int, ...] = (2, 4)
     """Depth of the model in each phase."""
     shares: tuple[float, ...] = ()
-    """Share of the limits for each phase; they sum to 1 (by default in proportion to depth, a memory alone counting as a layer)."""
+    """Share of the limits for each phase; they sum to 1 (by default in proportion to depth; no layers count as one)."""
     grow_init: Literal["identity", "copy"] = "identity"
     """New layers start as the identity or as copies of trained layers."""
     exit_weight: float = 0.0
