@@ -345,7 +345,8 @@ class StandardTransformer(ExitModel):
 
         Args:
             init: "identity": new layers start as the identity, so that the new last exit equals the old one. "copy":
-                new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019), if there are any.
+                new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019), and
+                above no layers as the identity.
 
         Returns:
             The model.
