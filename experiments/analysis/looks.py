@@ -41,6 +41,13 @@ LOOKS = {
     "deep supervision": Look("#B2182B", "H"),
     "deep supervision, weighted by depth": Look("#E58A8A", "H"),
     "discriminative": Look("#1B5E20", "X"),
+    # With a memory, in figures of lines that have one.
+    "ASHEM on brick 0": Look("#F0A070", "*"),
+    "early exit, exit 0 too": Look("#BDBD52", ">"),
+    "standard, 0 layers": Look("#000000", "1"),
+    "standard, 1 layer": Look("#333333", "2"),
+    "standard, 2 layers": Look("#666666", "3"),
+    "standard, 3 layers": Look("#999999", "4"),
     # Variants of ASHEM, which share no figure with other strategies.
     "mined from one epoch": Look("#0072B2", "o"),
     "selected by loss": Look("#009E73", "s"),
@@ -67,8 +74,8 @@ BEST = 6
 
 
 def strategy(line: str) -> str:
-    """The entry of `LOOKS` for a line, which ignores its depths and the confidence measure of its exits."""
-    name = line.removesuffix(", classifier exit")
+    """The entry of `LOOKS` for a line, which ignores its memory, depths and the confidence measure of its exits."""
+    name = line.removeprefix("memory, ").removesuffix(", classifier exit")
     return f"progressive growth, {name.count('-') + 1} depths" if name.startswith("progressive growth") else name
 
 

@@ -60,7 +60,7 @@ def front(data: dict[str, Any], stem: Path) -> None:
             front_label = "standard models: baseline front"
             curve(ax, fronts.baseline_front, cost, color="black", marker="x", label=front_label, linewidth=1.8)
             if fronts.with_memory:
-                own = "standard models with a memory: second front"
+                own = "second front: with a memory"
                 curve(ax, fronts.with_memory.baseline_front, cost, color="black", marker="+", linestyle="--", label=own)
             best = fronts.baseline_front[-1]
             level = math.exp(best.mean("loss"))  # the best standard model can always be used
@@ -77,7 +77,7 @@ def front(data: dict[str, Any], stem: Path) -> None:
             second.set_ylabel("compute multiplier")
         if len(bright) < len(names):
             axes[0][0].plot([], [], color="0.75", marker=".", label="other strategies")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4 if timed else 2)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if timed else 2)
         return figure
 
     save(picture, stem)
