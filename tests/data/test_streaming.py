@@ -273,8 +273,8 @@ def test_bad_streams_are_reported_in_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
     refused("no stream of documents at", str(tmp_path / "none.jsonl"))
-    (tmp_path / "a.txt").write_text("text")
-    refused(r"use hf:NAME/CONFIG, or .jsonl or .parquet", str(tmp_path / "a.txt"))
+    (tmp_path / "a.pdf").write_text("text")
+    refused(r"use hf:NAME/CONFIG, or .jsonl, .parquet or .txt", str(tmp_path / "a.pdf"))
     lines = [json.dumps({"text": text(i)}) for i in range(20)]
     path = tmp_path / "b.jsonl"
     path.write_text("\n".join([*lines, '{"text": ', ""]))

@@ -86,11 +86,11 @@ def run(
         with output_folder(out, overwrite, resumable=True, reads=reads) if first else nullcontext():
             if not first:
                 progress, say = (lambda line: Progress()), (lambda text: None)
+            with in_turn():
+                context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
             if config.device == "auto":
                 name = machine(device)["device"]
                 say(f"device auto chose {device}{f' ({name})' if name != device else ''}")
-            with in_turn():
-                context, record = _prepare(config, partial_folder(out), device, overwrite, progress, say)
             context.log_every = log_every
             with ExitStack() as end:
                 if first:
