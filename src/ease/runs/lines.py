@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ease.errors import EaseError
 from ease.models import StandardTransformer
 from ease.policy import Policy
 from ease.runs.context import RunContext
@@ -107,15 +106,8 @@ def train_strategy(context: RunContext) -> StrategyLines:
 
     Returns:
         The trained lines. The policy of the last one is the strategy's, which may be determined only after training.
-
-    Raises:
-        EaseError: the strategy needs a trained model to start from and none was given.
     """
     config, depth = context.config, context.config.strategy.num_layers
-    if context.start is None and depth is None:
-        raise EaseError("this strategy needs a trained model: name a checkpoint with --start")
-    if context.start is None and getattr(config.strategy, "pretrained", False):
-        raise EaseError("pretrained means that phase 1 is already trained: name its model with --start")
     model = context.start.to(context.device) if context.start is not None else context.new_model(depth or 0)
     torch.manual_seed(config.seed)
     strategy = config.strategy.strategy()

@@ -118,6 +118,10 @@ def _prepare(
     """Model, data, and folder of a run, before its training, and what config.json records about the data."""
     data, first = config.data, process() == 0
     given = None
+    if config.start is None and config.strategy.num_layers is None:
+        raise EaseError("this strategy needs a trained model: name a checkpoint with --start")
+    if config.start is None and getattr(config.strategy, "pretrained", False):
+        raise EaseError("pretrained means that phase 1 is already trained: name its model with --start")
     if config.start is not None:
         given = load_start(config.start, config.dtype, split_special_tokens=data.split_special_tokens)
     start, tokenizer, eos = (given.model, given.tokenizer, given.eos) if given else (None, data.tokenizer, None)
