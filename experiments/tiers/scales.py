@@ -69,7 +69,7 @@ CURVE_S = {0.25: (1, 2), 0.5: (1, 2), 2: (2, 3), 4: (2, 3)}
 CURVE_M = {0.25: (2, 3), 0.5: (2, 3), 2: (3, 4), 4: (3, 4)}
 
 SCALES = {
-    "tiny": Scale(sizes(16, 2.5e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
+    "tiny": Scale(sizes(16, 2.8e8, (1e-2, 2e-2), seq=32, batch=8, epoch_batches=5, eval_batches=(2, 3))),
     "xs": Scale(sizes(32, 5e11, (1e-2, 2e-2, 4e-2, 8e-2), mine_epochs=2), curve=CURVE_XS),
     "s": Scale(sizes(48, 2e12, (5e-3, 1e-2, 2e-2), mine_epochs=4), curve=CURVE_S),
     "m": Scale(sizes(64, 8e12, (5e-3, 1e-2, 2e-2), mine_epochs=7), depths=(1, 2, 3, 4), curve=CURVE_M, deep=3),

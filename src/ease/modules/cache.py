@@ -122,7 +122,7 @@ class Cache:
 
     def store(self, stored: Tensor, values: Tensor) -> None:
         """Writes values (B, T, ...) of the tokens that `place` appended into `stored` (B, capacity, ...)."""
-        length = self.length
+        length, values = self.length, values.detach()  # `embed` may run where gradients are on
         if self.real.all() and all_equal(length):
             stored[:, length[0] - self.real.shape[1] : length[0]] = values
             return
