@@ -11,8 +11,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -291,7 +291,8 @@ class OpenedStream(NamedTuple):
 
     def train(self, **options: Any) -> StreamBatches:
         """New batches from the first training document on, with the options of `StreamBatches`."""
-        rows = copy.deepcopy(self.train_rows)  # which remember where they were read
+        # Rows remember where they were read. `deepcopy` of a data set fails while a file system joins fsspec's cache.
+        rows = pickle.loads(pickle.dumps(self.train_rows))
         return StreamBatches(rows, self.tokenizer, eos=self.eos, name=self.name, **options)
 
     def documents(self, split: str) -> Iterator[Tensor]:
