@@ -561,10 +561,10 @@ def test_an_unfinished_run_of_another_plan_is_not_reused_and_not_lost(
     said: list[str] = []
     with suppress(Killed):
         run(other, out, overwrite=True, say=said.append, progress=lambda _: Killer(2))
-    assert said == ["device auto chose cpu"]
+    assert not [line for line in said if "resuming" in line]
     with suppress(Killed):
         run(other, out, say=said.append, progress=lambda _: Killer(0))
-    assert len(said) == 1
+    assert len([line for line in said if "resuming" in line]) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
