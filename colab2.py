@@ -36,7 +36,7 @@ import torch
 
 import ease
 from ease import ASHEMConfig, Data, EaseError, Phase, StandardTransformer, TokenBatches, Trainer, score
-from ease.progress import Progress
+from ease.progress import Progress, StepMetrics
 from experiments.utils import create_wikitext_dataloaders, get_device, load_wikitext_words, set_seed
 
 IN_SAMPLE = "validation tokens: early stopping of both phases and the training data of phase 2"
@@ -138,7 +138,7 @@ class PhaseProgress(Progress):
     def __init__(self, status: Status, phase: Phase, mined: Sequence[Mapping[str, Any]]) -> None:
         self.status, self.name, self.batches = status, phase.name, len(phase.train)
         self.epochs, self.batch, self.start = 0, 0, time.monotonic()
-        layers = f"layers {phase.first} to {max(phase.config.weights)}"
+        layers = f"layers {max(1, phase.first)} to {max(phase.config.weights)}"
         status.print(f"\n{self.name}: {layers}, learning rate {phase.options.lr:g}, patience {phase.options.patience}")
         for found in mined:
             status.print(
@@ -146,7 +146,7 @@ class PhaseProgress(Progress):
                 f"are hard ({found['count'] / found['of']:.1%})"
             )
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         # `fraction` refers to the maximum number of epochs, which early stopping rarely reaches.
         if self.batch == 0 and fraction >= 1 and self.epochs:
             return  # early stopping ends the phase, without another batch
@@ -155,7 +155,7 @@ class PhaseProgress(Progress):
         if self.batch == self.batches:
             self.status.show(f"{at}, validating", at_once=True)
         else:
-            seconds = time.monotonic() - self.start
+            seconds, loss = time.monotonic() - self.start, metrics.loss if metrics else math.nan
             self.status.show(f"{at} ({self.batch / self.batches:.0%}), training loss {loss:.2f}, {seconds:.0f} s")
 
     def epoch(self, row: Mapping[str, float]) -> None:
@@ -172,7 +172,7 @@ class StageProgress(Progress):
     def __init__(self, status: Status, name: str) -> None:
         self.status, self.name = status, name
 
-    def step(self, fraction: float, loss: float = math.nan) -> None:
+    def step(self, fraction: float, metrics: StepMetrics | None = None) -> None:
         self.status.show(f"{self.name}: {fraction:.0%}")
 
 
