@@ -67,17 +67,15 @@ def parameters_read(model: ExitModel) -> dict[str, int]:
     """What a pass at full depth reads for one token: all parameters but the other rows of embedding and memory.
 
     Returns:
-        "parameters": their number, "bytes": their size, and "memory": the part of their number that is in the memory.
+        "parameters": their number, and "bytes": their size.
     """
     c = model.config
-    memory = len(c.memory_orders) * c.dim
-    unread = c.memory_size - memory + (0 if c.tie_embeddings else (c.vocab_size - 1) * c.dim)
+    unread = c.memory_size - len(c.memory_orders) * c.dim + (0 if c.tie_embeddings else (c.vocab_size - 1) * c.dim)
     every = list(model.parameters())
     size = every[0].element_size()
     return {
         "parameters": sum(p.numel() for p in every) - unread,
         "bytes": sum(p.numel() * p.element_size() for p in every) - unread * size,
-        "memory": memory,
     }
 
 

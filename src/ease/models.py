@@ -117,7 +117,6 @@ class StandardTransformer(ExitModel):
     def _place(self, tokens: Tensor, layout: Layout | None, cache: Cache) -> None:
         """Appends tokens (B, T, ...) to the cache, without their states."""
         cache.place(np.ones(tokens.shape[:2], np.bool_) if layout is None else layout.host.real.numpy())
-        cache.embedded = True
         if cache.ids is not None:
             cache.store(cache.ids, tokens)
 

@@ -118,7 +118,7 @@ class Cache:
                 f"the cache has {self.capacity} places per row, but a row would need {length.max()}: make it larger"
             )
         self.slots, self.real = self.length[:, None] + real.cumsum(1) - 1, real
-        self.length = length
+        self.length, self.embedded = length, True
 
     def store(self, stored: Tensor, values: Tensor) -> None:
         """Writes values (B, T, ...) of the tokens that `place` appended into `stored` (B, capacity, ...)."""

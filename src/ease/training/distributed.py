@@ -211,11 +211,11 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _sum_sparse(p: Tensor) -> Tensor:
-    """The rows of a table that any process has looked up, with the sums of their gradients."""
+    """The gradients of the rows of a table that any process has looked up, a row once for each of these processes."""
     none = (torch.zeros(1, 0, dtype=torch.long, device=p.device), p.new_zeros(0, *p.shape[1:]))
     grad = (torch.sparse_coo_tensor(*none, p.shape) if p.grad is None else p.grad).coalesce()
     rows, values = gather(grad.indices().T.contiguous()), gather(grad.values())
-    return torch.sparse_coo_tensor(rows.T, values, p.shape, check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(rows.T, values, p.shape, check_invariants=False)
 
 
 # ---------------------------------------------------------------------------------------------------------

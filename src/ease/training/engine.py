@@ -87,6 +87,15 @@ class Engine:
         with self.execution.profiler(name) as self.profiler:
             yield
 
+    @contextmanager
+    def _sparse_gradients(self) -> Iterator[None]:
+        """A context in which the gradients of tables are sparse, if the optimizer takes them."""
+        self.model.set_sparse_gradients(isinstance(self.optimizer, MasterAdamW))
+        try:
+            yield
+        finally:
+            self.model.set_sparse_gradients(False)
+
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
 
@@ -105,18 +114,16 @@ class Engine:
             EaseError: `MAX_SKIPPED` steps in a row were skipped.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.set_sparse_gradients(isinstance(self.optimizer, MasterAdamW))
         tokens, sums = sum(part.scored for part in parts), dict[int, Tensor]()
         for batch, scored, continued in parts:
             losses = dict[int, Tensor]()
             given = {"state": batch.state, "layout": batch.layout, "continued": continued, "exit_losses": losses}
-            with self.execution.applied(self.model):
+            with self.execution.applied(self.model), self._sparse_gradients():
                 with self.execution.autocast(self.device):
                     loss = compute_loss(*batch[:3], **given)
                 self.scaler.scale(loss * (scored / tokens)).backward()
             for layer, value in {WEIGHTED: loss.detach(), **losses}.items():
                 sums[layer] = sums.get(layer, 0) + value * (scored / tokens)
-        self.model.set_sparse_gradients(False)
         sum_gradients(parameters_of(self.optimizer))
         self.scaler.unscale_(self.optimizer)
         # Only the optimizer's parameters: frozen ones may still hold a gradient of the previous phase.
