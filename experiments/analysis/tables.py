@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from experiments.analysis import compute
 from experiments.analysis.fronts import Fronts, OperatingPoint
@@ -120,34 +120,26 @@ def quality_and_cost(point: OperatingPoint) -> list[str]:
     return [ppl(point.metric("loss")), hard, layers, thousands(point.mean("flops_per_token"))]
 
 
-def memory_header(fronts: Fronts) -> list[str]:
-    """The heading of `memory_cells`."""
-    return ["against the front with a memory"] if fronts.with_memory else []
+class Column(NamedTuple):
+    """A column that only some experiments have."""
+
+    heading: str
+    cell: Callable[[OperatingPoint], str]
+    note: str
 
 
-def memory_cells(fronts: Fronts, point: OperatingPoint) -> list[str]:
-    """A point's distance from the front of standard models with a memory, if there are any."""
-    return [against_front(fronts.with_memory, point)] if fronts.with_memory else []
+def memory_column(fronts: Fronts) -> list[Column]:
+    """The distance from the front of standard models with a memory, if there are any."""
+    second = fronts.with_memory
+    if second is None:
+        return []
+    return [Column("against the front with a memory", lambda point: against_front(second, point), MEMORY)]
 
 
-def memory_notes(fronts: Fronts) -> list[str]:
-    """What the second front is, if there is one."""
-    return [MEMORY] if fronts.with_memory else []
-
-
-def compute_header(fronts: Fronts) -> list[str]:
-    """The heading of `compute_cells`."""
-    return ["compute multiplier"] if compute.curves(fronts) else []
-
-
-def compute_cells(fronts: Fronts, point: OperatingPoint) -> list[str]:
-    """A point's compute multiplier, if there is a curve to read it off."""
-    return [str(compute.multiplier(fronts, point) or "")] if compute.curves(fronts) else []
-
-
-def compute_notes(fronts: Fronts) -> list[str]:
-    """How compute multipliers are made, if there are any."""
-    return [COMPUTE] if compute.curves(fronts) else []
+def compute_column(fronts: Fronts) -> list[Column]:
+    """The compute multiplier, if there is a curve to read it off."""
+    column = Column("compute multiplier", lambda point: str(compute.multiplier(fronts, point) or ""), COMPUTE)
+    return [column] if compute.curves(fronts) else []
 
 
 QUALITY_AND_COST = ["test PPL", "hard PPL", "layers run", "FLOPs/token"]
@@ -175,12 +167,12 @@ def settings(strategy: dict[str, Any]) -> str:
 
 def summary(fronts: Fronts) -> Table:
     """A row per line: its best operating point on validation, and its distance from the baseline front there."""
-    rows = []
+    rows, more = [], memory_column(fronts) + compute_column(fronts)
     for name in (*fronts.baselines, *sorted(fronts.strategies, key=lambda name: fronts.gap(fronts.best(name)).mean)):
         point = fronts.full_depth(name) if name in fronts.baselines else fronts.best(name)
         lr = fronts.entries(name)[0]["lr"]
         row = [name, point.routing, "" if lr is None else f"{lr:g}", *quality_and_cost(point)]
-        row += [against_front(fronts, point), *memory_cells(fronts, point), *compute_cells(fronts, point)]
+        row += [against_front(fronts, point), *(column.cell(point) for column in more)]
         if name in fronts.baselines:
             rows.append([*row, "", ""])
             continue
@@ -190,8 +182,8 @@ def summary(fronts: Fronts) -> Table:
         "front",
         f"{fronts.title}: every line at the routing that validation prefers",
         [
-            *("line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front", *memory_header(fronts)),
-            *(*compute_header(fronts), "best rival", "against the rival"),
+            *("line", "routing", "lr", *QUALITY_AND_COST, "against the baseline front"),
+            *(*(column.heading for column in more), "best rival", "against the rival"),
         ],
         rows,
         [
@@ -199,8 +191,7 @@ def summary(fronts: Fronts) -> Table:
             "standard models of different depths trained with the same FLOPs; the best rival is the other strategy "
             "with the lowest validation loss at the same FLOPs per token. Every evaluation of an output head is "
             "counted.",
-            *memory_notes(fronts),
-            *compute_notes(fronts),
+            *(column.note for column in more),
             *notes(fronts.data),
         ],
     )
@@ -208,6 +199,7 @@ def summary(fronts: Fronts) -> Table:
 
 def operating_points(fronts: Fronts) -> Table:
     """A row per operating point on any line's front."""
+    more = compute_column(fronts)
     rows = [
         [
             name,
@@ -215,18 +207,18 @@ def operating_points(fronts: Fronts) -> Table:
             *quality_and_cost(point),
             microseconds(point),
             against_front(fronts, point),
-            *compute_cells(fronts, point),
+            *(column.cell(point) for column in more),
             *against_lines(fronts, point),
         ]
         for name in fronts.shown
         for point in fronts.front(name)
     ]
-    header = ["line", "routing", *QUALITY_AND_COST, "µs/token", "against the baseline front", *compute_header(fronts)]
+    header = ["line", "routing", *QUALITY_AND_COST, "µs/token", "against the baseline front"]
     timed = fronts.data["timed"]
     return Table(
         "points",
         f"{fronts.title}: operating points on every front",
-        [*header, *(f"against {other}" for other in fronts.compared_with)],
+        [*header, *(column.heading for column in more), *(f"against {other}" for other in fronts.compared_with)],
         rows,
         [
             f"Microseconds on validation text with seed {timed['seed']}: the median of {timed['rounds']} rounds in "
@@ -240,18 +232,19 @@ def budgets(fronts: Fronts) -> Table | None:
     """Standard models at every budget and the other lines that spend another budget, with their compute multipliers."""
     standard, best = fronts.data.get("curve", {}), compute.best_depths(fronts)
     others = [name for name in fronts.other_budgets if name not in standard]
-    rows = []
+    rows, more = [], compute_column(fronts)
     for name in (*sorted(standard, key=lambda name: standard[name]), *others):
         point = fronts.full_depth(name) if name in standard else fronts.front(name)[-1]
         flops, lr = statistics.mean(compute.used(fronts, point)), fronts.entries(name)[0]["lr"]
         where = "yes" if point in best else "no" if name in standard else ""
         row = [name, point.routing, f"{lr:g}", f"{flops:.3g}", thousands(point.mean("flops_per_token"))]
-        rows.append([*row, ppl(point.metric("loss")), where, *compute_cells(fronts, point)])
+        rows.append([*row, ppl(point.metric("loss")), where, *(column.cell(point) for column in more)])
     header = ["line", "routing", "lr", "training FLOPs", "FLOPs/token", "test PPL", "best depth of its budget"]
     about = "The best depth of a budget is the one with the lowest validation loss."
     title = f"{fronts.title}: standard models and other lines at several budgets"
-    notes_ = [about, *compute_notes(fronts), *notes(fronts.data)]
-    return Table("budgets", title, [*header, *compute_header(fronts)], rows, notes_) if fronts.other_budgets else None
+    header += [column.heading for column in more]
+    notes_ = [about, *(column.note for column in more), *notes(fronts.data)]
+    return Table("budgets", title, header, rows, notes_) if fronts.other_budgets else None
 
 
 def task_metric(name: str, interval: Interval) -> str:

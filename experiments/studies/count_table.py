@@ -1,6 +1,6 @@
 """A table of counts of the training text alone, on the test text of a scale: a baseline that needs no FLOPs.
 
-python -m experiments.studies.count_table [SCALE]
+python -m experiments.studies.count_table OUT [SCALE]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TABLES = ((2, 2**20), (4, 2**20), (6, 2**20), (8, 2**20), (8, 2**23))
 """The longest context, in tokens, and the largest number of n-grams that are kept."""
 
 
-def main(scale: str = "s") -> None:
+def main(out: str, scale: str = "s") -> None:
     lab = make_lab(scale, "stdlib")
     test = [row for x, y, *_ in lab.test for row in np.concatenate((x.numpy(), y.numpy()[:, -1:]), 1)]
     rows = []
@@ -31,12 +31,12 @@ def main(scale: str = "s") -> None:
     about = (
         f"{lab.corpus}; counted on {lab.tokens['train']:,} training tokens, scored on the {len(test):,} sequences of "
         f"{lab.seq} tokens that scale {scale} scores its models on, each without the text before it. Made by "
-        f"`python -m experiments.studies.count_table {scale}`."
+        f"`python -m experiments.studies.count_table OUT {scale}`."
     )
     header = ["longest context", "n-grams kept", "test PPL", "accuracy"]
     title = "A table of counts of the training text"
-    write_tables([Table("counts", title, header, rows, [about])], Path("docs/data"), "count-table")
+    write_tables([Table("counts", title, header, rows, [about])], Path(out), "count-table")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:3])

@@ -2,7 +2,7 @@
 
 - A layer is Llama's: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention; by choice with Qwen2's
   biases or Qwen3's norms. A checkpoint of these families maps onto the parameters one to one (`ease.hf`).
-- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`. With a memory, exit 0 is `memory_norm` and the
+- Exit k is `exit_norms[k - 1]` and then the one shared `output_head`. With a memory, exit 0 is `memory.norm` and the
   head.
 - Nothing outside this file and `modules/` depends on the inside of a layer.
 """
@@ -67,7 +67,6 @@ class StandardTransformer(ExitModel):
         self.config = c = ModelConfig(vocab_size, dim, num_layers, num_heads, **options)
         self.embedding = nn.Embedding(vocab_size, dim)
         self.memory = Memory(c) if c.memory_orders else None
-        self.memory_norm = new_norm(c, dim) if c.memory_orders else None
         self.layers = nn.ModuleList(self._new_layer(layer) for layer in range(1, num_layers + 1))
         self.exit_norms = nn.ModuleList(new_norm(c, dim) for _ in range(num_layers))
         self.exit_classifiers = nn.ModuleDict({str(e): nn.Linear(dim, 1) for e in c.classifier_exits})
@@ -89,7 +88,7 @@ class StandardTransformer(ExitModel):
             self.check_ids(ids, self.config.vocab_size)
         if cache is not None:
             self._place(ids, layout, cache)
-        state = self._with_memory(ids, self._scaled(self.embedding(ids)), layout, cache)
+        state = self._look_up(ids, layout, cache)
         if cache is not None:
             cache.store(cache.states, state)
         return state
@@ -120,8 +119,9 @@ class StandardTransformer(ExitModel):
         if cache.ids is not None:
             cache.store(cache.ids, tokens)
 
-    def _with_memory(self, ids: Tensor, state: Tensor, layout: Layout | None, cache: Cache | None) -> Tensor:
-        """state (B, T, D) of ids (B, T) plus their rows of the memory; the cache holds the ids already."""
+    def _look_up(self, ids: Tensor, layout: Layout | None, cache: Cache | None) -> Tensor:
+        """ids (B, T), which the cache holds already, -> state (B, T, D) before layer 1."""
+        state = self._scaled(self.embedding(ids))
         if self.memory is not None:
             if cache is None:
                 tokens = with_tokens_before(ids, self.memory.reach, layout)
@@ -215,7 +215,7 @@ class StandardTransformer(ExitModel):
     def _norm_of(self, exit: int) -> nn.Module:
         if not self.first_exit <= exit <= self.num_layers:
             raise EaseError(f"the model has exits {self.first_exit}..{self.num_layers}, got {exit}")
-        return self.exit_norms[exit - 1] if exit else cast(nn.Module, self.memory_norm)
+        return self.exit_norms[exit - 1] if exit else cast(Memory, self.memory).norm
 
     def exit_confidence(self, state: Tensor, exit: int) -> Tensor:
         if str(exit) not in self.exit_classifiers:
@@ -302,8 +302,7 @@ class StandardTransformer(ExitModel):
         brick = self._brick()
         if cache is not None:
             self._place(ids, layout, cache)
-            embeddings = self._with_memory(ids, self._scaled(self.embedding(ids)), layout, cache)
-            fused = brick.fused(states, embeddings)
+            fused = brick.fused(states, self._look_up(ids, layout, cache))
             cache.store(cache.states, fused)
             normed: Tensor = brick.norm(self._run_cached(fused, 1, 1, layout, None, cache))
             return normed
@@ -408,8 +407,7 @@ class StandardTransformer(ExitModel):
 
     def _brick_0(self) -> list[nn.Module]:
         """What is below layer 1: the embedding, and the memory with its exit."""
-        memory = () if self.memory is None or self.memory_norm is None else (self.memory, self.memory_norm)
-        return [self.embedding, *memory]
+        return [self.embedding] if self.memory is None else [self.embedding, self.memory]
 
     def _new_draft_brick(self) -> DraftBrick:
         brick = DraftBrick(self.config)
