@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -267,3 +268,27 @@ def test_the_brick_reads_the_same_rows_in_training_and_in_decoding(tiny: Make) -
 
 def test_no_tokens_give_no_logits(tiny: Make) -> None:
     assert tiny(2, **SHAPE)(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 256)
+
+
+def test_freezing_below_layer_1_freezes_the_memory_and_its_exit(tiny: Make) -> None:
+    model = tiny(2, **SHAPE)
+    model.freeze_below(1)
+    learning = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {"layers", "exit_norms"}
+    model.freeze_below(1, exits=(0,))
+    assert model.memory.norm.weight.requires_grad
+    assert not model.memory.table.requires_grad
+    model.freeze_below(0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_cache_keeps_the_ids_of_rows_that_are_chosen_cut_and_given_room(model: StandardTransformer) -> None:
+    ids, cache = torch.randint(256, (3, 8)), model.new_cache(3, 6)
+    model.run(model.embed(ids[:, :6], cache=cache), 1, 4, cache=cache)
+    cache.cut(torch.full((3,), 5))
+    cache.select(np.array([2, 0, 2]))
+    cache.grow(9)
+    ids = ids[[2, 0, 2]]
+    after = model.run(model.embed(ids[:, 5:], cache=cache), 1, 4, cache=cache)
+    torch.testing.assert_close(after, model.forward_to_layer(ids, 4)[:, 5:], rtol=0, atol=1e-10)
