@@ -222,7 +222,7 @@ class ExitModel(nn.Module, ABC):
         active: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Applies layers first..last to the active tokens; inactive tokens keep their state. 1..0 are no layers.
+        """Applies layers first..last to the active tokens; inactive tokens keep their state. The range 1..0 is empty.
 
         Args:
             state: (B, T, D).
@@ -271,7 +271,7 @@ class ExitModel(nn.Module, ABC):
 
         Args:
             first: the first layer that learns. The embedding belongs to layer 1 or, in a model with a memory, to layer
-                0; with that layer, nothing is frozen but classifiers.
+                0; if that layer learns, only classifiers are frozen.
             head: whether the shared head is frozen if anything below `first` is.
             exits: exits below `first` that learn nevertheless.
             classifiers: exits whose classifier learns.

@@ -42,7 +42,8 @@ class Progress:
 
         Args:
             fraction: share of the work that is done, in [0, 1].
-            metrics: metrics of an optimizer step; None in work that is no training, and for steps of a resumed phase.
+            metrics: metrics of an optimizer step; None for work other than training, and for past steps of a resumed
+                phase.
         """
 
     def epoch(self, row: Mapping[str, float]) -> None:

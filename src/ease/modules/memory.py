@@ -70,7 +70,7 @@ def with_tokens_before(ids: Tensor, count: int, layout: Layout | None = None) ->
     """Ids (B, T) -> (B, T, count + 1): each token and, in order, the `count` tokens before it in its segment.
 
     Args:
-        layout: positions and segments; padding is passed over. By default one segment a row without padding.
+        layout: positions and segments; padding is skipped. By default one segment a row without padding.
     """
     if layout is None:
         padded, T = F.pad(ids, (count, 0), value=NO_TOKEN), ids.shape[1]

@@ -14,7 +14,7 @@ from ease.storage import CONFIG, is_locked, partial_folder
 
 State = Literal["not started", "running", "stopped", "finished"]
 
-FRESH = 5.0  # seconds after a write in which a run is running without a look at its lock
+FRESH = 5.0  # seconds after a write in which a run counts as running, whatever its lock
 
 
 class LiveRun:

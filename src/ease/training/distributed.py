@@ -284,13 +284,13 @@ def first_to_report() -> bool:
     """Whether this process is the first of its launch that reports an error; the others do not report theirs."""
     try:
         return bool(_launchers_store().add("errors", 1) == 1)
-    except Exception:  # the store has ended with its process: better twice than never
+    except Exception:  # the store ended with its process; an error may then be reported twice
         return True
 
 
 @functools.cache
 def _launchers_store() -> Any:
-    """What the processes find each other through."""
+    """The key-value store of the launcher, through which the processes find each other."""
     store, *_ = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     # On one machine torchrun keeps its store after a restart, in which the addresses of ended processes remain.
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
