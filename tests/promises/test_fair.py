@@ -287,7 +287,7 @@ def test_a_budget_is_kept_to_within_a_step_and_a_validation(
     for spent in (0.0, 2.0 * step, 10.0 * budget):
         phase = Phase("one", config, data.train, data.val, options, spent={"mining": spent})
         if spent >= budget:
-            with pytest.raises(EaseError, match="raise max_flops, or prepare it from less text"):
+            with pytest.raises(EaseError, match="raise max_flops, or use less text for it"):
                 Trainer(config, 256).run(model, phase)
             continue
         history = Trainer(config, 256).run(model, phase)

@@ -98,7 +98,7 @@ def test_a_configuration_describes_itself() -> None:
     ("make", "fix"),
     [
         (lambda: StageConfig((2, 1)), r"reversed: write \(1, 2\)"),
-        (lambda: StageConfig((0, 2)), "layers are counted from 1"),
+        (lambda: StageConfig((-1, 2)), "layers are counted from 1"),
         (lambda: StageConfig((-3, -1)), "layers are counted from 1"),
         (lambda: TrainingConfig(), "give either stages or layer_weights, and not both"),
         (lambda: TrainingConfig([StageConfig((1, 1))], layer_weights={1: 1.0}), "and not both"),
@@ -106,7 +106,7 @@ def test_a_configuration_describes_itself() -> None:
         (lambda: TrainingConfig([StageConfig((1, 2), 0.0)]), "give one layer a weight above 0"),
         (lambda: TrainingConfig(layer_weights={}), "give one layer a weight above 0"),
         (lambda: TrainingConfig(layer_weights={1: 0.0, 2: 0.0}), "give one layer a weight above 0"),
-        (lambda: TrainingConfig(layer_weights={0: 1.0}), "layers are counted from 1"),
+        (lambda: TrainingConfig(layer_weights={-1: 1.0}), "layers are counted from 1"),
         (lambda: TrainingConfig([StageConfig((1, 1), -1.0)]), "must be finite and not negative"),
         (lambda: TrainingConfig([StageConfig((1, 2), 2.0), StageConfig((2, 2), -1.0)]), "not negative"),
         (lambda: TrainingConfig(layer_weights={1: math.nan}), "must be finite"),
@@ -124,8 +124,13 @@ def test_a_configuration_describes_itself() -> None:
             "below layer 2, the last with a",
         ),
         (
-            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({0: 0.5})),
-            "the selection names exit 0",
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({-1: 0.5})),
+            "the selection names exit -1",
+        ),
+        (lambda: TrainingConfig([StageConfig((0, 2))]).check(2, first_exit=1), "layer 0 needs a model with a memory"),
+        (
+            lambda: TrainingConfig(layer_weights={3: 1.0}, selection=LeastConfident({0: 0.5})).check(3, first_exit=1),
+            "layer 0 needs a model with a memory",
         ),
         (lambda: LearnedGate({}, 1.0), "needs at least one exit"),
         (

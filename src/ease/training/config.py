@@ -131,8 +131,10 @@ class TrainingConfig:
                 f"the selection chooses at exit {min(self.selection.keep)}, in the frozen trunk below layer {first}, "
                 "which runs all tokens: choose an exit from there up, or mine the tokens (ease.MinedBatches)"
             )
-        if min(self.weights) < first_exit:
-            raise EaseError("the loss at layer 0 needs a model with a memory: set memory_orders, or leave layer 0 out")
+        if min(*self.weights, *self.selection.keep, deepest) < first_exit:
+            raise EaseError(
+                "a loss or a selection at layer 0 needs a model with a memory: set memory_orders, or leave layer 0 out"
+            )
         self.policy.check(num_layers, first_exit)
 
     def describe(self) -> str:
