@@ -1,6 +1,7 @@
 """Promise 3: adding layers changes no exit that exists, and what a phase freezes stays bit-identical."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,26 +31,30 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def exits(model: StandardTransformer, ids: Tensor, count: int) -> list[Tensor]:
-    return [model.logits(model.forward_to_layer(ids, k), k) for k in range(1, count + 1)]
+    return [model.logits(model.forward_to_layer(ids, k), k) for k in range(model.first_exit, count + 1)]
 
 
+MEMORY = {"memory_orders": (1, 3), "memory_rows": 64}
+
+
+@pytest.mark.parametrize("memory", [{}, MEMORY], ids=["plain", "memory"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (1, 4), (2, 4), (3, 4), (2, 7)])
 def test_growth_changes_no_exit_and_starts_as_the_identity(
-    old: int, new: int, dtype: torch.dtype, tied: bool, tiny: Make
+    old: int, new: int, dtype: torch.dtype, tied: bool, memory: dict[str, Any], tiny: Make
 ) -> None:
     ids = torch.randint(256, (2, 9))
-    model = tiny(old, sharp=True, tie_embeddings=tied).to(dtype)
+    model = tiny(old, sharp=True, tie_embeddings=tied, **memory).to(dtype)
+    if model.memory is not None:
+        nn.init.normal_(model.memory.table)
     before, tensors = exits(model, ids, old), snapshot(model)
     assert model.grow(new) is model
     model.eval()
     assert model.num_layers == model.config.num_layers == len(model.exit_norms) == new
     after = exits(model, ids, new)
-    for k in range(old):
-        assert torch.equal(after[k], before[k])
-    for k in range(old, new):
-        assert torch.equal(after[k], before[-1])
+    for k, logits in enumerate(after):
+        assert torch.equal(logits, before[min(k, len(before) - 1)])
     assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert (model.output_head.weight is model.embedding.weight) == tied
@@ -78,13 +83,19 @@ def test_copied_layers_change_no_exit_either(old: int, new: int, tiny: Make) -> 
     assert all(torch.equal(a, b) for a, b in zip(exits(model, ids, old), before))
 
 
+@pytest.mark.parametrize("memory", [{}, MEMORY], ids=["plain", "memory"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("grow_init", ["identity", "copy"])
 @pytest.mark.parametrize("supervise", ["last", "every"])
 def test_a_trained_second_phase_leaves_the_first_bit_identical(
-    supervise: str, grow_init: str, tied: bool, tiny: Make, text_data: Callable[..., Data]
+    supervise: str,
+    grow_init: str,
+    tied: bool,
+    memory: dict[str, Any],
+    tiny: Make,
+    text_data: Callable[..., Data],
 ) -> None:
-    data, model = text_data(4, 1), tiny(1, tie_embeddings=tied)
+    data, model = text_data(4, 1), tiny(1, tie_embeddings=tied, **memory)
     config = ASHEMConfig(
         phase1_layers=1,
         phase2_layers=3,
@@ -98,13 +109,14 @@ def test_a_trained_second_phase_leaves_the_first_bit_identical(
     phases = train(model, config.strategy(), data)
     next(phases)
     ids = data.val[0][0]
-    before, first = snapshot(model), exits(model.eval(), ids, 1)[0]
+    before, first = snapshot(model), exits(model.eval(), ids, 1)
     _, history = next(phases)
     after = model.state_dict()
     assert history.steps == 8
     for name, value in before.items():
         assert torch.equal(after[name], value), f"{name} moved though it was frozen"
-    assert torch.equal(exits(model.eval(), ids, 1)[0], first)
+    assert all(torch.equal(a, b) for a, b in zip(exits(model.eval(), ids, 1), first, strict=True))
+    assert not memory or before["memory.table"].any()
     # And it was real training: what is new has moved away from its start.
     assert after["layers.2.attention.o_proj.weight"].any()
     assert not torch.equal(after["exit_norms.2.weight"], after["exit_norms.0.weight"])

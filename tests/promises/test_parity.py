@@ -20,11 +20,18 @@ from torch import Tensor
 from ease import EaseError, Layout, Policy, StandardTransformer, generate, route
 from ease.model_config import RopeScaling
 from ease.modules import TransformerBlock
+from ease.modules.memory import Memory
 from ease.routing.confidence import MEASURES
 from ease.routing.forward import routed_forward
 
 VOCAB, LAYERS = 256, 5
 EXITS = {1: (2,), 2: (1, 3), 3: (1, 2, 4)}
+MEMORY = {"memory_orders": (2, 3), "memory_rows": 64}
+MODELS = pytest.mark.parametrize(
+    ("name", "policy_exits"),
+    [("model", EXITS[1]), ("model", EXITS[2]), ("model", EXITS[3]), ("with_memory", (0, 2))],
+    ids=["1", "2", "3", "memory"],
+)
 FEW = st.integers(1, 3)
 
 
@@ -73,6 +80,13 @@ def naive_layer(
     return after
 
 
+def naive_memory(memory: Memory, ids: list[int], segments: list[int], t: int) -> Tensor:
+    """What the memory adds to the embedding at place t: the rows of the n-grams that end there, part by part."""
+    before = [ids[u] for u in range(t, -1, -1) if segments[u] == segments[t]] + [-1] * memory.reach
+    rows = memory.indices(torch.tensor(before[: memory.reach + 1]))
+    return torch.cat([sum(memory.table[row] for row in part) for part in rows.T.tolist()])  # type: ignore[misc]
+
+
 @torch.no_grad()
 def naive_route(
     model: StandardTransformer, ids: list[int], positions: list[int], segments: list[int], policy: Policy
@@ -81,12 +95,16 @@ def naive_route(
     config, head = model.config, model.output_head.weight
     states = [model.embedding.weight[i] for i in ids]
     running = {t for t in range(len(ids)) if segments[t] >= 0}
+    if model.memory is not None:
+        states = [states[t] + naive_memory(model.memory, ids, segments, t) for t in range(len(ids))]
     logits, exits = {}, {}
-    for k in range(1, model.num_layers + 1):
-        states = naive_layer(model.layers[k - 1], config, states, positions, segments, running)
+    for k in range(model.first_exit, model.num_layers + 1):
+        if k:
+            states = naive_layer(model.layers[k - 1], config, states, positions, segments, running)
         threshold = dict(zip(policy.exits, policy.thresholds)).get(k, 0.0 if k == model.num_layers else 2.0)
         for t in sorted(running):
-            out = head @ norm(states[t], model.exit_norms[k - 1].weight, config.norm_eps)
+            weight = model.exit_norms[k - 1].weight if k else model.memory.norm.weight
+            out = head @ norm(states[t], weight, config.norm_eps)
             if (out.exp() / out.exp().sum()).max() >= threshold:
                 logits[t], exits[t] = out, k
                 running.discard(t)
@@ -99,6 +117,14 @@ def naive_route(
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
     return tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2).double()
+
+
+@pytest.fixture(scope="module")
+def with_memory(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
+    """The same with a memory whose rows are as large as those of the embedding."""
+    made = tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2, **MEMORY).double()
+    torch.nn.init.normal_(made.memory.table, std=0.5)
+    return made
 
 
 @st.composite
@@ -132,7 +158,7 @@ def routed(
 ) -> tuple[Tensor, Tensor]:
     """Logits and exits of the routed forward under any layout."""
     logits = model.output_head.weight.new_zeros(*ids.shape, VOCAB)
-    exits = torch.zeros_like(ids)
+    exits = torch.full_like(ids, model.first_exit - 1)
     for stop in routed_forward(model, ids, policy, layout=layout, read=lambda chunk, _: chunk, cache=cache):
         if stop.read is not None:
             logits[stop.left], exits[stop.left] = stop.read, stop.layer
@@ -140,7 +166,7 @@ def routed(
 
 
 def assert_shares(exits: Tensor, policy: Policy) -> None:
-    taken = exits[exits > 0]
+    taken = exits[exits >= policy.exits[0]]
     possible = policy.exits[
         max(0, policy.patience - 1) :
     ]  # the first exits have too few exits below them to agree with
@@ -149,19 +175,25 @@ def assert_shares(exits: Tensor, policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@MODELS
 def test_the_routed_forward_equals_the_naive_loop(
-    packed: bool, count: int, model: StandardTransformer, even_policy: Callable[..., Policy]
+    packed: bool,
+    name: str,
+    policy_exits: tuple[int, ...],
+    request: pytest.FixtureRequest,
+    even_policy: Callable[..., Policy],
 ) -> None:
+    model = request.getfixturevalue(name)
+
     @given(rows(packed), st.integers(0, 99))
     def check(segments: list[list[int]], seed: int) -> None:
         ids, layout = setting(segments, seed)
-        policy = even_policy(model, ids, EXITS[count], layout)
+        policy = even_policy(model, ids, policy_exits, layout)
         logits, exits = routed(model, ids, policy, layout)
         assert_shares(exits, policy)
         for b, row in enumerate(segments):
             expected, leaves = naive_route(model, ids[b].tolist(), layout.positions[b].tolist(), row, policy)
-            assert {t: int(e) for t, e in enumerate(exits[b]) if e} == leaves
+            assert {t: int(e) for t, e in enumerate(exits[b]) if row[t] >= 0} == leaves
             for t, value in expected.items():
                 torch.testing.assert_close(logits[b, t], value, rtol=0, atol=1e-10)
 
@@ -320,17 +352,23 @@ def assert_equal_with_a_cache(
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("batch", [1, 4, 16])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@MODELS
 def test_runs_with_a_cache_equal_the_routed_forward(
-    packed: bool, batch: int, count: int, model: StandardTransformer, even_policy: Callable[..., Policy]
+    packed: bool,
+    batch: int,
+    name: str,
+    policy_exits: tuple[int, ...],
+    request: pytest.FixtureRequest,
+    even_policy: Callable[..., Policy],
 ) -> None:
     """A row of a cache is one document, so each document of a packed row is read into its own row."""
+    model = request.getfixturevalue(name)
 
     @settings(max_examples=3)
     @given(rows(packed, st.just(batch)), st.integers(0, 99))
     def check(segments: list[list[int]], seed: int) -> None:
         ids, layout = setting(segments, seed)
-        policy = even_policy(model, ids, EXITS[count], layout)
+        policy = even_policy(model, ids, policy_exits, layout)
         logits, exits = routed(model, ids, policy, layout)
         assert_shares(exits, policy)
         assert_equal_with_a_cache(model, ids, policy, layout, logits, exits, seed)
@@ -357,7 +395,8 @@ def rich(tiny: Callable[..., StandardTransformer]) -> StandardTransformer:
     """A model with every optional part of a layer and of an exit."""
     options = {"qkv_bias": True, "qk_norm": True, "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 8)}
     adapters = {"adapter_exits": (1,), "adapter_dim": 4}
-    model = tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2, **options, **adapters)
+    model = tiny(LAYERS, sharp=True, vocab_size=VOCAB, dim=16, num_kv_heads=2, **options, **adapters, **MEMORY)
+    torch.nn.init.normal_(model.memory.table, std=0.5)
     model.set_classifiers({exit: torch.randn(17) / 4 for exit in range(1, LAYERS)})
     for name, weight in model.named_parameters():
         if "bias" in name or "adapter" in name:
