@@ -78,7 +78,7 @@ docs-serve: $(STAMP)  ## the documentation site on a local port, rebuilt on ever
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 pytest: $(STAMP)  ## the tests that are quick
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/pytest -m slow

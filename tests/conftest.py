@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ settings.register_profile(
 )
 settings.load_profile("ease")
 torch.set_num_threads(1)
+# Commands that tests start, too: with a thread for each core, they wait for each other when the machine is busy.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 
