@@ -42,6 +42,12 @@ def test_calls_alternate_and_the_first_of_each_is_not_timed(monkeypatch: pytest.
     assert [(row["low"], row["ratio"], row["high"]) for row in rows] == [(1, 1, 1), (1.5, 2, 4), (0.5, 0.75, 1)]
     assert all(row["batch"] == 1 and row["layers_per_token"] is None for row in rows)
 
+    calls.clear()
+    rows = side_by_side(given, 3, done.append, limit=100.0)  # the first round, which is not timed, takes 297 s
+    assert "".join(calls) == "abccba"
+    assert [(row["rounds"], row["ratio"]) for row in rows] == [(1, 1), (1, 2), (1, 0.5)]
+    assert done[-1] == 1
+
 
 def test_metrics_equal_those_of_separate_calls(tiny: Make, even_policy: Callable[..., Policy]) -> None:
     model, ids = tiny(2, sharp=True).double(), torch.randint(256, (3, 12))

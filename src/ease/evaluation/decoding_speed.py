@@ -7,6 +7,7 @@ range.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,6 +79,7 @@ def in_turns(
     rounds: int,
     progress: Callable[[float], object] = lambda done: None,
     clock: Callable[[Any], float] | None = None,
+    limit: float = math.inf,
 ) -> tuple[dict[Any, list[float]], dict[Any, Any]]:
     """Runs calls alternately and times them.
 
@@ -86,13 +88,18 @@ def in_turns(
         rounds: timed runs of each call, after one that is not timed because it allocates.
         progress: receives the share of the runs done so far.
         clock: returns the seconds of a call from its result; by default its wall-clock time.
+        limit: seconds after which no further round begins. At least one timed round is run.
 
     Returns:
         The seconds of every timed run by name, and the last result by name.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     answers: dict[Any, Any] = {}
+    began = time.perf_counter()
     for turn in range(rounds + 1):
+        if turn > 1 and time.perf_counter() - began > limit:
+            progress(1.0)
+            break
         # The order is reversed every other round, so that no call always runs after the same one.
         for place, name in enumerate(list(calls)[:: -1 if turn % 2 else 1], 1):
             start = time.perf_counter()
@@ -104,7 +111,10 @@ def in_turns(
 
 
 def side_by_side(
-    calls: Mapping[str, Call], rounds: int, progress: Callable[[float], object] = lambda done: None
+    calls: Mapping[str, Call],
+    rounds: int,
+    progress: Callable[[float], object] = lambda done: None,
+    limit: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Compare speed and tokens of every call with those of the first call.
 
@@ -113,16 +123,15 @@ def side_by_side(
 
     Args:
         calls: name -> call that returns a `Generation`, or the tokens (B, N) if another library generated them.
-        rounds: timed rounds, as in `in_turns`.
-        progress: receives the share that is done, as in `in_turns`.
+        rounds, progress, limit: as in `in_turns`.
 
     Returns:
         One row per call with way, batch, tokens_per_second, ratio (the median over the rounds; above 1 is faster than
-        the first call) with low and high (its range), same_tokens, and for a `Generation` layers_per_token, acceptance,
+        the first call) with low and high (its range), rounds, same_tokens, and for a `Generation` layers_per_token, acceptance,
         tokens_per_round and draft_source of its last round.
     """
     kept = ("layers_per_token", "acceptance", "tokens_per_round", "draft_source")
-    seconds, answers = in_turns(calls, rounds, progress)
+    seconds, answers = in_turns(calls, rounds, progress, limit=limit)
     first = next(iter(calls))
     tokens = {name: a.tokens if isinstance(a, Generation) else a.cpu() for name, a in answers.items()}
     first_speed = tokens[first].numel() / statistics.median(seconds[first])
@@ -139,6 +148,7 @@ def side_by_side(
                 "ratio": ratio,
                 "low": min(ratios),
                 "high": max(ratios),
+                "rounds": len(ratios),
                 "same_tokens": (tokens[name] == tokens[first]).float().mean().item(),
                 **{key: stats.get(key) for key in kept},
             }

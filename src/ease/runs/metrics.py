@@ -28,6 +28,7 @@ from ease.runs.lines import TrainedLine
 SWEEP = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.0)  # shares of tokens that leave at each exit
 
 BATCH, NEW_TOKENS, ROUNDS = 8, 64, 3  # rows per batch (besides a single row), tokens per row, timed rounds
+DECODING_SECONDS = 60.0  # after which no further round of a batch begins, since a large model takes minutes for each
 
 
 def run_metrics(
@@ -188,13 +189,13 @@ def decoding_metrics(
     rows, start = [], time.perf_counter()
     for at, batch in enumerate(batches):
         report = lambda done, at=at: decoding.step((at + done) / len(batches))  # noqa: E731
-        rows += side_by_side(ways(model, prompts[:batch], steps), ROUNDS, report)
+        rows += side_by_side(ways(model, prompts[:batch], steps), ROUNDS, report, DECODING_SECONDS)
     return {
         "line": line.name,
         "split": "test",
         "prompt_tokens": half,
         "new_tokens": steps,
-        "rounds": ROUNDS,
+        "rounds": min(row["rounds"] for row in rows),
         "seconds": time.perf_counter() - start,
         "rows": rows,
     }
