@@ -69,6 +69,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True, **LONGROPE},
     ),
     "OLMo 2": ("olmo2", {}),
+    "OLMo 3": (
+        "olmo3",
+        {
+            "sliding_window": 5,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500_000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.2,
+                },
+            },
+        },
+    ),
+    "EXAONE 4": ("exaone4", {"sliding_window": 5}),
+    "EXAONE 4 without a window": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),
     "Granite 3": (
         "granite",
         {
@@ -79,6 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "Gemma": ("gemma", {"head_dim": 16}),
     "Gemma 2": (
         "gemma2",
         {
@@ -159,7 +177,7 @@ def test_in_bfloat16_a_family_is_about_as_far_from_float32_as_stock_is(checkpoin
     assert own.norm() < 1.2 * theirs.norm()
 
 
-@pytest.mark.parametrize("case", ["Gemma 3", "Gemma 2", "Mistral with a window", "SmolLM3", "OLMo 2"])
+@pytest.mark.parametrize("case", ["Gemma 3", "Gemma 2", "Mistral with a window", "SmolLM3", "OLMo 2", "EXAONE 4"])
 def test_all_modes_agree_in_float64(case: str, tmp_path: Path) -> None:
     """Windows, local angles, soft caps and norms in a padded, a packed, a routed, a cached and an exact run."""
     stock_model(case).save_pretrained(tmp_path)

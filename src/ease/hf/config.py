@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ease.errors import EaseError, check_boolean, check_integer, check_list, check_number
-from ease.hf.families import FAMILIES, GEMMA_KEYS, Family, all_but_every, every_layer, unrotated
+from ease.hf.families import FAMILIES, GEMMA_KEYS, Family, all_but_every, every_layer, three_of_four, unrotated
 from ease.model_config import ModelConfig, RopeScaling
 
 # ---------------------------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ HARMLESS = {
     "finetuning_task",
     "forced_bos_token_id",
     "forced_eos_token_id",
+    "hidden_activation",  # where a family does not have it, as in Gemma 1
     "id2label",
     "initializer_range",
     "is_llama_config",
@@ -107,6 +108,7 @@ HARMLESS = {
     "max_sequence_length",
     "min_length",
     "num_beams",
+    "num_layers",
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
@@ -117,6 +119,7 @@ HARMLESS = {
     "resid_pdrop",
     "return_dict",
     "seq_length",
+    "sliding_window_size",
     "temperature",
     "tokenizer_class",
     "top_k",
@@ -198,7 +201,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         if values.get(key) is not None:
             check_integer(f"{key} in config.json", values[key], 1)
     for key in ("sliding_window", "no_rope_layer_interval", "max_window_layers", "sliding_window_pattern"):
-        if values.get(key) is not None:
+        # EXAONE states its pattern in letters, beside the `layer_types` that count.
+        if values.get(key) is not None and not (key == "sliding_window_pattern" and values.get("layer_types")):
             check_integer(f"{key} in config.json", values[key])
     for key in ("tie_word_embeddings", "use_sliding_window", *family.biases):
         if values.get(key) is not None:
@@ -216,6 +220,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     if family.scaled_embedding:
         set_by_key["embedding_scale"] = dim**0.5
     windows, rope = _read_windows(family, values), _read_rope(values)
+    without_rope = unrotated(values)
+    if family.rotary_windows and windows.get("windowed_layers"):
+        without_rope = tuple(sorted({*range(1, num_layers + 1)} - {*windows["windowed_layers"]}))
     config = ModelConfig(
         vocab_size=values["vocab_size"],
         dim=dim,
@@ -227,7 +234,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=bool(values.get("tie_word_embeddings")),
         max_positions=values["max_position_embeddings"],
-        unrotated_layers=unrotated(values),
+        unrotated_layers=without_rope,
         activation=_activation(values, family),  # type: ignore[arg-type]
         **{**biases, **family.implied, **set_by_key, **rope, **windows},
     )
@@ -239,6 +246,8 @@ def _activation(values: Mapping[str, Any], family: Family) -> str:
     """The native name of the gate's activation."""
     key = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
     name = values.get(key) or "silu"
+    if values["model_type"] == "gemma" and name == "gelu":  # the name of the approximation in the first checkpoints
+        name = "gelu_pytorch_tanh"
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise _unsupported(f"{key} {reprlib.repr(name)}")
     return ACTIVATIONS[name]
@@ -252,9 +261,9 @@ def _read_windows(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
         raise _unsupported(f"layer_types {', '.join(others)}")
     if types and len(types) != num_layers:
         raise EaseError(f"layer_types in config.json names {len(types)} layers of {num_layers}: fetch it again")
-    by_family = [
-        layer for layer in range(1, num_layers + 1) if family.windowed is not None and family.windowed(values, layer)
-    ]
+    by_family = []
+    if family.windowed is not None and (not types or family.windowed is every_layer):
+        by_family = [layer for layer in range(1, num_layers + 1) if family.windowed(values, layer)]
     windowed = [layer for layer, kind in enumerate(types, 1) if kind == "sliding_attention"] if types else by_family
     if types and family.windowed in (None, every_layer) and windowed != (by_family if window else []):
         raise _unsupported("layer_types that its family does not have")
@@ -445,9 +454,10 @@ def _write_as(name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
         raw["max_position_embeddings"] = longest
     if c.rotary_size != c.head_size:
         raw["partial_rotary_factor"] = c.rotary_size / c.head_size
-    if any(windowed) and family.windowed is not every_layer:
+    # Stock EXAONE 4 fails without `layer_types` if there is no window.
+    if (any(windowed) or family.rotary_windows) and family.windowed is not every_layer:
         raw["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windowed]
-    if family.windowed not in (None, every_layer, all_but_every):
+    if family.windowed not in (None, every_layer, all_but_every, three_of_four):
         raw["use_sliding_window"] = any(windowed)
     if "no_rope_layer_interval" in family.defaults:
         raw["no_rope_layers"] = [int(layer not in c.unrotated_layers) for layer in layers]

@@ -26,8 +26,14 @@ def _if_used(values: Mapping[str, Any], layer: int) -> bool:
 
 
 def all_but_every(values: Mapping[str, Any], layer: int) -> bool:
-    """Gemma's: all but every n-th layer."""
-    return bool(layer % values["sliding_window_pattern"])
+    """Gemma's and EXAONE's: all but every n-th layer."""
+    period = values["sliding_window_pattern"]
+    return bool(period and layer % period)
+
+
+def three_of_four(values: Mapping[str, Any], layer: int) -> bool:
+    """OLMo 3's: all but every fourth layer."""
+    return bool(layer % 4)
 
 
 def unrotated(values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -56,6 +62,7 @@ class Family:
         windowed: whether a layer has the window, where config.json has no `layer_types`.
         any_head_dim: stock transformers accepts heads whose widths do not add up to the model's.
         partial_rotary: `partial_rotary_factor` applies.
+        rotary_windows: where there are windows, layers without one have no rotary positions.
         token_ids: ids of special tokens that config.json leaves out.
         scaled_embedding: the embedding is multiplied by the root of its width.
         architecture: what the names of its classes in transformers begin with; by default the model type, capitalized.
@@ -68,6 +75,7 @@ class Family:
     windowed: Callable[[Mapping[str, Any], int], bool] | None = None
     any_head_dim: bool = True
     partial_rotary: bool = False
+    rotary_windows: bool = False
     scaled_embedding: bool = False
     token_ids: Mapping[str, Any] = field(default_factory=dict)
     architecture: str | None = None
@@ -77,10 +85,12 @@ ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "output_bias")}
 BIASES = {**ATTENTION_BIAS, "mlp_bias": ("ffn_bias",)}
 
 LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+OLMO_TOKENS = {"eos_token_id": 50_279, "pad_token_id": 1}
 GEMMA_TOKENS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 GEMMA = {"norm_offset": True, "post_norms": True}
 GEMMA_KEYS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
+OLMO = {"pre_norms": False, "post_norms": True, "qk_norm": True, "wide_qk_norm": True}
 GEMMA_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -136,9 +146,29 @@ FAMILIES = {
     ),
     "olmo2": Family(
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        {"pre_norms": False, "post_norms": True, "qk_norm": True, "wide_qk_norm": True},
+        OLMO,
         biases=ATTENTION_BIAS,
-        token_ids={"eos_token_id": 50_279, "pad_token_id": 1},
+        token_ids=OLMO_TOKENS,
+    ),
+    "olmo3": Family(
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+        {**OLMO, "local_rope_theta": 500_000.0},
+        biases=ATTENTION_BIAS,
+        windowed=three_of_four,
+        token_ids=OLMO_TOKENS,
+    ),
+    "exaone4": Family(
+        {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        {"pre_norms": False, "post_norms": True, "qk_norm": True},
+        windowed=all_but_every,
+        rotary_windows=True,
+        token_ids={"bos_token_id": 0, "eos_token_id": 2},
     ),
     "granite": Family(
         {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
@@ -151,6 +181,19 @@ FAMILIES = {
         biases=BIASES,
         any_head_dim=False,
         token_ids=LLAMA_TOKENS,
+    ),
+    "gemma": Family(
+        {
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 8192,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        {"norm_offset": True},
+        biases=ATTENTION_BIAS,
+        scaled_embedding=True,
+        token_ids=GEMMA_TOKENS,
     ),
     "gemma2": Family(
         {
