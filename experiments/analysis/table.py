@@ -44,6 +44,7 @@ class Table:
 
 def write_tables(tables: Sequence[Table], folder: Path, name: str) -> None:
     """Write all tables to one Markdown page, and each as LaTeX to a file with the table's name."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
     for table in tables:
         (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.analysis.pages import write
+from experiments.studies import claims
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "data"
@@ -98,3 +99,8 @@ def test_kept_tables_are_what_kept_figures_make(path: Path, tmp_path: Path) -> N
         kept = path.parent / made.name
         if made.suffix in (".md", ".tex") and kept.exists():
             assert kept.read_text(encoding="utf-8") == made.read_text(encoding="utf-8")
+
+
+def test_the_table_of_claims_follows_from_the_kept_tables(tmp_path: Path) -> None:
+    claims.main(str(tmp_path), str(DATA))
+    assert (tmp_path / "claims.md").read_text(encoding="utf-8") == (DATA / "claims.md").read_text(encoding="utf-8")
