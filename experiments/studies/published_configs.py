@@ -170,9 +170,9 @@ def table() -> str:
             *rows,
             "",
             f"{equal} of {len(rows)} load and compute what stock transformers {transformers.__version__} computes: "
-            "logits of a text and of a padded batch in float32 (largest difference of a logit in standard deviations of the "
-            'logits) and 12 greedy tokens, with random weights. "copy": keys and values were read from a public copy '
-            'of config.json; "recalled": they were written from knowledge of it. Made by '
+            "logits of a text and of a padded batch in float32 (largest difference of a logit in standard deviations "
+            'of the logits) and 12 greedy tokens, with random weights. "copy": keys and values were read from a public '
+            'copy of config.json; "recalled": they were written from knowledge of it. Made by '
             "`python -m experiments.studies.published_configs OUT`.",
             "",
         ]
