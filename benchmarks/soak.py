@@ -1,6 +1,6 @@
 """Long and rough runs: real SIGKILLs at random moments, and many steps with a look at the memory.
 
-    python benchmarks/soak.py kills [--kills 40] [--seed 0] [--out results/soak] [-- COMMAND ...]
+    python benchmarks/soak.py kills [--kills 40] [--processes 1] [--seed 0] [--out results/soak] [-- COMMAND ...]
     python benchmarks/soak.py steps [--steps 20000] [--out results/soak]
 
 `kills` starts COMMAND, kills it and all its processes with SIGKILL at a moment drawn uniformly from the time that the
@@ -8,10 +8,10 @@ whole run takes after its folder has appeared, and starts it again, until it end
 Every second kill waits until a file is being written. Every run must end with the weights, metrics and results of a run
 that was not killed, bit by bit, but for times.
 COMMAND is called with `--out FOLDER`. By default it is a short run of `demo` on one thread that saves after
-every step; `python benchmarks/soak.py run ARGUMENTS` is `ease run ARGUMENTS` with such
-checkpoints, also under torchrun:
+every step; `python benchmarks/soak.py run ARGUMENTS` is `ease run ARGUMENTS` with such checkpoints.
 
-    python benchmarks/soak.py kills -- torchrun --nproc-per-node 2 benchmarks/soak.py run demo ...
+With --processes above 1 torchrun starts it, layers are sharded, and every kill hits one process at random, torchrun or
+one of those that train. Without torchrun these go on: the command is started again when they have ended.
 
 With --tolerance above 0, numbers and weights may differ by that share, for runs that are not deterministic.
 
@@ -47,6 +47,8 @@ DEMO = [
     *(sys.executable, str(Path(__file__).resolve()), "run", "demo", *TINY, "--data.epoch-batches", "8"),
     *("--strategy.phase1-max-flops", "1e8", "--strategy.phase2-max-flops", "2e8", "--compare", "continued"),
 ]
+
+SHARDED = ("--parallel", "fsdp", "--strategy.phase1-max-flops", "4e7", "--strategy.phase2-max-flops", "8e7")
 
 UNLIKE = {"generation", "memory_bytes", "flops_utilization", "starts", "id"}  # in any two runs
 
@@ -88,7 +90,7 @@ def start(command: list[str], out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log, env=env)
 
 
-def kills(command: list[str], count: int, seed: int, out: Path, tolerance: float) -> None:
+def kills(command: list[str], count: int, one: bool, seed: int, out: Path, tolerance: float) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     partial = out / ".run.partial"
@@ -115,12 +117,14 @@ def kills(command: list[str], count: int, seed: int, out: Path, tolerance: float
                 while hunting and process.poll() is None and not writes(partial):
                     pass
                 if process.poll() is None:
-                    for pid in members:
+                    writing += writes(partial)
+                    for pid in [draw.choice(members)] if one else members:
                         with suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
                     process.wait()
+                    while any(map(is_alive, members)):
+                        time.sleep(0.1)
                     killed += 1
-                    writing += writes(partial)
                     if partial.exists() or not (out / "run").exists():
                         continue
                     break  # the run was complete, and the process was about to end
@@ -135,14 +139,22 @@ def kills(command: list[str], count: int, seed: int, out: Path, tolerance: float
 
 
 def writes(partial: Path) -> bool:
-    """Whether a file is being written in a partial folder: until it is complete, it has another name."""
-    return any(".partial" in name for _, _, names in os.walk(partial) for name in names)
+    """Whether a file or folder is being written in a partial folder: until it is complete, it has another name."""
+    return any(".partial" in name for _, folders, files in os.walk(partial) for name in (*folders, *files))
 
 
 def family(pid: int) -> list[int]:
     """A process and all that it has started (the workers of torchrun are in sessions of their own)."""
     lists = Path(f"/proc/{pid}/task").glob("*/children")
     return [pid, *(member for file in lists for child in file.read_text().split() for member in family(int(child)))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one whose end nobody has noticed yet does not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
 
 
 def waited(process: subprocess.Popen[bytes], partial: Path) -> float:
@@ -189,13 +201,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "steps"))
     parser.add_argument("--kills", type=int, default=40, help="number of kills, at least")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train one run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--tolerance", type=float, default=0.0, help="share by which numbers may differ")
     parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "soak", help="folder, emptied first")
     given = parser.parse_args(sys.argv[1:at])
     if given.what == "kills":
-        kills(sys.argv[at + 1 :] or DEMO, given.kills, given.seed, given.out / "kills", given.tolerance)
+        several = given.processes > 1
+        if several:
+            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes))
+            DEMO[1:1] = torchrun
+            DEMO.extend(SHARDED)
+        command = sys.argv[at + 1 :] or DEMO
+        kills(command, given.kills, several, given.seed, given.out / "kills", given.tolerance)
     else:
         steps(given.steps, given.out / "steps")
 

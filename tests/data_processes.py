@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from ease import (
     train,
 )
 from ease.data.batches import Example, ExampleBatches
+from ease.data.streaming import StreamBatches
+from ease.data.tokenizers import train_tokenizer
 from ease.progress import Progress
 from ease.strategies.staged import PhaseConfig
 from ease.training import checkpoint
-from ease.training.distributed import process, process_group, processes
+from ease.training.distributed import process, process_group, processes, shared_map
 from ease.training.mining import Quantile
 
 ROOT = Path(__file__).parents[1]
@@ -113,20 +115,21 @@ class _Stop(Progress):
         self.steps = steps
 
     def step(self, fraction: float, metrics: Any = None) -> None:
-        self.steps -= 1
+        self.steps -= metrics is not None  # which the call that resumes does not have
         if not self.steps:
             raise _Stopped
 
 
 def interrupted(name: str, folder: Path, phase: str, steps: int) -> None:
-    """Trains, sharded, with checkpoints after every step, and stops in a phase."""
+    """Trains, sharded, with checkpoints after every step, and stops in a phase after some steps and a save less."""
     (config, layers), data = STRATEGIES[name], windows()
+    model = new_model(layers)
     stop = lambda now: _Stop(steps) if now.name == phase else Progress()  # noqa: E731
     torch.manual_seed(1)
     checkpoint.EVERY = 0.0
     execution = Execution(parallel="fsdp")
     try:
-        list(train(new_model(layers), config.strategy(), data, checkpoints=folder, progress=stop, execution=execution))
+        list(train(model, config.strategy(), data, checkpoints=folder, progress=stop, execution=execution))
     except _Stopped:
         return
     raise AssertionError("the training was not stopped")
@@ -154,6 +157,38 @@ def _quantiles() -> dict[str, list[float]]:
     return {"quantiles": found, "weights": [1.0]}
 
 
+class _Rows:
+    """Documents of a stream."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        while self.at < 300:
+            self.at += 1
+            yield {"text": "ab " * (self.at % 7) + str(self.at)}
+        self.at = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+def _stream() -> dict[str, list[float]]:
+    """Batches of a stream whose documents the processes divide, over more than one pass."""
+    encoded = []
+    tokenizer = train_tokenizer("byte", [])
+
+    def encode_all(encode: Callable[[str], torch.Tensor], texts: Sequence[str]) -> list[torch.Tensor]:
+        return shared_map(lambda text: encoded.append(text) or encode(text), texts)  # type: ignore[func-returns-value]
+
+    options = {"seq_len": 16, "batch_size": 4, "epoch_batches": 80, "buffer": 8}
+    stream = StreamBatches(_Rows(), tokenizer, eos=None, encode_all=encode_all, **options)
+    found = [float((batch.x * torch.arange(1, 17)).sum()) for batch in stream]
+    assert stream.passes
+    assert len(encoded) <= 600 / processes() + 4, "no process encodes more than its share"
+    return {"batches": found, "weights": [1.0]}
+
+
 TRAININGS: dict[str, Callable[[], dict[str, list[float]]]] = {
     **{
         name: lambda config=config, layers=layers: curve(config, new_model(layers), windows())  # type: ignore[misc]
@@ -161,6 +196,7 @@ TRAININGS: dict[str, Callable[[], dict[str, list[float]]]] = {
     },
     "examples": _examples,
     "quantiles": _quantiles,
+    "stream": _stream,
     "memory": lambda: curve(STRATEGIES["standard"][0], new_model(2, memory_orders=(2,), memory_rows=64), windows()),
     "micro-batches": lambda: curve(STRATEGIES["ashem"][0], new_model(1), windows(), batch_tokens=256),
     **{f"{name}, sharded": lambda name=name: _sharded(name) for name in ("growth", "gated", "ashem", "tune")},  # type: ignore[misc]
@@ -205,7 +241,8 @@ def main(out: str, *names: str) -> None:
     torch.set_num_threads(1)
     with process_group("cpu"):
         if Path(out).is_dir():
-            interrupted("ashem", Path(out), "phase 2", 2)
+            for _ in range(2):  # the second time from parts
+                interrupted("ashem", Path(out), "phase 2", 2)
         found = {name: TRAININGS[name]() for name in names or TRAININGS}
         Path(out).with_suffix(f".{process()}-of-{processes()}.json").write_text(json.dumps(found), encoding="utf-8")
 

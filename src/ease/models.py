@@ -13,6 +13,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, Literal, Self, cast
 
@@ -341,6 +342,9 @@ class StandardTransformer(ExitModel):
 
         A draft brick is dropped with a warning, since it reads the states of the layer that was the last.
 
+        The random weights of a new layer depend on its number and on the seed that torch was given last
+        (`torch.initial_seed`), not on the random numbers drawn since, which differ between numbers of processes.
+
         Args:
             init: "identity": new layers start as the identity, so that the new last exit equals the old one. "copy":
                 new layers start as copies of the topmost trained ones (progressive stacking, Gong et al. 2019), and
@@ -363,7 +367,8 @@ class StandardTransformer(ExitModel):
                 layer = copy.deepcopy(self.layers[max(0, 2 * old - num_layers) + (k - old) % old])
                 layer.attention.kind = self.config.attention_kind(k + 1)
             else:
-                layer = self._new_layer(k + 1)
+                with _seeded(torch.initial_seed(), k + 1):
+                    layer = self._new_layer(k + 1)
                 layer.make_identity()
             self.layers.append(layer.to(weight).requires_grad_().train(self.training))
             self.exit_norms.append(copy.deepcopy(self._norm_of(old)).requires_grad_())
@@ -453,3 +458,11 @@ class DeepSupervisionTransformer(StandardTransformer):
         super().__init__(vocab_size, dim, num_layers, num_heads, **options)
         self.policy = Policy.of(exit_layer, routing_threshold)
         self.check_policy(self.policy)
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """A context in which random numbers of the CPU depend on the numbers alone; those after it are as without it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash(numbers) % 2**63)  # a hash of integers is the same in every process
+        yield

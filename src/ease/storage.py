@@ -139,7 +139,8 @@ def is_run_or_checkpoint(folder: Path) -> bool:
 
 def has_checkpoints(partial: Path) -> bool:
     """Whether a partial folder has checkpoints to resume from."""
-    return any((partial / CHECKPOINTS).rglob("*.safetensors"))
+    files = (partial / CHECKPOINTS).rglob("*.safetensors")
+    return any(".parts-" not in file.parent.name for file in files)  # parts are of use with the file that names them
 
 
 def is_begun(partial: Path) -> bool:

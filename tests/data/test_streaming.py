@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordLevel
 
 from ease import Batch, Data, EaseError, StandardConfig, StandardTransformer, score, train
-from ease.data.streaming import Packer, Stream, StreamBatches, batch_of, documents, load_stream
+from ease.data.streaming import Packer, Stream, StreamBatches, batch_of, documents, load_stream, open_stream
 
 datasets = pytest.importorskip("datasets")
 Make = Callable[..., StandardTransformer]
@@ -169,6 +169,23 @@ def test_no_more_rows_are_held_than_the_buffer(corpus: str, monkeypatch: pytest.
         given += len(batch.x)
     assert max(sizes) == 8 + 3 - 1  # the buffer, and the batch that is being drawn from it
     assert stream.train.held[0].untyped_storage().nbytes() == 3 * 16 * 4
+
+
+def test_documents_read_ahead_change_no_batch_and_are_part_of_the_state(corpus: str) -> None:
+    opened = open_stream(corpus, "byte", held_out=4)
+    options = {"seq_len": 16, "batch_size": 3, "epoch_batches": 5, "buffer": 8}
+    plain = opened.train(**options)
+    ahead = opened.train(**options, encode_all=lambda encode, texts: list(map(encode, texts)))
+    expected = [batch for _ in range(9) for batch in plain]
+    found = list(ahead)
+    state = copy.deepcopy(ahead.state_dict())
+    assert sum(map(len, state["ahead"])) > 100
+    found += ahead
+    resumed = opened.train(**options)  # one process goes on alone
+    resumed.load_state_dict(state)
+    assert all(map(same, expected, found))
+    assert all(map(same, expected[5:], [batch for _ in range(8) for batch in resumed]))
+    assert resumed.passes >= 1
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 13, 31])

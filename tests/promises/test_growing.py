@@ -60,6 +60,24 @@ def test_growth_changes_no_exit_and_starts_as_the_identity(
     assert (model.output_head.weight is model.embedding.weight) == tied
 
 
+def test_new_layers_depend_on_the_seed_and_on_no_random_number_drawn_since(tiny: Make) -> None:
+    def grown(seed: int, drawn: int, layers: int = 3) -> list[Tensor]:
+        model = tiny(1)
+        torch.manual_seed(seed)
+        torch.rand(drawn)  # as dropout does, of which processes draw for their own rows
+        state = torch.get_rng_state()
+        torch.set_rng_state(state)  # as a resumed training does
+        model.grow(layers)
+        assert torch.equal(torch.get_rng_state(), state)
+        return [layer.attention.q_proj.weight for layer in model.layers[1:]]
+
+    first, again, other = grown(0, 0), grown(0, 7), grown(1, 0)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+    assert not torch.equal(*first)
+    assert torch.equal(grown(0, 0, layers=2)[0], first[0])
+
+
 @pytest.mark.parametrize(("old", "new"), [(1, 3), (2, 3), (2, 4), (2, 7), (4, 6)])
 def test_copied_layers_change_no_exit_either(old: int, new: int, tiny: Make) -> None:
     ids = torch.randint(256, (2, 9))

@@ -120,6 +120,9 @@ def test_a_file_with_another_checksum_is_refused(name: str, tmp_path: Path, mode
 def test_a_damaged_plan_of_an_unfinished_run_is_named_and_discarded_on_request(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert not can_resume(tmp_path, {"seed": 1}, overwrite=False)
+    (tmp_path / "checkpoints" / "phase-1.parts-1").mkdir()
+    (tmp_path / "checkpoints" / "phase-1.parts-1" / "shard.safetensors").touch()
+    assert not can_resume(tmp_path, {"seed": 1}, overwrite=False), "no file names these parts"
     (tmp_path / "checkpoints" / "phase-1.safetensors").touch()
     assert can_resume(tmp_path, {"seed": 1}, overwrite=False)
     (tmp_path / "checkpoints" / "plan.json").write_text("{")

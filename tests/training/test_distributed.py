@@ -1,6 +1,7 @@
 """Training in several processes: the curves of one process, for every strategy."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import torch
 from data_processes import STRATEGIES, TRAININGS, curve, interrupted, new_model, windows
 from data_runs import TINY
+from safetensors.torch import load_file
 
 from ease.cli.main import main
 from ease.interface import IGNORE, Batch, Layout
 from ease.strategies import STRATEGIES as LISTED
 from ease.training import distributed
+from ease.training.checkpoint import read_state
 
 # Sums are taken in another order, by which single tokens may change sides at a threshold.
 TOLERANCE = 2e-4
@@ -31,6 +34,9 @@ def run_in(number: int, folder: Path, names: Sequence[str] = ()) -> list[dict[st
     for status, _, errors in data_processes.ended(started):
         assert status == 0, errors[-2000:]
     return [json.loads((folder / f"found.{rank}-of-{number}.json").read_text()) for rank in range(number)]
+
+
+FOUR = ("early-exit", "gated", "ashem", "examples")
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +68,38 @@ def test_two_processes_give_the_curve_of_one(name: str, two: list[dict[str, Any]
     assert_same(name, two)
 
 
-def test_a_training_goes_on_with_another_number_of_processes(two: list[dict[str, Any]]) -> None:
-    # One process began phase 1; two ended it, mined, and began phase 2; one ends it.
+@pytest.fixture(scope="module")
+def four(two: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Trainings in four processes, which also go on with the one of two processes."""
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(two[0]["folder"], folder / "found")
+    return [{**found, "folder": folder / "found"} for found in run_in(4, folder, FOUR)]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_give_the_curve_of_one(name: str, four: list[dict[str, Any]]) -> None:
+    assert_same(name, four)
+
+
+def test_every_process_writes_its_part_of_a_checkpoint(two: list[dict[str, Any]], four: list[dict[str, Any]]) -> None:
+    for number, folder in ((2, two[0]["folder"]), (4, four[0]["folder"])):
+        newest = read_state(folder / "phase-2.safetensors")["parts"]
+        files = sorted((folder / newest["folder"]).iterdir())
+        assert [file.name for file in files] == sorted(newest["files"])
+        assert len(files) == number
+        one, *others = [load_file(file) for file in files]
+        assert all(value.shape == other[name].shape for other in others for name, value in one.items())
+        assert one["weights.layers.1.attention.q_proj.weight"].shape == (16 // number, 16)
+        before = read_state(folder / "phase-2.previous.safetensors")["parts"]["folder"]
+        assert {file.name for file in folder.glob("phase-2.parts-*")} == {newest["folder"], before}
+
+
+def test_a_training_goes_on_with_another_number_of_processes(four: list[dict[str, Any]]) -> None:
+    # One process began phase 1; two ended it, mined, and began phase 2; four went on; one ends it.
     config, layers = STRATEGIES["ashem"]
-    resumed = curve(config, new_model(layers), windows(), two[0]["folder"])
-    expected_of = TRAININGS["ashem"]()
-    del expected_of["weights"]  # layers that grow after the change are drawn from another random state
-    for key, expected in expected_of.items():
+    resumed = curve(config, new_model(layers), windows(), four[0]["folder"])
+    for key, expected in TRAININGS["ashem"]().items():
         assert resumed[key] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), key
-
-
-def test_four_processes_give_the_curve_of_one(tmp_path: Path) -> None:
-    names = ("early-exit", "gated", "ashem", "examples")
-    found = run_in(4, tmp_path, names)
-    for name in names:
-        assert_same(name, found)
 
 
 def test_an_error_in_one_process_ends_all_and_is_told_once(tmp_path: Path) -> None:

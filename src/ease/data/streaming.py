@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 STREAM = "stream:"  # a source of a run that begins so is read while it is used
 
 TOKENIZER_DOCUMENTS = 2000  # documents of train that a tokenizer is trained on
+
+SHARED = 256  # documents that several processes read before they divide them and exchange their ids
+
+EncodeAll = Callable[[Callable[[str], Tensor], Sequence[str]], Sequence[Tensor]]
 
 # ---------------------------------------------------------------------------------------------------------
 # Packing
@@ -88,10 +93,28 @@ def documents(
     name: str, rows: Any, tokenizer: Tokenizer, eos: int | None, counts: Skipped | None = None
 ) -> Iterator[Tensor]:
     """The ids of each document that has any, 1-D int32, with `eos` after it; `counts` as in `texts`."""
+    for chunk in _chunks(name, rows, tokenizer, eos, counts):
+        yield from chunk
+
+
+def _chunks(
+    name: str,
+    rows: Any,
+    tokenizer: Tokenizer,
+    eos: int | None,
+    counts: Skipped | None = None,
+    encode_all: EncodeAll | None = None,
+) -> Iterator[list[Tensor]]:
+    """`documents` one at a time; with `encode_all`, which maps the function that encodes one, `SHARED` at a time."""
+
+    def ids_of(text: str) -> Tensor:
+        return torch.from_numpy(encode(tokenizer, [text], eos))
+
     with hub_errors(name):
-        for text in texts(name, rows, counts):
-            if text.strip() and len(ids := encode(tokenizer, [text], eos)):  # a normalizer may remove a whole text
-                yield torch.from_numpy(ids)
+        given = (text for text in texts(name, rows, counts) if text.strip())
+        while chunk := list(islice(given, SHARED if encode_all else 1)):
+            # A normalizer may remove a whole text.
+            yield [ids for ids in (encode_all or map)(ids_of, chunk) if len(ids)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -114,6 +137,8 @@ class StreamBatches:
         buffer: rows to shuffle among, and the most that are held; 1 keeps the order.
         seed: random seed of the order.
         name: the corpus' name, for errors.
+        encode_all: maps a function over some documents; several processes that take the same batches may divide them
+            (`ease.training.distributed.shared_map`). By default every document is encoded when it is used.
     """
 
     def __init__(
@@ -128,6 +153,7 @@ class StreamBatches:
         buffer: int = 4096,
         seed: int = 0,
         name: str = "the stream",
+        encode_all: EncodeAll | None = None,
     ) -> None:
         check_counts(1, seq_len=seq_len, batch_size=batch_size, epoch_batches=epoch_batches, buffer=buffer)
         check_seed(seed)
@@ -138,9 +164,11 @@ class StreamBatches:
         self.batch_size = batch_size
         self.epoch_batches = epoch_batches
         self.buffer = buffer
+        self.encode_all = encode_all
         self.counts = Skipped()
         self.passes = 0  # completed passes over the documents
         self.held: list[Tensor] = []
+        self.ahead: list[Tensor] = []  # documents that were read and are not yet packed
         self.generator = torch.Generator().manual_seed(seed)
         self.packer = Packer(self._documents(), seq_len)
 
@@ -169,12 +197,16 @@ class StreamBatches:
 
     def _documents(self) -> Iterator[Tensor]:
         empty_passes = 0  # a state may have been taken at the end of a pass, so that one empty pass is no error
+        while self.ahead:
+            yield self.ahead.pop(0)
         while empty_passes < 2:
             empty_passes += 1
             self.rows.set_epoch(self.passes)  # a state that was loaded holds for its own pass alone
-            for ids in documents(self.name, self.rows, self.tokenizer, self.eos, self.counts):
-                empty_passes = 0
-                yield ids
+            given = (self.name, self.rows, self.tokenizer, self.eos, self.counts, self.encode_all)
+            for self.ahead in _chunks(*given):
+                while self.ahead:
+                    empty_passes = 0
+                    yield self.ahead.pop(0)
             self.passes += 1
         raise EaseError(f"{self.name} has no text to train on: give more documents, or hold out fewer")
 
@@ -185,6 +217,7 @@ class StreamBatches:
             "passes": self.passes,
             "counts": [self.counts.seen, self.counts.skipped],
             "rest": self.packer.rest.clone(),
+            "ahead": [ids.clone() for ids in self.ahead],
             "held": torch.stack(self.held) if self.held else torch.zeros(0, 3, self.packer.seq_len, dtype=torch.int32),
             "generator": self.generator.get_state(),
         }
@@ -202,7 +235,7 @@ class StreamBatches:
                 f"{self.buffer} of {self.packer.seq_len}: use the buffer and seq_len that the state was saved with"
             )
         self.passes, self.counts = state["passes"], Skipped(*state["counts"])
-        self.held = list(state["held"].clone())
+        self.held, self.ahead = list(state["held"].clone()), [ids.clone() for ids in state["ahead"]]
         self.generator.set_state(state["generator"])
         self.packer = Packer(self._documents(), seq_len)
         self.packer.rest = state["rest"].clone()

@@ -18,7 +18,7 @@ from ease.runs.config import RunConfig
 from ease.runs.log import LOG_EVERY, METRICS, MetricsFile, MetricsLog
 from ease.runs.text import EPOCH_BATCHES, StreamedCorpus
 from ease.runs.tracking import Tracker
-from ease.training.distributed import process
+from ease.training.distributed import process, processes, shared_map
 
 
 @dataclass
@@ -72,7 +72,8 @@ class RunContext:
         data, seed = self.config.data, self.config.seed
         if isinstance(self.corpus, StreamedCorpus):
             sizes = {"seq_len": data.seq_len, "batch_size": data.batch_size}
-            return self.corpus.stream.train(**sizes, epoch_batches=data.epoch_batches or EPOCH_BATCHES, seed=seed)
+            length, encode_all = data.epoch_batches or EPOCH_BATCHES, shared_map if processes() > 1 else None
+            return self.corpus.stream.train(**sizes, epoch_batches=length, seed=seed, encode_all=encode_all)
         return TokenBatches(
             self.corpus.train,
             data.seq_len,

@@ -4,7 +4,9 @@
   replaced atomically, and the one before is kept: if the newest is damaged, the phase resumes from that one.
 - It contains no strategy. On resuming, a strategy yields its phases again; a finished phase is loaded instead of
   trained, after which the next one starts with the same model, batches, and random state as before.
-- Of several processes, which have the same state, the first one writes. A run may resume with another number of them.
+- Of several processes, the first one writes what all have in common. Every process writes its part of sharded tensors,
+  into a folder of its own for every checkpoint, before the file that names it. A run may resume with another number of
+  processes.
 - Within an epoch the position among its batches is saved; batches that were trained on are skipped.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,13 +30,13 @@ import torch
 from torch import Tensor
 
 from ease.errors import EaseError, first_line
-from ease.files import parse_json, set_usual_mode
+from ease.files import checksum, parse_json, set_usual_mode
 from ease.interface import ExitModel
 from ease.interrupts import SIGNALS, handle
 from ease.storage import digest
-from ease.training.distributed import barrier, process, processes, total_count
+from ease.training.distributed import any_of, barrier, is_sharded, process, processes, total_count
 from ease.training.optimizer import parameters_of
-from ease.training.sharding import sharded_like, unsharded
+from ease.training.sharding import StoredTensor, loaded_like, read_parts, write_parts
 
 EVERY = 60.0  # seconds between checkpoints, which is the most work that a kill can lose; 0 saves after every step
 
@@ -133,11 +136,7 @@ class Checkpoint:
         Raises:
             EaseError: every file is damaged, the file belongs to another phase, or not every process sees it.
         """
-        state = None if process() else self._read()  # which may rename a file
-        barrier()
-        state = self._read() if process() else state
-        if total_count(state is not None) not in (0, processes()):
-            raise EaseError(f"not every process finds {self.path}: put it on a disk that all machines share")
+        state = self._read()
         if state is None:
             return None
         if state["identity"] != self.identity:
@@ -145,20 +144,23 @@ class Checkpoint:
                 f"{self.path} belongs to a training with another configuration, model, or text: "
                 "give another folder for checkpoints, or remove this one"
             )
-        own = dict(self.model.named_parameters())
+        own, stored = dict(self.model.named_parameters()), dict[str, Tensor]()
         for weights in (state["weights"], state.get("best", {})):
-            weights.update({name: sharded_like(value, own[name]) for name, value in weights.items()})
-        self.model.load_state_dict(state["weights"], strict=False)  # frozen weights have not changed
+            weights.update({name: loaded_like(value, own[name], stored) for name, value in weights.items()})
         self.model.trained_exits = set(state["trained_exits"])
         self.model.stale_classifiers = set(state["stale_classifiers"])
         if "optimizer" in state:
             now = self.optimizer.state_dict()
             names, saved = self._learning(), state["optimizer"]
             now["state"] = {
-                i: {key: sharded_like(value, p) for key, value in saved[names[i]].items()}
+                i: {key: loaded_like(value, p, stored) for key, value in saved[names[i]].items()}
                 for i, p in enumerate(parameters_of(self.optimizer))
                 if names[i] in saved
             }
+        if stored and self.path:
+            read_parts(self.path.parent / state["parts"]["folder"], stored)
+        self.model.load_state_dict(state["weights"], strict=False)  # frozen weights have not changed
+        if "optimizer" in state:
             self.optimizer.load_state_dict(now)
             first = 0
             for group in self.optimizer.param_groups:
@@ -175,24 +177,30 @@ class Checkpoint:
         set_random_state(self.epoch_start["random"])
 
     def _read(self) -> dict[str, Any] | None:
-        """The newest state that is not damaged; None if there is no file."""
+        """The newest state that no process finds damaged; None if there is no file."""
         if self.path is None:
             return None
-        previous = previous_path(self.path)
-        if not self.path.exists() and previous.exists():  # killed while the files were exchanged
-            previous.replace(self.path)
-        if not self.path.exists():
-            return None
-        try:
-            return read_state(self.path)
-        except EaseError as error:
-            if not previous.exists():
-                raise
-            state = read_state(previous)
-            reason = str(error).partition(f": {FIX}")[0]
-            warnings.warn(f"{reason}: training resumes from the checkpoint before it", stacklevel=2)
-            previous.replace(self.path)  # so that the next save keeps this one and not the damaged one
+        files = [file for file in (self.path, previous_path(self.path)) if file.exists()]
+        if any_of(total_count(len(files)) != len(files) * processes()):
+            raise EaseError(f"not every process finds {self.path}: put it on a disk that all machines share")
+        damaged: EaseError | None = None
+        for file in files:
+            error = None
+            try:
+                state = read_state(file)
+            except EaseError as found:
+                error = found
+            if any_of(error is not None):
+                damaged = error or EaseError(f"{file} is damaged, as another process finds: {FIX}")
+                continue
+            if damaged and not process():
+                reason = str(damaged).partition(f": {FIX}")[0]
+                warnings.warn(f"{reason}: training resumes from the checkpoint before it", stacklevel=2)
+                file.replace(self.path)  # so that the next save keeps this one and not the damaged one
             return state
+        if damaged:
+            raise damaged
+        return None
 
     def _epoch_state(self) -> dict[str, Any]:
         states = [b.state_dict() if hasattr(b, "state_dict") else None for b in self.batches]
@@ -208,9 +216,7 @@ class Checkpoint:
         weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         exits = {name: sorted(getattr(self.model, name)) for name in ("trained_exits", "stale_classifiers")}
         random = random_state(self.device)
-        whole = unsharded({"identity": self.identity, "weights": weights, **exits, "random": random, **state})
-        if not process():
-            write_state(self.path, whole)
+        write_state(self.path, {"identity": self.identity, "weights": weights, **exits, "random": random, **state})
 
 
 class Interrupts:
@@ -287,6 +293,7 @@ def set_random_state(kinds: Mapping[str, Tensor]) -> None:
 
 TENSOR = "tensor!"  # the only key of the dictionary that represents a tensor in JSON
 
+PART = "part!"  # a key of the dictionary that represents a sharded tensor, with its shape and dtype
 
 FIX = "remove it to resume from the phase before"
 
@@ -299,22 +306,24 @@ def previous_path(path: Path) -> Path:
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dictionaries with string keys, lists, tensors, numbers, and strings atomically.
 
-    The file that was there is kept under its `previous_path`.
+    The first process writes the file. The file that was there is kept under its `previous_path`. Sharded tensors are
+    written before it into a new folder, which the file names, by every process its part; folders that neither of the
+    two files names are removed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     partial = path.with_suffix(".partial")
-    try:
-        text = json.dumps(_split_tensors(state, tensors))
-    except TypeError as error:
-        raise EaseError(
-            f"the checkpoint {path} cannot be written ({error}): a state_dict of batches may hold tensors, "
-            "numbers, and strings, under string keys"
-        ) from error
+    split = _split_tensors(state, tensors, parts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if parts:
+            split["parts"] = _write_parts(path, parts)
+        if process():
+            return
+        text = json.dumps(split)
         save_file(tensors, partial, {"state": text, "checksum": _checksum(text, tensors)})
         set_usual_mode(partial)
         with partial.open("rb+") as file:
@@ -322,13 +331,57 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         if path.exists():
             path.replace(previous_path(path))
         partial.replace(path)
+        _remove_parts(path)
+    except TypeError as error:
+        raise EaseError(
+            f"the checkpoint {path} cannot be written ({error}): a state_dict of batches may hold tensors, "
+            "numbers, and strings, under string keys"
+        ) from error
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise EaseError(f"{path} could not be written ({error}): make room, or choose another folder") from error
 
 
+def _write_parts(path: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes sharded tensors into a new folder beside `path`; gives its name and the SHA-256 of its files."""
+    complete = [folder for folder in _part_folders(path) if folder.suffix != ".partial"]
+    taken = [int(folder.name.rpartition("-")[2]) for folder in complete]
+    number = total_count(0 if process() else max(taken, default=0) + 1)  # the first process decides
+    folder = path.with_name(f"{path.stem}.parts-{number}")
+    partial = path.with_name(f"{folder.name}.partial")
+    if not process():
+        shutil.rmtree(partial, ignore_errors=True)
+    barrier()
+    files = write_parts(partial, parts)
+    if not process():
+        partial.rename(folder)
+    return {"folder": folder.name, "files": files}
+
+
+def _part_folders(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{path.stem}.parts-*"))
+
+
+def _remove_parts(path: Path) -> None:
+    """Removes the folders of parts that neither the newest file nor the one before it names."""
+    from safetensors import safe_open
+
+    folders, named = _part_folders(path), set()
+    for file in (path, previous_path(path)) if folders else ():
+        if file.exists():
+            with safe_open(file, "pt") as opened:
+                named.add(json.loads(opened.metadata()["state"]).get("parts", {}).get("folder"))
+    for folder in folders:
+        if folder.name not in named:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote; raises `EaseError` if the file is damaged."""
+    """Reads what `write_state` wrote, with a `StoredTensor` for every sharded tensor; checks a share of their files.
+
+    Raises:
+        EaseError: a file is damaged.
+    """
     from safetensors import safe_open
 
     try:
@@ -342,7 +395,13 @@ def read_state(path: Path) -> dict[str, Any]:
         raise EaseError(f"{path} is damaged ({first_line(error)}): {FIX}") from error
     if not intact:
         raise EaseError(f"{path} is damaged (its checksum differs): {FIX}")
-    return dict(_join_tensors(parse_json(text, path, FIX), tensors))
+    state = dict(_join_tensors(parse_json(text, path, FIX), tensors))
+    if parts := state.get("parts"):
+        names = sorted(parts["files"])[process() :: processes()]
+        for file in (path.parent / parts["folder"] / name for name in names):
+            if not file.exists() or checksum(file) != parts["files"][file.name]:
+                raise EaseError(f"{path} is damaged ({file} is not as it was written): {FIX}")
+    return state
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -351,19 +410,26 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest(text, *itertools.chain.from_iterable(parts))
 
 
-def _split_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _split_tensors(value: Any, tensors: dict[str, Tensor], parts: dict[str, Tensor], name: str = "") -> Any:
+    if is_sharded(value):
+        parts[name] = value.detach()
+        return {PART: name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous()
-        return {TENSOR: name}
+        number = str(len(tensors))
+        tensors[number] = value.detach() if process() else value.detach().cpu().contiguous()
+        return {TENSOR: number}
     if isinstance(value, Mapping):
-        return {key: _split_tensors(part, tensors) for key, part in value.items()}
-    return [_split_tensors(part, tensors) for part in value] if isinstance(value, list | tuple) else value
+        return {key: _split_tensors(part, tensors, parts, f"{name}.{key}".strip(".")) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_split_tensors(part, tensors, parts, f"{name}.{i}") for i, part in enumerate(value)]
+    return value
 
 
 def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if TENSOR in value:
             return tensors[value[TENSOR]]
+        if PART in value:
+            return StoredTensor(value[PART], tuple(value["shape"]), getattr(torch, value["dtype"]))
         return {key: _join_tensors(part, tensors) for key, part in value.items()}
     return [_join_tensors(part, tensors) for part in value] if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -129,6 +129,18 @@ def gather_batches(parts: Sequence[Tensor]) -> Tensor:
     pieces = gather(joined).split([length for row in lengths for length in row])
     number = len(parts)
     return torch.cat([pieces[p * number + batch] for batch in range(number) for p in range(len(lengths))])
+
+
+def shared_map(function: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
+    """`function` of each item, 1-D tensors of one dtype; every process computes it for a share of the items."""
+    number = processes()
+    found = [function(item) for item in items[process() :: number]]
+    if number == 1 or not items:
+        return found
+    if len(items) % number and process() >= len(items) % number:
+        found.append(function(items[0])[:0])  # every process has as many as the others
+    lengths = gather_batches([torch.tensor([len(values)]) for values in found]).tolist()
+    return list(gather_batches(found).split(lengths)[: len(items)])
 
 
 def first_process(tensor: Tensor) -> Tensor:

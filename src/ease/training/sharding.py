@@ -8,18 +8,22 @@ strategies meet whole models; layers that a phase adds are sharded when its trai
 from __future__ import annotations
 
 import copy
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ease.errors import EaseError
+from ease.errors import EaseError, first_line
+from ease.files import checksum
 from ease.interface import ExitModel, learnable
 from ease.models import StandardTransformer
-from ease.training.distributed import is_sharded, processes
+from ease.training.distributed import gather, is_sharded, process, processes
 
 
 @contextmanager
@@ -81,14 +85,66 @@ def unsharded(value: Any) -> Any:
     return [unsharded(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def sharded_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, in parts if that of the same shape is."""
-    if not is_sharded(like) or value.shape != like.shape:
+class StoredTensor(NamedTuple):
+    """A tensor that `write_parts` has written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def loaded_like(value: Tensor | StoredTensor, like: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    """A tensor of a checkpoint, in parts if the tensor `like` of the same shape is.
+
+    A stored one is returned without its values and added to `stored`, for `read_parts`.
+    """
+    whole: Any = like
+    in_parts = is_sharded(like) and value.shape == like.shape
+    if isinstance(value, StoredTensor):
+        target = torch.empty_like(whole, dtype=value.dtype) if in_parts else torch.empty(value.shape, dtype=value.dtype)
+        return stored.setdefault(value.name, target)
+    if not in_parts:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    whole: Any = like
     return distribute_tensor(value.to(whole.device), whole.device_mesh, whole.placements)
+
+
+def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Writes sharded tensors into a folder, every process its parts (`torch.distributed.checkpoint`, as safetensors).
+
+    Returns:
+        The SHA-256 of every file.
+
+    Raises:
+        EaseError: a process cannot write; the folder is then removed.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        if not process():
+            shutil.rmtree(folder, ignore_errors=True)
+        reason = first_line(next(iter(error.failures.values()))[0])
+        raise EaseError(f"{folder} could not be written ({reason}): make room, or choose another folder") from error
+    files = [folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors" for number in range(processes())]
+    own = files[process()]  # a process without a part has none
+    found = gather(torch.tensor([list(bytes.fromhex(checksum(own))) if own.exists() else [0] * 32], dtype=torch.uint8))
+    sums = {file.name: bytes(row).hex() for file, row in zip(files, found.tolist(), strict=True)}
+    return {name: value for name, value in sums.items() if int(value, 16)}
+
+
+def read_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills tensors, sharded over any number of processes or whole, with what `write_parts` wrote."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def local_part(tensor: Any) -> Tensor:
