@@ -235,7 +235,7 @@ class StreamBatches:
                 f"{self.buffer} of {self.packer.seq_len}: use the buffer and seq_len that the state was saved with"
             )
         self.passes, self.counts = state["passes"], Skipped(*state["counts"])
-        self.held, self.ahead = list(state["held"].clone()), [ids.clone() for ids in state["ahead"]]
+        self.held, self.ahead = list(state["held"].clone()), [ids.clone() for ids in state.get("ahead", ())]
         self.generator.set_state(state["generator"])
         self.packer = Packer(self._documents(), seq_len)
         self.packer.rest = state["rest"].clone()
