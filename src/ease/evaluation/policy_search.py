@@ -156,7 +156,7 @@ def search(
         EaseError: no candidate satisfies the target.
     """
     progress = progress or Progress()
-    ranked = _ranked(model, target, tuple(exits), tuple(dict.fromkeys(measures)), learn, propose)
+    ranked = _ranked(model, target, tuple(exits), tuple(dict.fromkeys(measures)), learn, propose, progress)
     # The best of each measure, so that the table compares them, and then whatever ranks highest.
     best = {candidate.name: candidate for candidate in reversed(ranked)}.values()
     shortlist = sorted([*best, *(c for c in ranked if c not in best)][:TESTED], key=lambda c: c.estimate)
@@ -165,7 +165,7 @@ def search(
         shared = replace(target, confidence=1 - (1 - target.confidence) / len(shortlist))
     deciding, tested = Sequences(model, decide, Policy()), []
     for number, candidate in enumerate(shortlist):
-        progress.step(number / len(shortlist))
+        progress.step((1 + number / len(shortlist)) / 2)
         tested.append((candidate.test(shared, deciding), candidate))
     if not any(row["reached"] for row, _ in tested):
         raise unreachable(target, [candidate.choice for candidate in shortlist], len(deciding))
@@ -205,11 +205,16 @@ def _ranked(
     measures: tuple[str, ...],
     learn: Sequence[Any],
     propose: Iterable[Any],
+    progress: Progress,
 ) -> list[_Candidate]:
-    """All candidates, ranked by the cost or, in a budget, by the loss that the target leaves them with."""
+    """All candidates, ranked by the cost or, in a budget, by the loss that the target leaves them with.
+
+    That is the first half of the search's progress.
+    """
     learned = lessons(model, learn, exits) if set(LEARNED) & set(measures) else {}
     found = []
-    for name in measures:
+    for number, name in enumerate(measures):
+        progress.step(number / len(measures) / 2)
         weights: dict[int, Tensor] = fit_classifiers(model, learned, name)[0] if name in LEARNED else {}
         at = exits
         if name == "classifier":
