@@ -201,7 +201,8 @@ def stream(steps: int) -> None:
             (Path(folder) / f"{number:03}.jsonl").write_text("\n".join(pieces) + "\n", encoding="utf-8")
         opened = open_stream(f"{folder}/*.jsonl", "bpe:2048")
         took = {}
-        for name, encode_all in (("all", None), ("share", shared_map)):
+        # The first pass fills the tokenizer's cache of words.
+        for name, encode_all in (("all", None), ("all", None), ("share", shared_map)):
             batches = opened.train(seq_len=128, batch_size=8, epoch_batches=steps * 20, encode_all=encode_all)
             barrier()
             begun = time.process_time()
