@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,17 @@ def test_documents_read_ahead_change_no_batch_and_are_part_of_the_state(corpus: 
     assert all(map(same, expected, found))
     assert all(map(same, expected[5:], [batch for _ in range(8) for batch in resumed]))
     assert resumed.passes >= 1
+
+
+def test_an_error_of_the_exchange_is_not_taken_for_one_of_the_data_set(corpus: str) -> None:
+    def encode_all(encode: Callable[[str], torch.Tensor], texts: Sequence[str]) -> list[torch.Tensor]:
+        raise RuntimeError("gloo: connection closed by peer")
+
+    stream = open_stream(corpus, "byte", held_out=4).train(
+        seq_len=16, batch_size=3, epoch_batches=5, encode_all=encode_all
+    )
+    with pytest.raises(RuntimeError, match=r"^gloo"):
+        next(iter(stream))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 13, 31])

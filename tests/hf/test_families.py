@@ -252,6 +252,7 @@ def test_beyond_the_original_context_stretched_positions_are_refused(tmp_path: P
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
+        ("exaone4", {"sliding_window": 3, "layer_types": ["full_attention"] * 6}, "sliding_window that no layer uses"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"embedding_multiplier": 2.0}, "embedding_multiplier"),
     ],

@@ -121,6 +121,25 @@ def test_damaged_parts_are_refused(damage: str, tmp_path: Path) -> None:
         read_state(path)
 
 
+@pytest.mark.parametrize("value", ["no space", "no JSON"])
+def test_parts_of_a_checkpoint_that_cannot_be_written_are_removed(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "phase-1.safetensors"
+    write_state(path, state(1.0))
+    extra: dict[str, Any] = {"batches": object()}
+    if value == "no space":
+        monkeypatch.setattr(checkpoint, "set_usual_mode", full)
+        extra = {}
+    with pytest.raises(EaseError, match=r"(cannot|could not) be written"):
+        write_state(path, {**state(2.0), **extra})
+    assert names(tmp_path) == ["phase-1.parts-1", "phase-1.safetensors"]
+    assert loaded(path)[0] == 1
+
+
 def test_a_disk_that_refuses_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "phase-1.safetensors"
     write_state(path, state(1.0))

@@ -107,14 +107,19 @@ def _chunks(
 ) -> Iterator[list[Tensor]]:
     """`documents` one at a time; with `encode_all`, which maps the function that encodes one, `SHARED` at a time."""
 
-    def ids_of(text: str) -> Tensor:
-        return torch.from_numpy(encode(tokenizer, [text], eos))
+    given = (text for text in texts(name, rows, counts) if text.strip())
 
-    with hub_errors(name):
-        given = (text for text in texts(name, rows, counts) if text.strip())
-        while chunk := list(islice(given, SHARED if encode_all else 1)):
-            # A normalizer may remove a whole text.
-            yield [ids for ids in (encode_all or map)(ids_of, chunk) if len(ids)]
+    def read() -> list[str]:
+        with hub_errors(name):
+            return list(islice(given, SHARED if encode_all else 1))
+
+    def ids_of(text: str) -> Tensor:
+        with hub_errors(name):
+            return torch.from_numpy(encode(tokenizer, [text], eos))
+
+    while chunk := read():
+        # A normalizer may remove a whole text. An error of the exchange in `encode_all` is none of the data set's.
+        yield [ids for ids in (encode_all or map)(ids_of, chunk) if len(ids)]
 
 
 # ---------------------------------------------------------------------------------------------------------

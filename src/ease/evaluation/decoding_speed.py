@@ -127,8 +127,8 @@ def side_by_side(
 
     Returns:
         One row per call with way, batch, tokens_per_second, ratio (the median over the rounds; above 1 is faster than
-        the first call) with low and high (its range), rounds, same_tokens, and for a `Generation` layers_per_token, acceptance,
-        tokens_per_round and draft_source of its last round.
+        the first call) with low and high (its range), rounds, same_tokens, and for a `Generation` layers_per_token,
+        acceptance, tokens_per_round and draft_source of its last round.
     """
     kept = ("layers_per_token", "acceptance", "tokens_per_round", "draft_source")
     seconds, answers = in_turns(calls, rounds, progress, limit=limit)

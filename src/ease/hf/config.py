@@ -221,6 +221,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         set_by_key["embedding_scale"] = dim**0.5
     windows, rope = _read_windows(family, values), _read_rope(values)
     without_rope = unrotated(values)
+    if family.rotary_windows and values.get("sliding_window") is not None and "window" not in windows:
+        raise _unsupported("a sliding_window that no layer uses")  # stock then rotates no layer
     if family.rotary_windows and windows.get("windowed_layers"):
         without_rope = tuple(sorted({*range(1, num_layers + 1)} - {*windows["windowed_layers"]}))
     config = ModelConfig(

@@ -333,12 +333,15 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         partial.replace(path)
         _remove_parts(path)
     except TypeError as error:
+        _remove_parts(path)
         raise EaseError(
             f"the checkpoint {path} cannot be written ({error}): a state_dict of batches may hold tensors, "
             "numbers, and strings, under string keys"
         ) from error
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        if not process():
+            partial.unlink(missing_ok=True)
+            _remove_parts(path)
         raise EaseError(f"{path} could not be written ({error}): make room, or choose another folder") from error
 
 
