@@ -103,9 +103,9 @@ class Checkpoint:
         set_random_state(self.now)
 
     def due(self) -> bool:
-        """Whether the next checkpoint is due."""
+        """Whether the next checkpoint is due; False in all processes but the first, for which saving takes longest."""
         wait = EVERY and max(EVERY, self.took / SHARE)
-        return self.path is not None and time.perf_counter() - self.saved >= wait
+        return self.path is not None and not process() and time.perf_counter() - self.saved >= wait
 
     def save(self, **loop: Any) -> None:
         """Saves model, optimizer, batches, and random state, together with the state of the loop."""
