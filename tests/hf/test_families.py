@@ -246,6 +246,7 @@ def test_beyond_the_original_context_stretched_positions_are_refused(tmp_path: P
     ("family", "changes", "named"),
     [
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("olmo3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "for each type of layers"),
         ("llama", {"no_rope_layers": [1, 0, 1, 1, 1, 1]}, "no_rope_layers"),
         ("llama", {"layer_types": ["sliding_attention"] * 6, "sliding_window": 3}, "layer_types"),
         ("mistral", {"attention_bias": True}, "attention_bias"),

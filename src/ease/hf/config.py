@@ -299,6 +299,8 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         if local.get("rope_theta") is not None:
             check_number("rope_theta in config.json", local["rope_theta"], 1)
             found["local_rope_theta"] = float(local["rope_theta"])
+    elif values["model_type"] == "olmo3" and rope is values.get("rope_parameters"):  # which stock transformers ignores
+        raise _unsupported("rope_parameters without an object for each type of layers")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if values["model_type"] == "phi3" and rope_type in ("su", "yarn"):  # names of longrope in its first checkpoints
         rope_type = "longrope"

@@ -318,12 +318,12 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     split = _split_tensors(state, tensors, parts)
     try:
+        text = json.dumps(split)
         path.parent.mkdir(parents=True, exist_ok=True)
         if parts:
-            split["parts"] = _write_parts(path, parts)
+            text = json.dumps({**split, "parts": _write_parts(path, parts)})
         if process():
             return
-        text = json.dumps(split)
         save_file(tensors, partial, {"state": text, "checksum": _checksum(text, tensors)})
         set_usual_mode(partial)
         with partial.open("rb+") as file:
@@ -333,7 +333,6 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         partial.replace(path)
         _remove_parts(path)
     except TypeError as error:
-        _remove_parts(path)
         raise EaseError(
             f"the checkpoint {path} cannot be written ({error}): a state_dict of batches may hold tensors, "
             "numbers, and strings, under string keys"

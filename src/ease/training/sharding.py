@@ -128,7 +128,10 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     except CheckpointException as error:
         if not process():
             shutil.rmtree(folder, ignore_errors=True)
-        reason = first_line(next(iter(error.failures.values()))[0])
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
+        reason = first_line(cause)
         raise EaseError(f"{folder} could not be written ({reason}): make room, or choose another folder") from error
     files = [folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors" for number in range(processes())]
     own = files[process()]  # a process without a part has none
@@ -138,13 +141,22 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def read_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors, sharded over any number of processes or whole, with what `write_parts` wrote."""
+    """Fills tensors, sharded over any number of processes or whole, with what `write_parts` wrote.
+
+    Raises:
+        EaseError: a process cannot read.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+        try:
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+        except CheckpointException as error:
+            reason = first_line(next(iter(error.failures.values()))[0])
+            raise EaseError(f"{folder} could not be read ({reason}): see that every process can read it") from error
 
 
 def local_part(tensor: Any) -> Tensor:
