@@ -166,7 +166,7 @@ def test_prompts_from_a_tokenizer_keep_their_mask(model: DeepSupervisionTransfor
             ease.generate(model, other, 3)
 
 
-@pytest.mark.parametrize("wrong", NOT_IDS, ids=repr)
+@pytest.mark.parametrize("wrong", NOT_IDS, ids=lambda wrong: repr(wrong).partition(" at 0x")[0])
 def test_what_is_not_ids_is_one_sentence(model: DeepSupervisionTransformer, ids: Tensor, wrong: Any) -> None:
     trainer = Trainer(ease.create_standard_config(2), V)
     optimizer = trainer.create_optimizer(model, 1e-3)
