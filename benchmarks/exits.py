@@ -1,4 +1,4 @@
-"""Perplexity, accuracy and agreement with the last exit of every exit, before `ease tune` and after.
+"""Perplexity of every exit and its agreement with the last one, before `ease tune` and after.
 
     python benchmarks/exits.py CHECKPOINT RUN
 
@@ -9,33 +9,13 @@ the test sequences of the run.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 import ease
 from ease.data.batches import TokenBatches
+from ease.evaluation.scoring import perplexity
+from ease.evaluation.sequences import Sequences
 from ease.runs.reopen import open_run
-
-
-@torch.no_grad()
-def rows(model: ease.StandardTransformer, exits: list[int], batches: TokenBatches) -> list[tuple[float, float, float]]:
-    """Perplexity, accuracy and agreement with the last of `exits`, of each."""
-    totals = torch.zeros(len(exits), 3, dtype=torch.float64)
-    count = 0
-    for x, y, *_ in batches:
-        state, first, predictions = model.embed(x), 1, []
-        for number, exit in enumerate(exits):
-            state, first = model.run(state, first, exit), exit + 1
-            logits = model.logits(state, exit).flatten(0, 1).float()
-            predictions.append(logits.argmax(-1))
-            totals[number, 0] += F.cross_entropy(logits, y.flatten().long(), reduction="sum")
-            totals[number, 1] += (predictions[-1] == y.flatten()).sum()
-        totals[:, 2] += torch.stack([(best == predictions[-1]).sum() for best in predictions])
-        count += y.numel()
-    return [(math.exp(loss / count), right / count, same / count) for loss, right, same in totals.tolist()]
 
 
 def main() -> None:
@@ -45,11 +25,13 @@ def main() -> None:
     given = parser.parse_args()
     tuned, _, corpus, data = open_run(given.run)
     batches = TokenBatches(corpus.test, data.seq_len, data.batch_size, max_batches=data.eval_batches)
-    exits = [*tuned.early_exits, tuned.num_layers]
-    print("| | exit | perplexity | accuracy | agreement |\n|---|---|---|---|---|")
+    policy = ease.Policy(tuned.early_exits, (1.0,) * len(tuned.early_exits))
+    print("| | exit | perplexity | agreement |\n|---|---|---|---|")
     for name, model in (("before", ease.from_pretrained(given.checkpoint)), ("after", tuned)):
-        for exit, (perplexity, accuracy, agreement) in zip(exits, rows(model.eval(), exits, batches), strict=True):
-            print(f"| {name} | {exit} | {perplexity:.4g} | {accuracy:.1%} | {agreement:.1%} |", flush=True)
+        views = Sequences(model, batches, policy).views
+        agreement = [*views.agrees.double().mean(1).tolist(), 1.0]
+        for exit, losses, agrees in zip((*policy.exits, model.num_layers), views.losses, agreement, strict=True):
+            print(f"| {name} | {exit} | {perplexity(losses):.4g} | {agrees:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

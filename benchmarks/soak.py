@@ -10,8 +10,9 @@ that was not killed, bit by bit, but for times.
 COMMAND is called with `--out FOLDER`. By default it is a short run of `demo` on one thread that saves after
 every step; `python benchmarks/soak.py run ARGUMENTS` is `ease run ARGUMENTS` with such checkpoints.
 
-With --processes above 1 torchrun starts it, layers are sharded, and every kill hits one process at random, torchrun or
-one of those that train. Without torchrun these go on: the command is started again when they have ended.
+With --processes above 1 torchrun starts the default run, with sharded layers, and every kill hits one process at
+random, torchrun or one of those that train. Without torchrun these go on: the command is started again when they have
+ended.
 
 With --tolerance above 0, numbers and weights may differ by that share, for runs that are not deterministic.
 
@@ -209,11 +210,9 @@ def main() -> None:
     given = parser.parse_args(sys.argv[1:at])
     if given.what == "kills":
         several = given.processes > 1
-        if several:
-            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes))
-            DEMO[1:1] = torchrun
-            DEMO.extend(SHARDED)
-        command = sys.argv[at + 1 :] or DEMO
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes))
+        default = [DEMO[0], *torchrun, *DEMO[1:], *SHARDED] if several else DEMO
+        command = sys.argv[at + 1 :] or default
         kills(command, given.kills, several, given.seed, given.out / "kills", given.tolerance)
     else:
         steps(given.steps, given.out / "steps")

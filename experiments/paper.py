@@ -22,7 +22,7 @@ from experiments.analysis import looks, plots, scaling
 from experiments.analysis.fronts import Fronts, OperatingPoint
 from experiments.analysis.names import current
 from experiments.analysis.statistics import Interval
-from experiments.analysis.table import Table, difference, percent, tex
+from experiments.analysis.table import Table, cells_of, difference, percent, tex
 from experiments.analysis.tables import all_tables, notes
 from experiments.studies import cost_at_1b
 
@@ -369,7 +369,7 @@ def from_markdown(
     """A table from the first one of a Markdown page: the given columns of the selected rows."""
     lines = re.search(r"^\|.*?(?=^\s*$|\Z)", text, re.M | re.S)
     assert lines, f"no table for {name}"
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[0].splitlines()[2:]]
+    rows = [cells_of(line) for line in lines[0].splitlines()[2:]]
     kept = [[bare(row[c]) if c < len(row) else "" for c in columns] for row in rows if selected(row)]
     return compact(Table(name, title, header, kept, [note]))
 

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.analysis.table import cells_of
+
 DATA = Path(__file__).resolve().parents[2] / "docs" / "data"
 COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito
 STYLE = {
@@ -128,7 +130,7 @@ CHARTS = {
 def number(text: str, cell: Cell) -> str:
     """The first number in a cell of the tables in `text`, as it is written there."""
     for line in text.splitlines():
-        cells = [part.strip() for part in line.strip("|").split("|")]
+        cells = cells_of(line)
         if line.startswith("|") and tuple(cells[: len(cell.row)]) == cell.row:
             found = re.search(r"\d[\d,]*(?:\.\d+)?", cells[cell.column])
             if found:

@@ -42,6 +42,11 @@ class Table:
         return "\n".join([*start, *body, fit, *notes, r"\end{table}"]) + "\n"
 
 
+def cells_of(line: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def write_tables(tables: Sequence[Table], folder: Path, name: str) -> None:
     """Write all tables to one Markdown page, and each as LaTeX to a file with the table's name."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from experiments.analysis.table import Table, write_tables
+from experiments.analysis.table import Table, cells_of, write_tables
 
 Row = dict[str, str]
 
@@ -22,7 +22,7 @@ def rows(path: Path) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     header: list[str] = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in text.strip("|").split("|")] if text.startswith("|") else []
+        cells = cells_of(text) if text.startswith("|") else []
         if not cells:
             header = []
         elif not header:

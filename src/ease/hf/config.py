@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ease.errors import EaseError, check_boolean, check_integer, check_list, check_number
-from ease.hf.families import FAMILIES, GEMMA_KEYS, Family, all_but_every, every_layer, three_of_four, unrotated
+from ease.hf.families import FAMILIES, GEMMA_KEYS, Family, every_layer, unrotated
 from ease.model_config import ModelConfig, RopeScaling
 
 # ---------------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def _write_as(name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
     # Stock EXAONE 4 fails without `layer_types` if there is no window.
     if (any(windowed) or family.rotary_windows) and family.windowed is not every_layer:
         raw["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windowed]
-    if family.windowed not in (None, every_layer, all_but_every, three_of_four):
+    if "use_sliding_window" in family.defaults:
         raw["use_sliding_window"] = any(windowed)
     if "no_rope_layer_interval" in family.defaults:
         raw["no_rope_layers"] = [int(layer not in c.unrotated_layers) for layer in layers]

@@ -131,7 +131,7 @@ class TrainingConfig:
                 f"the selection chooses at exit {min(self.selection.keep)}, in the frozen trunk below layer {first}, "
                 "which runs all tokens: choose an exit from there up, or mine the tokens (ease.MinedBatches)"
             )
-        if min(*self.weights, *self.selection.keep, deepest) < first_exit:
+        if min([*self.weights, *self.selection.keep]) < first_exit:
             raise EaseError(
                 "a loss or a selection at layer 0 needs a model with a memory: set memory_orders, or leave layer 0 out"
             )

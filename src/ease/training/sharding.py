@@ -119,20 +119,16 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         EaseError: a process cannot write; the folder is then removed.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
+        with _storage_errors(f"{folder} could not be written", "make room, or choose another folder"):
+            save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except BaseException:
         if not process():
             shutil.rmtree(folder, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from error
-        reason = first_line(cause)
-        raise EaseError(f"{folder} could not be written ({reason}): make room, or choose another folder") from error
+        raise
     files = [folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors" for number in range(processes())]
     own = files[process()]  # a process without a part has none
     found = gather(torch.tensor([list(bytes.fromhex(checksum(own))) if own.exists() else [0] * 32], dtype=torch.uint8))
@@ -146,17 +142,27 @@ def read_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         EaseError: a process cannot read.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
-        try:
+        with _storage_errors(f"{folder} could not be read", "see that every process can read it"):
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
-        except CheckpointException as error:
-            reason = first_line(next(iter(error.failures.values()))[0])
-            raise EaseError(f"{folder} could not be read ({reason}): see that every process can read it") from error
+
+
+@contextmanager
+def _storage_errors(failure: str, fix: str) -> Iterator[None]:
+    """A context that turns the errors that processes had in storage into one sentence; an interrupt stays one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
+        raise EaseError(f"{failure} ({first_line(cause)}): {fix}") from error
 
 
 def local_part(tensor: Any) -> Tensor:
