@@ -151,7 +151,7 @@ def family(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one whose end nobody has noticed yet does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
     except OSError:

@@ -115,13 +115,13 @@ class _Stop(Progress):
         self.steps = steps
 
     def step(self, fraction: float, metrics: Any = None) -> None:
-        self.steps -= metrics is not None  # which the call that resumes does not have
+        self.steps -= metrics is not None  # the first call after resuming has no metrics
         if not self.steps:
             raise _Stopped
 
 
 def interrupted(name: str, folder: Path, phase: str, steps: int) -> None:
-    """Trains, sharded, with checkpoints after every step, and stops in a phase after some steps and a save less."""
+    """Trains, sharded, with checkpoints after every step, and stops in a phase before the last step is saved."""
     (config, layers), data = STRATEGIES[name], windows()
     model = new_model(layers)
     stop = lambda now: _Stop(steps) if now.name == phase else Progress()  # noqa: E731

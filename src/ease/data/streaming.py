@@ -105,8 +105,7 @@ def _chunks(
     counts: Skipped | None = None,
     encode_all: EncodeAll | None = None,
 ) -> Iterator[list[Tensor]]:
-    """`documents` one at a time; with `encode_all`, which maps the function that encodes one, `SHARED` at a time."""
-
+    """The ids of `documents` in lists, of one or, with `encode_all` (see `StreamBatches`), of up to `SHARED` each."""
     given = (text for text in texts(name, rows, counts) if text.strip())
 
     def read() -> list[str]:
@@ -118,7 +117,8 @@ def _chunks(
             return torch.from_numpy(encode(tokenizer, [text], eos))
 
     while chunk := read():
-        # A normalizer may remove a whole text. An error of the exchange in `encode_all` is none of the data set's.
+        # A normalizer may remove a whole text. `encode_all` may exchange ids between processes, and an error of that
+        # exchange is not an error of the data set.
         yield [ids for ids in (encode_all or map)(ids_of, chunk) if len(ids)]
 
 

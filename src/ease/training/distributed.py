@@ -132,7 +132,12 @@ def gather_batches(parts: Sequence[Tensor]) -> Tensor:
 
 
 def shared_map(function: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
-    """`function` of each item, 1-D tensors of one dtype; every process computes it for a share of the items."""
+    """Applies `function` to all items, of which every process computes a share; all receive all results.
+
+    Args:
+        function: returns a 1-D tensor, of one dtype for all items.
+        items: the same in every process.
+    """
     number = processes()
     found = [function(item) for item in items[process() :: number]]
     if number == 1 or not items:
